@@ -1,0 +1,50 @@
+"""The one exception a user is meant to read, and how a command ends with it.
+
+Every message is one paragraph that says what is wrong, where, and what to do. Exit codes are part of the
+interface (launchers decide on them whether to start a run again)::
+
+    0   done
+    2   the user's configuration or data: starting again would fail again
+    75  stopped on request after saving: start me again
+    1   anything else: a crash
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+
+EXIT_DONE = 0
+EXIT_CRASH = 1
+EXIT_USER_ERROR = 2
+EXIT_STOPPED = 75
+
+
+class HeadraceError(Exception):
+    """Base of all errors raised on purpose. ``exit_code`` is what a command ends with."""
+
+    exit_code = EXIT_CRASH
+
+
+class UserError(HeadraceError):
+    """The configuration or the data is wrong: says what, where and what to do; never worth a retry."""
+
+    exit_code = EXIT_USER_ERROR
+
+
+class DataError(UserError):
+    """Stored data does not hold what its manifest or checksum says."""
+
+
+def run_command(app: Callable[[], object]) -> int:
+    """Run ``app`` and translate the errors meant for people into one paragraph on stderr and an exit code.
+
+    Anything that is not a :class:`HeadraceError` keeps its traceback: it is a crash, and the traceback is what
+    somebody will need.
+    """
+    try:
+        result = app()
+    except HeadraceError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return error.exit_code
+    return result if isinstance(result, int) else EXIT_DONE

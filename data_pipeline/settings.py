@@ -1,0 +1,158 @@
+"""Typed, closed settings from one YAML file, ``extends:`` and dotted overrides (laws 7 and 8).
+
+The schema is a tree of :class:`Settings` classes (pydantic); merging is OmegaConf's. What this file adds is the
+messages: every problem names the key, the value and, for an unknown key or choice, the nearest valid one, and all
+problems of a file are reported together.
+"""
+
+from __future__ import annotations
+
+import difflib
+import types
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from .errors import UserError
+
+SettingsType = TypeVar("SettingsType", bound="Settings")
+
+
+class Settings(BaseModel):
+    """Base of every configuration section: closed, immutable, and strict about types (no "1" for 1)."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+
+
+def load_settings(schema: type[SettingsType], path: Path | str, overrides: Sequence[str] = ()) -> SettingsType:
+    """Read ``path``, merge what it extends, apply ``a.b=c`` overrides, and check the result against ``schema``.
+
+    ``extends:`` names one file or a list of files, relative to the file that says so; later ones win, the file
+    itself wins over all, and overrides win over the file. Values of overrides are YAML.
+
+    Raises:
+        UserError: the file is missing, is not YAML, extends itself, or does not fit the schema.
+    """
+    merged = _read_with_extends(Path(path), ())
+    for override in overrides:
+        merged = _merge(merged, _parse_override(override), f"override {override!r}")
+    try:
+        plain = OmegaConf.to_container(merged, resolve=True)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{path}: {str(error).splitlines()[0]}. Mend the ${{...}} reference it names.") from error
+    return build_settings(schema, plain, str(path))
+
+
+def build_settings(schema: type[SettingsType], plain: Any, origin: str) -> SettingsType:
+    """Check a plain dictionary against ``schema``; ``origin`` says in the message where it came from.
+
+    Raises:
+        UserError: names every key that does not fit, its value, and the nearest valid key or choice.
+    """
+    try:
+        return schema.model_validate(_tuples(plain))
+    except ValidationError as error:
+        problems = "; ".join(_explain(schema, problem) for problem in error.errors())
+        raise UserError(f"{origin}: {problems}") from error
+
+
+def _read_with_extends(path: Path, chain: tuple[Path, ...]) -> DictConfig:
+    path = path.resolve()
+    if path in chain:
+        raise UserError(f"{path}: extends itself through {' -> '.join(str(p) for p in chain)}. Break the circle.")
+    if not path.is_file():
+        where = f" (extended by {chain[-1]})" if chain else ""
+        raise UserError(f"configuration file {path} does not exist{where}. Give the path of a YAML file.")
+    try:
+        own = OmegaConf.load(path)
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(own, DictConfig):
+        raise UserError(f"{path} holds {type(own).__name__}, not a mapping of sections to settings.")
+    bases = own.pop("extends", [])
+    merged = OmegaConf.create({})
+    for base in [bases] if isinstance(bases, str) else list(bases):
+        merged = _merge(merged, _read_with_extends(path.parent / base, (*chain, path)), str(path))
+    return _merge(merged, own, str(path))
+
+
+def _merge(base: DictConfig, top: DictConfig, origin: str) -> DictConfig:
+    try:
+        merged = OmegaConf.merge(base, top)
+    except OmegaConfBaseException as error:
+        raise UserError(f"{origin}: can't be merged: {str(error).splitlines()[0]}") from error
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def _parse_override(override: str) -> DictConfig:
+    key, separator, value = override.partition("=")
+    if not separator or not key.strip() or key.startswith("-"):
+        raise UserError(f"override {override!r} is not of the form section.key=value (for example optimizer.lr=3e-4).")
+    try:
+        return OmegaConf.from_dotlist([override])
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        raise UserError(f"override {override!r}: the value {value!r} is not valid YAML. Quote it.") from error
+
+
+def _tuples(value: Any) -> Any:
+    """Lists as tuples: immutable settings hold tuples, and strict validation does not convert."""
+    if isinstance(value, dict):
+        return {key: _tuples(item) for key, item in value.items()}
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _explain(schema: type[BaseModel], problem: Any) -> str:
+    location: tuple[Any, ...] = problem["loc"]
+    key = ".".join(str(part) for part in location) or "the configuration"
+    kind = problem["type"]
+    if kind == "extra_forbidden":
+        owner = _schema_at(schema, location[:-1])
+        known = sorted(owner.model_fields) if owner else []
+        return f"unknown key {key!r} (value {problem['input']!r}){nearest(str(location[-1]), known)}"
+    if kind == "missing":
+        return f"{key!r} is missing and has no default"
+    if kind == "value_error":
+        return f"{key}: {problem['ctx']['error']}" if location else str(problem["ctx"]["error"])
+    hint = ""
+    if kind == "literal_error":
+        choices = [choice.strip("'") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
+        hint = nearest(str(problem["input"]), choices)
+    message = problem["msg"][0].lower() + problem["msg"][1:]
+    return f"{key!r} = {problem['input']!r}: {message}{hint}"
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """``; did you mean 'x'?`` when a known word is near, else the list of what is known."""
+    known = list(known)
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; known here: {', '.join(known)}" if known else ""
+
+
+def _schema_at(schema: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel] | None:
+    """The settings class that a validation location points into, through optionals, tuples and dictionaries."""
+    current: Any = schema
+    for part in location:
+        for candidate in _classes(current):
+            if isinstance(part, str) and part in candidate.model_fields:
+                current = candidate.model_fields[part].annotation
+                break
+        # a part that is no field is a dictionary key, a tuple index or a union tag: the annotation's classes stay
+    return next(iter(_classes(current)), None)
+
+
+def _classes(annotation: Any) -> Iterator[type[BaseModel]]:
+    if isinstance(annotation, type) and not isinstance(annotation, types.GenericAlias):
+        if issubclass(annotation, BaseModel):
+            yield annotation
+        return
+    for argument in typing.get_args(annotation):
+        yield from _classes(argument)
