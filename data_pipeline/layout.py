@@ -1,0 +1,148 @@
+"""Where things lie in a data set folder, and where a token lies in a shard.
+
+A shard is a plain USTAR archive. Each member is one block of ``block_tokens + 1`` tokens as a version 1.0 ``.npy``
+file; the extra token is the look-ahead: the first token of the next block, so that every position of a block has a
+label. Headers are written here byte by byte: they must not change with the version of Python or numpy, because the
+hash of a shard is part of the data set's identity, and because a constant member stride makes a token's offset plain
+arithmetic.
+"""
+
+from __future__ import annotations
+
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import DataError
+
+MANIFEST_FILE = "manifest.json"
+TOKENIZER_FILE = "tokenizer.model"
+SHARD_FOLDER = "shards"
+
+INDEX_DTYPE = np.dtype([("offset", "<u8"), ("crc32c", "<u4")])
+
+_TAR_HEADER_BYTES = 512
+_TAR_RECORD_BYTES = 10240
+_NPY_HEADER_BYTES = 128
+
+
+def shard_path(folder: Path, name: str) -> Path:
+    """The archive of shard ``name`` (six digits) of the data set ``folder``."""
+    return folder / SHARD_FOLDER / f"{name}.tar"
+
+
+def index_path(folder: Path, name: str) -> Path:
+    """The sidecar that holds the offset and the CRC32C of each block."""
+    return folder / SHARD_FOLDER / f"{name}.idx"
+
+
+def documents_path(folder: Path, name: str) -> Path:
+    """The sidecar that holds one row per document."""
+    return folder / SHARD_FOLDER / f"{name}.docs.parquet"
+
+
+@dataclass(frozen=True)
+class BlockLayout:
+    """The arithmetic of a shard file.
+
+    Attributes:
+        block_tokens: tokens per block, without the look-ahead token.
+        dtype: ``"uint16"`` or ``"uint32"``, stored little-endian.
+    """
+
+    block_tokens: int
+    dtype: str
+
+    @property
+    def token_dtype(self) -> np.dtype[Any]:
+        """The dtype of stored tokens, byte order included."""
+        return np.dtype(self.dtype).newbyteorder("<")
+
+    @property
+    def token_bytes(self) -> int:
+        """Bytes of one token."""
+        return self.token_dtype.itemsize
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of the ``block_tokens + 1`` tokens of a block: what its CRC32C covers."""
+        return (self.block_tokens + 1) * self.token_bytes
+
+    @property
+    def member_stride(self) -> int:
+        """Bytes from one member's tar header to the next one's."""
+        payload = _NPY_HEADER_BYTES + self.block_bytes
+        return _TAR_HEADER_BYTES + -(-payload // _TAR_HEADER_BYTES) * _TAR_HEADER_BYTES
+
+    def data_offset(self, block: int) -> int:
+        """Bytes from the start of the shard file to the first token of ``block``."""
+        return block * self.member_stride + _TAR_HEADER_BYTES + _NPY_HEADER_BYTES
+
+    def blocks(self, tokens: int) -> int:
+        """The number of blocks that hold ``tokens`` valid tokens."""
+        return -(-tokens // self.block_tokens)
+
+    def shard_bytes(self, blocks: int) -> int:
+        """Bytes of a shard file of ``blocks`` blocks, end-of-archive record included."""
+        unpadded = blocks * self.member_stride + 2 * _TAR_HEADER_BYTES
+        return -(-unpadded // _TAR_RECORD_BYTES) * _TAR_RECORD_BYTES
+
+    def member_head(self, shard: str, block: int) -> bytes:
+        """What precedes the tokens of a member: its tar header, then its npy header."""
+        info = tarfile.TarInfo(member_name(shard, block))
+        info.size = _NPY_HEADER_BYTES + self.block_bytes
+        info.mode = 0o644
+        info.mtime = 0
+        header = info.tobuf(tarfile.USTAR_FORMAT, "ascii", "strict")
+        return header + npy_header(self.token_dtype.str, self.block_tokens + 1, _NPY_HEADER_BYTES)
+
+    def member_tail(self) -> bytes:
+        """The zeros that follow a member's tokens up to the next 512-byte boundary."""
+        return bytes(self.member_stride - _TAR_HEADER_BYTES - _NPY_HEADER_BYTES - self.block_bytes)
+
+    def archive_end(self, blocks: int) -> bytes:
+        """The end-of-archive zero blocks, padded to tar's record of 10,240 bytes."""
+        return bytes(self.shard_bytes(blocks) - blocks * self.member_stride)
+
+
+def member_name(shard: str, block: int) -> str:
+    """The name of a block inside its shard: ``SSSSSS-BBBBBB.npy``."""
+    return f"{shard}-{block:06d}.npy"
+
+
+def npy_header(descr: Any, length: int, total_bytes: int) -> bytes:
+    """The version 1.0 ``.npy`` header of a one-dimensional array, padded with spaces to ``total_bytes``."""
+    fields = f"{{'descr': {descr!r}, 'fortran_order': False, 'shape': ({length},), }}"
+    padded = fields.ljust(total_bytes - 11) + "\n"
+    return b"\x93NUMPY\x01\x00" + len(padded).to_bytes(2, "little") + padded.encode("ascii")
+
+
+def index_bytes(entries: npt.NDArray[np.void]) -> bytes:
+    """The content of an ``.idx`` sidecar (a plain ``.npy``) for ``entries`` of :data:`INDEX_DTYPE`."""
+    return npy_header(INDEX_DTYPE.descr, len(entries), _NPY_HEADER_BYTES) + entries.astype(INDEX_DTYPE).tobytes()
+
+
+def read_index(path: Path) -> npt.NDArray[np.void]:
+    """Read an ``.idx`` sidecar.
+
+    Returns:
+        Structured array [blocks] with ``offset`` (bytes from the start of the shard to the block's first token) and
+        ``crc32c`` (of the little-endian bytes of the block's ``block_tokens + 1`` tokens).
+
+    Raises:
+        DataError: the file is missing or is not such an array.
+    """
+    advice = f"Run `pretrain-data verify --rebuild-sidecars {path.parent.parent}` to write it again from the shard."
+    try:
+        entries = np.load(path, allow_pickle=False)
+    except FileNotFoundError as error:
+        raise DataError(f"the block index {path} is missing. {advice}") from error
+    except (ValueError, EOFError, OSError) as error:
+        raise DataError(f"the block index {path} can't be read ({error}). {advice}") from error
+    if not isinstance(entries, np.ndarray) or entries.dtype != INDEX_DTYPE or entries.ndim != 1:
+        raise DataError(f"the block index {path} does not hold offsets and CRCs. {advice}")
+    return entries
