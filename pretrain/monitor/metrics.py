@@ -1,0 +1,118 @@
+"""``metrics.jsonl``: the single source for the progress line, TensorBoard and the report.
+
+Three kinds of line, each with ``step`` (optimizer steps done when it was written) and ``time`` (Unix seconds):
+
+=============  ======================================================================================================
+step           ``position`` (sequences consumed), ``tokens`` (tokens consumed), ``loss`` (unweighted token mean over the
+               global batch, nats), ``objective`` (what was differentiated), ``learning_rate``, ``grad_norm`` (global,
+               before clipping), ``step_seconds`` (mean per step since the line before), ``tokens_per_second`` (all
+               ranks), ``data_wait_seconds`` (per step), ``mfu`` (share of the peak, 0 to 1; absent when the peak is
+               unknown), ``skipped`` and ``holes`` (optimizer steps skipped, sequences missing; both since the run
+               began), ``domain_loss/NAME`` (nats), ``weights/...`` and whatever else a method counts
+evaluation     ``evaluation`` (the set's name), ``position``, ``tokens`` (evaluated), ``loss`` (nats), ``perplexity``,
+               ``bits_per_byte``, and the same by domain: ``domain_loss/NAME``, ``domain_perplexity/NAME``, ...
+event          ``event`` (its kind), ``message`` and anything that helps to explain it
+=============  ======================================================================================================
+
+Sample weights are logged relative to uniform, that is multiplied by the size of the group over which they are
+normalised: ``weights/min``, ``weights/max``, ``weights/ess`` (effective sample size (sum w)^2 / sum w^2 over the group
+size, 0 to 1) and ``weights/histogram`` (:func:`weight_histogram`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from data_pipeline.errors import UserError
+from data_pipeline.files import publish_bytes
+
+from . import lines
+
+MetricValue: TypeAlias = float | int | str | list[int] | list[float] | None
+MetricLine: TypeAlias = Mapping[str, MetricValue]
+
+METRICS_FILE = "metrics.jsonl"
+
+WALL_CLOCK_FIELDS = ("time", "seconds", "step_seconds", "tokens_per_second", "data_wait_seconds", "mfu", "eta_seconds")
+"""The fields that differ between two runs that are otherwise equal to the bit."""
+
+WEIGHT_BINS: tuple[float, ...] = tuple(2.0 ** ((2 * k + 1) / 8) for k in range(-25, 25))
+"""50 edges of quarter-octave bins of weight x group size, from 2^-6.125 to 2^6.125. The edges lie between the powers of
+2^(1/4), so that the uniform weight 1 stands in the middle of a bin and rounding does not move it."""
+
+_LEADING = ("event", "evaluation", "step", "position", "tokens", "loss", "objective", "learning_rate", "grad_norm")
+
+
+def weight_histogram(relative_weights: Sequence[float] | npt.NDArray[np.floating[Any]]) -> list[int]:
+    """Counts of ``relative_weights`` (weight x group size, any shape) in the bins of :data:`WEIGHT_BINS`.
+
+    Returns ``len(WEIGHT_BINS) + 1`` counts: below the first edge, in each half-open bin [edge, next edge), and from the
+    last edge on (NaN is counted there).
+    """
+    bins = np.searchsorted(WEIGHT_BINS, np.asarray(relative_weights, dtype=np.float64).ravel(), side="right")
+    counts: list[int] = np.bincount(bins, minlength=len(WEIGHT_BINS) + 1).tolist()
+    return counts
+
+
+class MetricsLog:
+    """Appends to ``RUN/metrics.jsonl``, after cutting off what lies beyond the checkpoint that is resumed from.
+
+    ``resume_step`` is the number of optimizer steps the checkpoint holds; 0 is a fresh start and keeps nothing (a start
+    that died before its first checkpoint may have left an evaluation of step 0, which is now repeated).
+    ``superseded`` counts the lines cut off, a half-written last one included; ``lost_steps`` how many steps beyond the
+    checkpoint they reached.
+
+    Raises:
+        UserError: the folder can't be written, or the file holds a damaged line (with its number).
+    """
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        self.path = folder / METRICS_FILE
+        found = lines.read(self.path)
+        steps = [_step_of(self.path, number, line) for number, line in enumerate(found.objects, start=1)]
+        kept = [text for step, text in zip(steps, found.texts, strict=True) if resume_step > 0 and step <= resume_step]
+        self.superseded = len(found.texts) + found.interrupted - len(kept)
+        self.lost_steps = max([0, *(step - resume_step for step in steps)])
+        content = b"".join(kept)
+        try:
+            if not self.path.exists() or self.path.read_bytes() != content:
+                publish_bytes(self.path, content)
+        except OSError as error:
+            raise UserError(
+                f"{self.path} can't be written: {error.strerror or error}. Choose another run.folder or mend it."
+            ) from error
+
+    def write(self, line: MetricLine) -> None:
+        """Append one line and hand it to the operating system, so that it survives the death of this process.
+
+        Raises:
+            ValueError: the line has no whole-numbered ``step``, without which a resume could not cut it off.
+            OSError: the disk is full; the file is left as it was.
+        """
+        if type(line.get("step")) is not int:
+            raise ValueError(f"a metric line needs a whole-numbered 'step', got {line.get('step')!r}")
+        lines.append(self.path, lines.encode(dict(line), _LEADING), durable=False)
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The lines of ``folder/metrics.jsonl`` in order; a half-written last line is left out, no file is no lines.
+
+    Raises:
+        UserError: any other line is damaged (the message has its number).
+    """
+    return lines.read(folder / METRICS_FILE).objects
+
+
+def _step_of(path: Path, number: int, line: dict[str, Any]) -> int:
+    step = line.get("step")
+    if type(step) is not int:
+        raise UserError(
+            f"{path}, line {number}: has no whole-numbered 'step' (found {step!r}), so it can't be told "
+            "whether a resume keeps it. Mend or delete that line."
+        )
+    return step

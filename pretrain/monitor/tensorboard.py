@@ -1,0 +1,56 @@
+"""The metric lines as TensorBoard scalars and histograms, under their own names."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from .metrics import WEIGHT_BINS, MetricLine
+
+_NOT_SCALARS = ("step", "time")
+
+
+class TensorBoardWriter:
+    """Writes to ``RUN/tensorboard``; on a resume TensorBoard hides what lay beyond ``resume_step``.
+
+    Raises:
+        OSError: the folder can't be written.
+    """
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        # imported here: the report reads metrics on login nodes, where importing torch takes seconds
+        from torch.utils.tensorboard import SummaryWriter
+
+        purge = resume_step + 1 if resume_step > 0 else 0
+        self._writer = SummaryWriter(str(folder / "tensorboard"), purge_step=purge)
+
+    def write(self, line: MetricLine, prefix: str = "") -> None:
+        """Every number of ``line`` as a scalar at its step; ``weights/histogram`` as a histogram."""
+        step = line["step"]
+        for key, value in line.items():
+            if key == "weights/histogram" and isinstance(value, list):
+                self._histogram(prefix + key, value, step)
+            elif isinstance(value, int | float) and key not in _NOT_SCALARS:
+                self._writer.add_scalar(prefix + key, value, step)
+
+    def _histogram(self, tag: str, counts: Sequence[float], step: object) -> None:
+        # The sums are of the bins' middles: TensorBoard shows them nowhere but in its own record.
+        ratio = WEIGHT_BINS[1] / WEIGHT_BINS[0]
+        limits = [*WEIGHT_BINS, WEIGHT_BINS[-1] * ratio]
+        middles = [limit / math.sqrt(ratio) for limit in limits]
+        self._writer.add_histogram_raw(
+            tag,
+            min=middles[0],
+            max=limits[-1],
+            num=sum(counts),
+            sum=sum(count * middle for count, middle in zip(counts, middles, strict=True)),
+            sum_squares=sum(count * middle**2 for count, middle in zip(counts, middles, strict=True)),
+            bucket_limits=limits,
+            bucket_counts=list(counts),
+            global_step=step,
+        )
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self._writer.close()
