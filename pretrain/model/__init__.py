@@ -1,0 +1,19 @@
+"""The model: a Llama-type decoder, its initial weights, and what it costs."""
+
+from .count import ParameterCount, count_parameters, flops_per_token
+from .decoder import Decoder
+from .initialize import fill, initial_value, initialize_
+from .linear import make_linear
+from .settings import ModelSettings
+
+__all__ = [
+    "Decoder",
+    "ModelSettings",
+    "ParameterCount",
+    "count_parameters",
+    "fill",
+    "flops_per_token",
+    "initial_value",
+    "initialize_",
+    "make_linear",
+]

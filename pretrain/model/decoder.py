@@ -1,0 +1,107 @@
+"""The Llama-type decoder: embedding, pre-norm blocks, final norm, head (Touvron et al. 2023, arXiv 2302.13971)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .attention import Attention, document_mask
+from .feed_forward import FeedForward
+from .initialize import Draw
+from .linear import make_linear
+from .norm import RMSNorm
+from .rope import Rotation, rotation
+from .settings import ModelSettings
+
+
+class Embedding(nn.Embedding):
+    """The token table, [vocab_size, hidden_size]."""
+
+    def __init__(self, vocab_size: int, settings: ModelSettings) -> None:
+        super().__init__(vocab_size, settings.hidden_size)
+        self.init_std = settings.init_std
+
+    def reset_parameters(self) -> None:
+        """Draws nothing: weights come from :mod:`.initialize`."""
+
+    def initial_value(self, parameter: str, draw: Draw) -> Tensor:
+        return draw(parameter, (self.num_embeddings, self.embedding_dim), self.init_std)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + feed_forward(norm(x))."""
+
+    def __init__(self, name: str, settings: ModelSettings) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_eps)
+        self.attention = Attention(f"{name}.attention", settings)
+        self.feed_forward_norm = RMSNorm(settings.hidden_size, settings.norm_eps)
+        self.feed_forward = FeedForward(f"{name}.feed_forward", settings)
+
+    def forward(self, x: Tensor, by: Rotation, mask: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), by, mask)
+        output: Tensor = x + self.feed_forward(self.feed_forward_norm(x))
+        return output
+
+
+class Decoder(nn.Module):
+    """Tokens to logits. Parameters are uninitialised until :func:`~.initialize.initialize_` or ``fill``.
+
+    Args:
+        settings: the shape.
+        vocab_size: rows of embedding and head (V); ``settings.resolve_vocab_size`` of the tokenizer's.
+        activation_checkpointing: ``full`` keeps only the input of each block and recomputes the block in the backward
+            pass: about a third more arithmetic.
+    """
+
+    def __init__(
+        self,
+        settings: ModelSettings,
+        vocab_size: int,
+        activation_checkpointing: Literal["none", "full"] = "none",
+    ) -> None:
+        super().__init__()
+        self.head_dim = settings.effective_head_dim
+        self.rope_theta = settings.rope_theta
+        self.tied_embeddings = settings.tied_embeddings
+        self.recompute = activation_checkpointing == "full"
+        self.embedding = Embedding(vocab_size, settings)
+        self.blocks = nn.ModuleList(Block(f"blocks.{index}", settings) for index in range(settings.layers))
+        self.norm = RMSNorm(settings.hidden_size, settings.norm_eps)
+        self.head = make_linear(settings.hidden_size, vocab_size, "head", settings)
+        self._tie()
+
+    def forward(self, tokens: Tensor, positions: Tensor, document_ids: Tensor, single_document: bool) -> Tensor:
+        """Logits [b, T, V] in the parameters' dtype.
+
+        Args:
+            tokens: [b, T] integers below V.
+            positions: [b, T] integers, the place of each token in its document.
+            document_ids: [b, T] integers, equal within a document; attention does not cross from one to another.
+            single_document: every row is one document, known on the host: the mask is then never made.
+        """
+        x = self.embedding(tokens)
+        by = rotation(positions, self.head_dim, self.rope_theta, x.dtype)
+        mask = None if single_document else document_mask(document_ids, x.dtype)
+        for block in self.blocks:
+            if self.recompute and torch.is_grad_enabled():
+                # nothing in a block is random, so there is no generator state to keep
+                x = checkpoint(block, x, by, mask, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = block(x, by, mask)
+        logits: Tensor = self.head(self.norm(x))
+        return logits
+
+    def _tie(self) -> None:
+        if self.tied_embeddings:
+            self.head.weight = self.embedding.weight
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Decoder:
+        # moving off the meta device makes a new parameter for each use of a shared one
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._tie()
+        return self
