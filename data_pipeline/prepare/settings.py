@@ -1,0 +1,89 @@
+"""The configuration of `pretrain-data tokenizer` and `pretrain-data prepare`: one file for both."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from ..settings import Settings
+from ..sources import AnySource
+
+
+class TokenizerTraining(Settings):
+    """How to train a SentencePiece model on the sources."""
+
+    model_type: Literal["unigram", "bpe"] = Field(default="unigram", description="The segmentation model.")
+    vocab_size: int = Field(
+        ge=300, description="Pieces, among them 4 control pieces and the 256 bytes. Tokens take 2 bytes up to 65,536."
+    )
+    character_coverage: float = Field(
+        default=0.9995, gt=0.9, le=1, description="Fraction of the sample's characters that get a piece of their own."
+    )
+    split_digits: bool = Field(default=False, description="Make every decimal digit a token of its own.")
+    sample_bytes: int = Field(
+        default=64 << 20,
+        gt=0,
+        description="Bytes of text to train on, taken from all sources in proportion to their input bytes, never from "
+        "held-out documents. Training needs about 30 times as much memory.",
+    )
+
+
+class TokenizerSettings(Settings):
+    """The tokenizer: exactly one of the two."""
+
+    path: str | None = Field(default=None, description="A SentencePiece .model file to take.")
+    train: TokenizerTraining | None = Field(default=None, description="Train one.")
+
+    @model_validator(mode="after")
+    def _one_of_two(self) -> TokenizerSettings:
+        if (self.path is None) == (self.train is None):
+            raise ValueError("give exactly one of tokenizer.path and tokenizer.train")
+        return self
+
+
+class PrepareSettings(Settings):
+    """From text to a data set folder."""
+
+    output: str = Field(min_length=1, description="The data set folder; made if missing.")
+    seed: int = Field(
+        default=0, ge=0, lt=1 << 64, description="Of the shuffle. The held-out split does not hang on it."
+    )
+    tokenizer: TokenizerSettings
+    sources: dict[str, AnySource] = Field(min_length=1, description="Where the text comes from, by a name of your own.")
+    heldout_fraction: float = Field(
+        default=0.01,
+        ge=0,
+        lt=1,
+        description="Fraction of documents kept out of training, decided by each document's content hash alone, so "
+        "equal documents never fall on both sides.",
+    )
+    block_tokens: int = Field(
+        default=65_536, ge=2, description="Tokens per block: the unit of checksums. A sequence length must divide it."
+    )
+    shard_tokens: int = Field(
+        default=100_000_000, gt=0, description="Tokens per shard, about; the shards come out even."
+    )
+    part_bytes: int = Field(
+        default=64 << 20,
+        gt=0,
+        description="Input bytes per part of the first pass: what one process does in one go, and about what a killed "
+        "prepare loses per process. Does not change the data set.",
+    )
+    processes: int | None = Field(
+        default=None, gt=0, description="Worker processes; unset: as many as cores. Does not change the data set."
+    )
+
+    @model_validator(mode="after")
+    def _block_numbers_fit(self) -> PrepareSettings:
+        if self.shard_tokens > 500_000 * self.block_tokens:
+            raise ValueError(
+                f"shard_tokens {self.shard_tokens} is over 500,000 blocks of block_tokens {self.block_tokens}: block "
+                "numbers have six digits. Make block_tokens larger or shard_tokens smaller"
+            )
+        return self
+
+    @property
+    def content(self) -> dict[str, Any]:
+        """The settings that decide what the data set holds (JSON)."""
+        return self.model_dump(mode="json", exclude={"output", "part_bytes", "processes"})

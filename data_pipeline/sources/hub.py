@@ -1,0 +1,95 @@
+"""Any data set that the `datasets` library opens: of the hub, or of local files; always streamed."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any, Literal
+
+from pydantic import Field
+
+from ..errors import DataError, UserError
+from .base import Document, Part, Source, Span, checked_text, file_stamp
+
+
+class DatasetsSource(Source):
+    """A `datasets` data set."""
+
+    kind: Literal["datasets"]
+    path: str = Field(description="Hub name (`allenai/c4`), local folder, or a format (`json`, `parquet`, `text`).")
+    name: str | None = Field(default=None, description="The configuration of the data set (`en`).")
+    split: str = Field(default="train", description="The split to read.")
+    revision: str | None = Field(default=None, description="Commit or tag on the hub; name one to pin the content.")
+    data_files: tuple[str, ...] | None = Field(default=None, description="Files or globs, for a format or a folder.")
+    text_field: str = Field(default="text", description="The column that holds the documents.")
+    url_field: str | None = Field(
+        default=None, description="A column that says where each document came from. Unset: path/split/shard#row."
+    )
+
+    def parts(self, part_bytes: int) -> list[Part]:
+        """One part per shard of the data set (for most: one per file)."""
+        shards = self._open().num_shards
+        return [Part((Span(self.path, shard, shard + 1),), 0) for shard in range(shards)]
+
+    def read(self, part: Part) -> Iterator[Document]:
+        """The rows of the part's shards."""
+        dataset = self._open()
+        for span in part.spans:
+            for shard in range(span.start, span.stop):
+                yield from self._rows(dataset.shard(dataset.num_shards, shard), shard)
+
+    def stamp(self) -> dict[str, Any]:
+        """The files behind the split: sizes of local ones, addresses (revision included) of remote ones."""
+        builder = self._builder()
+        files = (builder.config.data_files or {}).get(self.split, [])
+        stamps = {str(file): "remote" if "://" in str(file) else file_stamp(str(file)) for file in files}
+        return {"shards": self._open().num_shards, "builder": builder.hash or "", **stamps}
+
+    def _rows(self, rows: Any, shard: int) -> Iterator[Document]:
+        place = f"{self.path} ({self.split}), shard {shard}"
+        number = 0
+        try:
+            for number, row in enumerate(rows):
+                for field in filter(None, (self.text_field, self.url_field)):
+                    if field not in row:
+                        known = ", ".join(row)
+                        raise DataError(f"{place}: has no column {field!r}; its columns: {known}. Set text_field.")
+                text = checked_text(row[self.text_field], self.text_field, f"{place}, row {number}")
+                url = f"{self.path}/{self.split}/{shard}#row={number}"
+                if self.url_field is not None:
+                    url = checked_text(row[self.url_field], self.url_field, f"{place}, row {number}")
+                yield Document(text, url)
+        except _library_errors() as error:
+            raise DataError(f"{place}, after row {number}: {_one_line(error)}") from error
+
+    def _open(self) -> Any:
+        return self._call("load_dataset", split=self.split, streaming=True)
+
+    def _builder(self) -> Any:
+        return self._call("load_dataset_builder")
+
+    def _call(self, function: str, **options: Any) -> Any:
+        files = list(self.data_files) if self.data_files else None
+        if files:
+            options["data_files"] = {self.split: files}
+        try:
+            return getattr(_datasets(), function)(self.path, self.name, revision=self.revision, **options)
+        except _library_errors() as error:
+            raise UserError(f"data set {self.path!r} can't be opened: {_one_line(error)}") from error
+
+
+def _datasets() -> ModuleType:
+    try:
+        return importlib.import_module("datasets")
+    except ImportError as error:
+        raise UserError("a source of kind `datasets` needs the datasets library: pip install headrace[hf]") from error
+
+
+def _library_errors() -> tuple[type[Exception], ...]:
+    """What the library raises for a wrong name, a missing file or a bad record."""
+    return (OSError, ValueError, _datasets().exceptions.DatasetsError)
+
+
+def _one_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"
