@@ -1,0 +1,61 @@
+"""``pretrain-launch local``: a run under torchrun's agent on this machine, ending with the run's own exit code.
+
+torchrun hands no worker's exit code on, and says with a traceback what a stop on request is; so the agent is started
+through its interface, and why the run ended is read in attempts.jsonl.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, UserError
+from pretrain.config import load_config
+from pretrain.monitor import read_attempts
+
+
+def launch_local(path: Path, overrides: Sequence[str], ranks: int) -> int:
+    """Train with ``ranks`` processes on this machine; SIGTERM, SIGINT and SIGUSR1 are handed on to them.
+
+    Returns:
+        the exit code that the run recorded for this attempt; 1 when it recorded none (it was killed).
+
+    Raises:
+        UserError: the configuration is wrong; nothing was started.
+    """
+    if ranks < 1:
+        raise UserError(f"--ranks {ranks}: a run needs at least one process.")
+    folder = load_config(path, overrides).run_folder
+    before = len(read_attempts(folder))
+    # one thread pool a rank, together no more than the cores; torchrun's own default is one thread
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // ranks)))
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=ranks,
+        run_id=uuid.uuid4().hex,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "pretrain", "train", str(path), *overrides)
+        code = EXIT_DONE
+    except (ChildFailedError, SignalException):
+        code = EXIT_CRASH
+    finally:
+        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
+            signal.signal(number, signal.SIG_DFL)
+    attempts = read_attempts(folder)[before:]
+    recorded = attempts[-1].exit_code if attempts else None
+    return code if recorded is None else recorded

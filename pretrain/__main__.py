@@ -1,0 +1,85 @@
+"""The command ``pretrain``: train, evaluate, plan, report, verify-checkpoint."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline.errors import run_command
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file")]
+RunFolder = Annotated[Path, typer.Argument(help="folder of the run")]
+AsJson = Annotated[bool, typer.Option("--json", help="print one JSON object")]
+
+
+@app.command()
+def train(config: ConfigFile, overrides: Overrides = None) -> None:
+    """Start a run, or go on with it: the same command line does both. Under torchrun for several ranks."""
+    from .run import run_training
+
+    run_training(config, overrides or [])
+
+
+@app.command()
+def evaluate(
+    run: RunFolder,
+    checkpoint: Annotated[Path | None, typer.Option(help="a step_... folder; the run's newest if left out")] = None,
+    sequences: Annotated[
+        int | None, typer.Option(min=1, help="held-out sequences of each source; all if left out")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Score a checkpoint on the held-out split, in this process alone."""
+    from .evaluate_run import evaluate_run
+    from .monitor import evaluation_line
+
+    line = evaluate_run(run, checkpoint, sequences)
+    print(json.dumps(line) if as_json else evaluation_line(line))
+
+
+@app.command()
+def plan(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    ranks: Annotated[int, typer.Option(min=1, help="number of ranks to plan for")] = 1,
+    as_json: AsJson = False,
+) -> None:
+    """Check a configuration and its data without starting anything, and say what the run will be."""
+    from .plan import make_plan, show_plan
+
+    planned = make_plan(config, overrides or [], ranks)
+    print(json.dumps(planned) if as_json else show_plan(planned))
+
+
+@app.command()
+def report(run: RunFolder) -> None:
+    """Write report.html into the run folder: curves, weights, throughput, attempts, configuration."""
+    from .report import write_report
+
+    print(write_report(run))
+
+
+@app.command("verify-checkpoint")
+def verify_checkpoint(checkpoint: Annotated[Path, typer.Argument(help="a step_... folder")]) -> None:
+    """Read every byte of a checkpoint and compare it with its manifest."""
+    from .checkpoint import intact, read_state
+
+    files = intact(checkpoint)
+    step, size = read_state(checkpoint)["step"], sum(file.bytes for file in files)
+    print(f"{checkpoint}: step {step:,}, {len(files)} files, {size:,} bytes, all as they were saved")
+
+
+def main() -> None:
+    """Entry point of the console script."""
+    sys.exit(run_command(app))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+"""Checkpoints: saved completely or not at all, found again, verified."""
+
+from .manifest import intact, read_manifest
+from .store import CheckpointError, CheckpointStore, complete_checkpoints, read_state, step_of
+
+__all__ = [
+    "CheckpointError",
+    "CheckpointStore",
+    "complete_checkpoints",
+    "intact",
+    "read_manifest",
+    "read_state",
+    "step_of",
+]

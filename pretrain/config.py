@@ -1,0 +1,197 @@
+"""The configuration of a run: one typed, closed tree (laws 7 and 8), read by ``load_config``.
+
+Every field says below it what it means and in which unit. What two fields demand of each other is checked here, what
+a field demands of the data or of the number of ranks is checked by :mod:`pretrain.check` before any work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from data_pipeline.settings import Settings, load_settings
+
+from .model.settings import ModelSettings
+from .objective.settings import ObjectiveSettings
+from .optimizer.settings import OptimizerSettings, ScheduleSettings
+
+
+class RunSettings(Settings):
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is ``folder/name``."""
+    folder: str = "runs"
+    """Folder that holds the runs, relative to the working directory."""
+    seed: int = Field(default=1, ge=0, lt=2**63)
+    """Fixes the initial weights and the order of the data."""
+
+
+class SourceSettings(Settings):
+    path: str
+    """A data set folder written by ``pretrain-data prepare``."""
+    domain: str | None = None
+    """One domain of the data set; ``null`` takes all of them as one source."""
+    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    """Share of the sequences, relative to the other sources' weights."""
+    max_epochs: int | None = Field(default=1, ge=1)
+    """How often a sequence may be seen; ``null`` sets no bound. A run that needs more is refused before it starts."""
+
+
+class PhaseSettings(Settings):
+    start: int = Field(ge=1)
+    """Position (sequences since the beginning of the run) at which these weights begin."""
+    weights: dict[str, float]
+    """A weight for every source, by name."""
+
+
+class DataSettings(Settings):
+    sources: dict[str, SourceSettings] = Field(min_length=1)
+    """What to train on, by name. The order hangs on the names: renaming a source reshuffles it."""
+    phases: tuple[PhaseSettings, ...] = ()
+    """Changes of the mixture along the run, in order of ``start``."""
+    tokenizer: str | None = None
+    """A SentencePiece model that must be the data sets' own; ``null`` takes theirs."""
+    seq_len: int = Field(ge=2)
+    """Tokens in a sequence; must divide the data sets' block length."""
+    order: Literal["full"] = "full"
+    """``full``: any sequence of a source may come anywhere in its epoch."""
+    prefetch: int = Field(default=4, ge=0)
+    """Optimizer steps prepared ahead by a thread; 0 reads in the training thread."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataSettings:
+        if not any(source.weight > 0 for source in self.sources.values()):
+            raise ValueError("all sources have weight 0; give at least one a positive weight")
+        starts = [phase.start for phase in self.phases]
+        if starts != sorted(set(starts)):
+            raise ValueError(f"phases must start at increasing positions, got {starts}")
+        for phase in self.phases:
+            if set(phase.weights) != set(self.sources):
+                raise ValueError(
+                    f"the phase at {phase.start} weighs {sorted(phase.weights)}, but the sources are "
+                    f"{sorted(self.sources)}; give every source a weight"
+                )
+        return self
+
+
+class TrainingSettings(Settings):
+    steps: int | None = Field(default=None, ge=1)
+    """Optimizer steps of the whole run. Exactly one of ``steps`` and ``tokens`` is given."""
+    tokens: int | None = Field(default=None, ge=1)
+    """Tokens of the whole run, rounded up to whole optimizer steps."""
+    global_batch: int = Field(ge=1)
+    """Sequences in an optimizer step, over all ranks and accumulation steps."""
+    micro_batch: int = Field(ge=1)
+    """Sequences of one rank in one forward pass."""
+    precision: Literal["fp32", "bf16"] = "bf16"
+    """Of parameters, activations and gradients in forward and backward; the optimizer's copy is always fp32."""
+    activation_checkpointing: Literal["none", "full"] = "none"
+    """``full`` recomputes every block in the backward pass."""
+    compile: bool = False
+    """Compile every block with torch.compile."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainingSettings:
+        if (self.steps is None) == (self.tokens is None):
+            raise ValueError("give exactly one of training.steps and training.tokens")
+        if self.global_batch % self.micro_batch:
+            below = self.global_batch // self.micro_batch * self.micro_batch
+            nearest = [multiple for multiple in (below, below + self.micro_batch) if multiple]
+            raise ValueError(
+                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}; "
+                f"the nearest multiples are {' and '.join(map(str, nearest))}"
+            )
+        return self
+
+
+class EngineSettings(Settings):
+    zero_stage: Literal[0, 1, 2, 3] = 1
+    """What DeepSpeed shards over the ranks: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters."""
+    offload_optimizer: Literal["none", "cpu"] = "none"
+    """``cpu`` keeps the optimizer's state and step in host memory (stages 1 to 3)."""
+    overlap_communication: bool = False
+    """Reduce gradients while the backward pass goes on (stages 1 to 3)."""
+    bucket_elements: int = Field(default=50_000_000, ge=1)
+    """Gradient elements reduced in one collective."""
+    persistence_threshold: int = Field(default=100_000, ge=0)
+    """Stage 3: parameters with fewer elements stay whole on every rank."""
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
+    """Further DeepSpeed configuration keys, passed through; a key that Headrace sets itself is refused."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EngineSettings:
+        if self.zero_stage == 0 and self.offload_optimizer != "none":
+            raise ValueError("offload_optimizer=cpu needs zero_stage 1, 2 or 3; stage 0 can't offload")
+        if self.zero_stage == 0 and self.overlap_communication:
+            raise ValueError("overlap_communication needs zero_stage 1, 2 or 3; stage 0 does not overlap")
+        return self
+
+
+class CheckpointSettings(Settings):
+    every_steps: int | None = Field(default=500, ge=1)
+    """Optimizer steps between saves; ``null`` saves only at the end and on a signal."""
+    keep_last: int = Field(default=2, ge=1)
+    """How many of the newest complete checkpoints to keep."""
+    keep_every: int | None = Field(default=None, ge=1)
+    """Checkpoints at multiples of this many steps are kept for good."""
+
+
+class EvaluationSettings(Settings):
+    every_steps: int | None = Field(default=500, ge=1)
+    """Optimizer steps between evaluations on the held-out split, and one at the end; ``null`` evaluates never."""
+    sequences: int | None = Field(default=None, ge=1)
+    """Held-out sequences of each source (the first of the split); ``null`` takes all."""
+
+
+class MonitorSettings(Settings):
+    log_every: int = Field(default=1, ge=1)
+    """Optimizer steps between lines of metrics.jsonl and of the progress output."""
+    tensorboard: bool = True
+    """Write TensorBoard event files."""
+
+
+class ResilienceSettings(Settings):
+    collective_timeout_seconds: int = Field(default=1800, ge=1)
+    """A collective that takes longer means a lost rank: the run ends with an error."""
+
+
+class Config(Settings):
+    """One run. ``pretrain train FILE [section.key=value ...]`` reads it; the run folder keeps the resolved form."""
+
+    run: RunSettings
+    data: DataSettings
+    model: ModelSettings
+    objective: ObjectiveSettings = ObjectiveSettings()
+    optimizer: OptimizerSettings = OptimizerSettings()
+    schedule: ScheduleSettings = ScheduleSettings()
+    training: TrainingSettings
+    engine: EngineSettings = EngineSettings()
+    checkpoint: CheckpointSettings = CheckpointSettings()
+    evaluation: EvaluationSettings = EvaluationSettings()
+    monitor: MonitorSettings = MonitorSettings()
+    resilience: ResilienceSettings = ResilienceSettings()
+    resume: str = "auto"
+    """``auto``: the newest complete checkpoint of the run folder. ``never``: start over; what the folder held is set
+    aside. Else the path of a checkpoint, used when the run folder has none of its own."""
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.run.folder) / self.run.name
+
+    @property
+    def tokens_per_step(self) -> int:
+        return self.training.global_batch * self.data.seq_len
+
+    @property
+    def total_steps(self) -> int:
+        if self.training.steps is not None:
+            return self.training.steps
+        assert self.training.tokens is not None
+        return -(-self.training.tokens // self.tokens_per_step)
+
+
+def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:
+    """Read a run's configuration. Raises UserError that names every key, value and nearest valid key."""
+    return load_settings(Config, path, overrides)

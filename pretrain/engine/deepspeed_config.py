@@ -1,0 +1,96 @@
+"""DeepSpeed's configuration, made from ours."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from data_pipeline.errors import UserError
+from pretrain.config import Config
+
+
+def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
+    """The dictionary that ``deepspeed.initialize`` takes for this run on ``world_size`` ranks.
+
+    Raises:
+        UserError: the batch does not divide, or ``engine.deepspeed`` sets a key that Headrace sets itself.
+    """
+    settings, training = config.engine, config.training
+    zero: dict[str, Any] = {"stage": settings.zero_stage}
+    if settings.zero_stage:
+        zero["overlap_comm"] = settings.overlap_communication
+        zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = settings.bucket_elements
+    if settings.zero_stage == 3:
+        zero["stage3_param_persistence_threshold"] = settings.persistence_threshold
+    if settings.offload_optimizer == "cpu":
+        zero["offload_optimizer"] = {"device": "cpu"}
+    ours: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": training.micro_batch,
+        "gradient_accumulation_steps": accumulation_steps(config, world_size),
+        # stage 0 in fp32 has no DeepSpeed optimizer around ours: the engine clips there itself, to know the norm
+        "gradient_clipping": 0.0 if clips_itself(config) else config.optimizer.clip_norm,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": None,
+    }
+    if training.precision == "bf16":
+        ours["bf16"] = {"enabled": True}
+        if settings.zero_stage:
+            ours["data_types"] = {"grad_accum_dtype": "fp32"}
+    return _pass_through(ours, settings.deepspeed)
+
+
+def clips_itself(config: Config) -> bool:
+    """Whether the engine clips gradients itself because no DeepSpeed optimizer does (stage 0, fp32)."""
+    return config.engine.zero_stage == 0 and config.training.precision == "fp32"
+
+
+def accumulation_steps(config: Config, world_size: int) -> int:
+    """Micro-steps of an optimizer step. Raises UserError when the batch does not divide."""
+    together = config.training.micro_batch * world_size
+    if config.training.global_batch % together:
+        total = config.training.global_batch
+        fitting = [ranks for ranks in range(1, total + 1) if total % (config.training.micro_batch * ranks) == 0]
+        raise UserError(
+            f"training.global_batch = {total} is not a multiple of micro_batch {config.training.micro_batch} x "
+            f"{world_size} ranks = {together}. Change global_batch to a multiple of {together}, or use one of these "
+            f"numbers of ranks: {', '.join(map(str, fitting))}."
+        )
+    return config.training.global_batch // together
+
+
+def _pass_through(ours: dict[str, Any], extra: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    merged = dict(ours)
+    for key, value in extra.items():
+        own = ours.get(key)
+        if isinstance(own, dict) and isinstance(value, dict):
+            merged[key] = _pass_through(own, value, f"{prefix}{key}.")
+        elif key in ours or prefix + key in _DERIVED:
+            raise UserError(
+                f"engine.deepspeed.{prefix}{key} = {value!r} contradicts what Headrace sets there "
+                f"({ours.get(key, 'from ' + _DERIVED.get(prefix + key, ''))!r}). Use the settings of Headrace: "
+                "training, optimizer, schedule and engine."
+            )
+        else:
+            merged[key] = _lists(value)
+    return merged
+
+
+def _lists(value: Any) -> Any:
+    """Tuples of the immutable settings back to the lists that DeepSpeed expects."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+_DERIVED = {
+    "train_batch_size": "training.global_batch",
+    "optimizer": "optimizer",
+    "scheduler": "schedule",
+    "fp16": "training.precision",
+    "bf16": "training.precision",
+    "data_types": "training.precision",
+    "zero_optimization.offload_optimizer": "engine.offload_optimizer",
+    "zero_optimization.stage3_param_persistence_threshold": "engine.persistence_threshold",
+}
+"""Keys that Headrace decides even where it leaves them out, and the setting each comes from."""

@@ -1,0 +1,178 @@
+"""The engine: what Headrace asks of DeepSpeed. Nothing outside this folder knows DeepSpeed."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from data_pipeline import Batch
+from data_pipeline.errors import HeadraceError
+from pretrain.config import Config
+from pretrain.distributed import Distributed
+from pretrain.model import Decoder, fill
+from pretrain.optimizer import build_optimizer, parameter_groups
+
+from .deepspeed_config import clips_itself, deepspeed_config
+
+if TYPE_CHECKING:
+    from .files import CheckpointFiles
+
+TAG = "deepspeed"
+"""Name of DeepSpeed's folder inside a checkpoint."""
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet and without the compilation of a kernel that only its inference uses."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = importlib.import_module("deepspeed")
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # `deepspeed.comm` rebinds the name `torch`, so the module has to be fetched by its full name
+    communication: Any = importlib.import_module("deepspeed.comm.torch")
+    communication.build_shm_op = lambda: None
+    return deepspeed
+
+
+class Engine:
+    """A decoder under DeepSpeed ZeRO: forward, backward, step, save and load.
+
+    Gradients are averaged over the ranks and summed over the micro-steps of an optimizer step; the losses handed to
+    :meth:`backward` carry the whole normalisation (``objective.terms.engine_loss``).
+
+    Args:
+        config: the run's configuration, checked for this number of ranks.
+        vocab_size: of the data's tokenizer.
+        ranks: this process among its peers.
+    """
+
+    def __init__(self, config: Config, vocab_size: int, ranks: Distributed) -> None:
+        deepspeed = import_deepspeed()
+        settings = deepspeed_config(config, ranks.world_size)
+        self._clip_norm = config.optimizer.clip_norm
+        self._clips_itself = clips_itself(config)
+        self._stage = config.engine.zero_stage
+        self.ranks = ranks
+        deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
+        model = self._build(deepspeed, config, vocab_size, settings)
+        if config.training.compile:
+            for block in model.blocks:
+                block.compile()
+        groups = parameter_groups(model.named_parameters(), config.optimizer)
+        self._engine, self._optimizer, _, _ = deepspeed.initialize(
+            model=model,
+            optimizer=build_optimizer(groups, config.optimizer),
+            config=settings,
+            dist_init_required=False,
+        )
+        from .files import CheckpointFiles  # imports DeepSpeed, which has to find its accelerator chosen
+
+        self._engine.checkpoint_engine = CheckpointFiles(self._engine.checkpoint_engine)
+
+    def _build(self, deepspeed: Any, config: Config, vocab_size: int, settings: dict[str, Any]) -> Decoder:
+        """The decoder with its initial weights: the same for every stage and number of ranks."""
+
+        def decoder() -> Decoder:
+            return Decoder(config.model, vocab_size, config.training.activation_checkpointing)
+
+        seed = config.run.seed
+        if self._stage < 3:
+            model = decoder()
+            for name, parameter in model.named_parameters():
+                fill(model, name, parameter.data, seed)
+            return model
+        # every parameter is split over the ranks as soon as it is made, so no rank ever holds the whole model
+        with deepspeed.zero.Init(config_dict_or_path=settings):
+            model = decoder()
+        for name, parameter in model.named_parameters():
+            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
+                if self.ranks.rank == 0:
+                    fill(model, name, parameter.data, seed)
+        return model
+
+    @property
+    def skipped_steps(self) -> int:
+        """Optimizer steps whose update DeepSpeed left out because the gradient was not finite."""
+        return int(self._engine.skipped_steps)
+
+    def forward(self, batch: Batch) -> Tensor:
+        """Logits [b, T, V] of a batch on this rank's device."""
+        logits: Tensor = self._engine(batch.tokens, batch.positions, batch.document_ids, batch.single_document)
+        return logits
+
+    def evaluating(self, evaluating: bool) -> None:
+        self._engine.train(not evaluating)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradient of ``loss`` (scalar); reduces over the ranks after the step's last micro-step."""
+        self._engine.backward(loss, scale_wrt_gas=False)
+        if not self._engine.is_gradient_accumulation_boundary():
+            self._engine.step()  # only counts the micro-step
+
+    def step(self, learning_rate: float) -> Tensor | float:
+        """Clip the gradient by its global norm and update the parameters.
+
+        Args:
+            learning_rate: of this step; a group's own ``lr_scale`` multiplies it.
+
+        Returns:
+            the norm of the whole gradient before clipping.
+        """
+        for group in self._optimizer.param_groups:
+            group["lr"] = learning_rate * group["lr_scale"]
+        norm = self._clip() if self._clips_itself else None
+        self._engine.step()
+        return self._engine.get_global_grad_norm() if norm is None else norm
+
+    def _clip(self) -> Tensor:
+        parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
+        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if self._clip_norm:
+            nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
+        return norm
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write this rank's part of the engine's state below ``folder`` and flush it to the disk.
+
+        Collective. A rank whose disk fails still takes part in the others' barriers.
+
+        Returns:
+            the files that this rank wrote.
+
+        Raises:
+            OSError: this rank could not write (on the rank concerned only).
+        """
+        files: CheckpointFiles = self._engine.checkpoint_engine
+        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        return files.written()
+
+    def load(self, folder: Path) -> None:
+        """Restore what :meth:`save` wrote on the same number of ranks and ZeRO stage. Collective."""
+        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
+        if path is None:
+            raise HeadraceError(
+                f"DeepSpeed found no state to load below {folder / TAG}, though its files are complete."
+            )
+
+    def full_parameters(self) -> dict[str, Tensor]:
+        """Every parameter, whole, in fp32 from the optimizer's own copy, on the CPU. Collective."""
+        return self._whole("safe_get_full_fp32_param", lambda parameter: parameter.data)
+
+    def full_gradients(self) -> dict[str, Tensor]:
+        """Every reduced gradient, whole, in fp32, on the CPU; between the last backward and the step. Collective."""
+        return self._whole("safe_get_full_grad", lambda parameter: parameter.grad)
+
+    def _whole(self, getter: str, plain: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+        read = plain if self._stage == 0 else getattr(import_deepspeed().utils, getter)
+        whole: dict[str, Tensor] = {}
+        for name, parameter in self._engine.module.named_parameters():
+            value = read(parameter)
+            if value is not None:
+                whole[name] = value.detach().float().cpu().clone()
+        return whole

@@ -1,0 +1,27 @@
+"""Whole weights out of a checkpoint, on one process, by DeepSpeed's own tool."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .engine import TAG, import_deepspeed
+
+
+def load_weights(checkpoint: Path) -> dict[str, Tensor]:
+    """Every parameter of a checkpoint in fp32, by name, whatever ZeRO stage and number of ranks saved it.
+
+    Args:
+        checkpoint: a complete checkpoint folder.
+    """
+    import_deepspeed()
+    if any((checkpoint / TAG).glob("*optim_states.pt")):
+        tool = importlib.import_module("deepspeed.utils.zero_to_fp32")
+        weights: dict[str, Tensor] = tool.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
+        return weights
+    # stage 0 shards nothing: the module lies whole in the one file
+    state = torch.load(checkpoint / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
+    return {name: tensor.float() for name, tensor in state["module"].items()}

@@ -1,0 +1,37 @@
+"""Per-sequence cross-entropy sums, and the log-partition that the z-loss needs."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def sequence_cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+    """Sum over each sequence's labels of −log p(label), in fp32.
+
+    Args:
+        logits: [b, T, V], any floating dtype.
+        labels: [b, T] int64; where the mask is off any valid index.
+        loss_mask: [b, T] bool.
+
+    Returns:
+        [b] fp32, nats; 0 for a sequence without labels.
+    """
+    batch, length, vocabulary = logits.shape
+    targets = labels.masked_fill(~loss_mask, -100).view(-1)
+    losses = F.cross_entropy(logits.float().view(-1, vocabulary), targets, reduction="none", ignore_index=-100)
+    return losses.view(batch, length).sum(dim=1)
+
+
+def sequence_squared_log_partition(logits: Tensor, loss_mask: Tensor) -> Tensor:
+    """Sum over each sequence's labelled tokens of (log Σ_v exp z_v)², in fp32 (PaLM, arXiv 2204.02311, section 5).
+
+    Args:
+        logits: [b, T, V]; loss_mask: [b, T] bool.
+
+    Returns:
+        [b] fp32.
+    """
+    log_partition = torch.logsumexp(logits.float(), dim=-1)
+    return (log_partition.square() * loss_mask).sum(dim=1)

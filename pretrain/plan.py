@@ -1,0 +1,65 @@
+"""``pretrain plan``: everything about a run that can be known before it starts (law 8)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from .config import load_config
+from .data import open_data
+from .engine import accumulation_steps, deepspeed_config
+from .model import count_parameters, flops_per_token
+
+
+def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any]:
+    """The plan of a run on ``ranks`` ranks, as JSON has it.
+
+    Raises:
+        UserError: whatever would stop the run before its first step.
+    """
+    config = load_config(path, overrides)
+    accumulation = accumulation_steps(config, ranks)
+    deepspeed_config(config, ranks)
+    data = open_data(config)
+    vocabulary = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
+    parameters = count_parameters(config.model, vocabulary)
+    sequences = config.total_steps * config.training.global_batch
+    tokens = sequences * config.data.seq_len
+    needed = data.order.needed(sequences).tolist()
+    per_token = flops_per_token(config.model, vocabulary, config.data.seq_len)
+    return {
+        "run_folder": str(config.run_folder),
+        "parameters": parameters.total,
+        "non_embedding_parameters": parameters.non_embedding,
+        "vocab_size": vocabulary,
+        "flops_per_token": per_token,
+        "flops": per_token * tokens,
+        "steps": config.total_steps,
+        "sequences": sequences,
+        "tokens": tokens,
+        "tokens_per_step": config.tokens_per_step,
+        "accumulation_steps": accumulation,
+        "sources": {
+            name: {"sequences": source.sequences, "drawn": drawn, "epochs": drawn / source.sequences}
+            for name, source, drawn in zip(data.names, data.sources, needed, strict=True)
+        },
+    }
+
+
+def show_plan(plan: dict[str, Any]) -> str:
+    """A plan for people."""
+    lines = [
+        f"run folder    {plan['run_folder']}",
+        f"model         {plan['parameters']:,} parameters, {plan['non_embedding_parameters']:,} outside embedding and "
+        f"head; vocabulary {plan['vocab_size']:,}",
+        f"training      {plan['steps']:,} steps of {plan['tokens_per_step']:,} tokens = {plan['tokens']:,} tokens; "
+        f"{plan['accumulation_steps']} micro-steps a step",
+        f"arithmetic    {plan['flops_per_token']:.3e} FLOPs a token, {plan['flops']:.3e} in all",
+    ]
+    for name, source in plan["sources"].items():
+        lines.append(
+            f"source        {name}: {source['drawn']:,} of its {source['sequences']:,} sequences = "
+            f"{source['epochs']:.2f} epochs"
+        )
+    return "\n".join(lines)

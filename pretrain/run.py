@@ -1,0 +1,189 @@
+"""``pretrain train``: from the command line to an exit code, with every rank ending for the same reason."""
+
+from __future__ import annotations
+
+import socket
+import sys
+import traceback
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import NoReturn, TypeVar
+
+from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, HeadraceError, UserError
+
+from .checkpoint import CheckpointError, CheckpointStore, intact
+from .config import Config, load_config
+from .data import RunData, open_data
+from .distributed import Distributed, finish, start
+from .engine import Engine, accumulation_steps
+from .monitor import AttemptsLog, Monitor, Reason, read_attempts
+from .run_folder import CHECKPOINTS, open_run_folder, set_aside, versions, write_config
+from .signals import StopRequest
+from .state import TrainState, resume_state
+from .train import NonFiniteError, StoppedError, Trainer
+
+T = TypeVar("T")
+
+START_TIMEOUT_SECONDS = 300
+"""For the ranks to find each other when the configuration, which holds the real one, could not be read."""
+
+
+class AgreedError(HeadraceError):
+    """Every rank raises it together, with the exit code of the error that a rank had."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+TOGETHER = (AgreedError, CheckpointError, NonFiniteError, StoppedError)
+"""Errors that all ranks raise at the same place, so that they can still wait for each other."""
+
+
+def run_training(path: Path, overrides: Sequence[str]) -> NoReturn:
+    """Train the run that ``path`` and ``overrides`` describe, and end the process with the exit code of the reason."""
+    stop = StopRequest()
+    config, failure = _attempt(lambda: load_config(path, overrides))
+    ranks = start(config.resilience.collective_timeout_seconds if config else START_TIMEOUT_SECONDS)
+    session = Session(ranks)
+    try:
+        session.run(_agreed(ranks, config, failure), stop)
+        code = session.end("done", EXIT_DONE)
+    except StoppedError as error:
+        code = session.end("stopped", EXIT_STOPPED, error, signal="+".join(error.signals))
+    except NonFiniteError as error:
+        code = session.end("non_finite", error.exit_code, error)
+    except HeadraceError as error:
+        code = session.end("user_error" if error.exit_code == EXIT_USER_ERROR else "crash", error.exit_code, error)
+        finish(code, together=isinstance(error, TOGETHER))
+    except Exception as error:  # noqa: BLE001  # the last line of defence: the traceback is printed, the reason recorded
+        traceback.print_exc()
+        finish(session.end("crash", EXIT_CRASH, error), together=False)
+    finish(code, together=True)
+
+
+class Session:
+    """One start of a run on one rank: what has to be recorded when it ends, however it ends."""
+
+    def __init__(self, ranks: Distributed) -> None:
+        self._ranks = ranks
+        self._folder: Path | None = None
+        self._attempt = 0
+        self._trainer: Trainer | None = None
+        self._monitor: Monitor | None = None
+
+    def run(self, config: Config, stop: StopRequest) -> None:
+        """Check, start or resume, train. Raises what :meth:`Trainer.train` raises, and UserError before any work."""
+        ranks = self._ranks
+        self._folder = folder = together(ranks, lambda: open_run_folder(config))
+        attempts = AttemptsLog(folder) if ranks.rank == 0 else None
+        self._attempt = ranks.broadcast_object(len(read_attempts(folder)) + 1 if attempts else 0)
+        data = together(ranks, lambda: _check(config, ranks))
+        if config.resume == "never" and ranks.rank == 0:
+            set_aside(folder, self._attempt)
+        ranks.barrier()
+        store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint, ranks)
+        origin, damage = store.find()
+        if origin is None and config.resume not in ("auto", "never"):
+            given = Path(config.resume)
+            together(ranks, lambda: intact(given))
+            origin = given
+        state = TrainState()
+        if origin is not None:
+            found = origin
+            state = together(ranks, lambda: resume_state(found, config, data, ranks))
+        hosts = ranks.gather_objects(socket.gethostname())
+        if attempts:
+            write_config(folder, config, data.identity)
+            # a run that starts from another run's checkpoint has no lines of its own to keep or to cut
+            self._monitor = Monitor(folder, state.step, config.total_steps, config.monitor.tensorboard)
+            attempts.start(
+                hosts=sorted(set(hosts)),
+                world_size=ranks.world_size,
+                versions=versions(),
+                first_step=state.step + 1,
+                resumed_from=str(origin) if origin else None,
+                superseded_lines=self._monitor.superseded,
+                lost_steps=self._monitor.lost_steps,
+            )
+            for problem in damage:
+                self._monitor.event({"event": "damaged_checkpoint", "step": state.step, "message": problem})
+        engine = Engine(config, config.model.resolve_vocab_size(data.tokenizer.vocab_size), ranks)
+        if origin is not None:
+            store.load(origin, engine)
+        self._trainer = Trainer(config, data, ranks, engine, store, self._monitor, state)
+        self._trainer.train(stop)
+
+    def end(self, reason: Reason, code: int, error: BaseException | None = None, signal: str | None = None) -> int:
+        """Print why this rank ends, record it in attempts.jsonl; returns ``code``."""
+        ranks = self._ranks
+        agreed = error is None or isinstance(error, TOGETHER)
+        if error is not None and (ranks.rank == 0 or not agreed):
+            where = "" if agreed else f"rank {ranks.rank} on {socket.gethostname()}: "
+            label = "stopped" if reason == "stopped" else "error"
+            print(f"{label}: {where}{error}", file=sys.stderr, flush=True)
+        if self._monitor:
+            self._monitor.close()
+        if self._folder is None or (agreed and ranks.rank != 0):
+            return code
+        self._record(reason, code, "" if error is None else str(error), signal)
+        return code
+
+    def _record(self, reason: Reason, code: int, message: str, signal: str | None) -> None:
+        assert self._folder is not None
+        try:
+            log, known = AttemptsLog(self._folder), read_attempts(self._folder)
+            if len(known) < self._attempt:
+                log.start(
+                    hosts=[socket.gethostname()],
+                    world_size=self._ranks.world_size,
+                    versions=versions(),
+                    first_step=1,
+                    resumed_from=None,
+                )
+            elif known[-1].reason is not None:
+                return  # the rank whose failure ended this one's has said why
+            step = self._trainer.state.step if self._trainer else 0
+            log.stop(self._attempt, last_step=step, reason=reason, exit_code=code, message=message, signal=signal)
+        except (OSError, UserError) as error:
+            print(f"error: {self._folder / 'attempts.jsonl'} could not be written: {error}", file=sys.stderr)
+
+
+def _check(config: Config, ranks: Distributed) -> RunData:
+    accumulation_steps(config, ranks.world_size)
+    group = config.training.micro_batch * ranks.world_size
+    if config.objective.reweighting.strategy != "uniform" and group == 1:
+        raise UserError(
+            "objective.reweighting.strategy = "
+            f"{config.objective.reweighting.strategy!r} weighs the samples of a micro-step against each other, but "
+            "training.micro_batch x ranks = 1: every weight would be 1. Raise training.micro_batch."
+        )
+    return open_data(config)
+
+
+def _attempt(action: Callable[[], T]) -> tuple[T | None, HeadraceError | None]:
+    try:
+        return action(), None
+    except HeadraceError as error:
+        return None, error
+
+
+def together(ranks: Distributed, action: Callable[[], T]) -> T:
+    """``action`` (which communicates with nobody) on every rank; if it fails on any, all raise the same error."""
+    return _agreed(ranks, *_attempt(action))
+
+
+def _agreed(ranks: Distributed, value: T | None, failure: HeadraceError | None) -> T:
+    failures = ranks.gather_objects((str(failure), failure.exit_code) if failure else None)
+    by_message: dict[tuple[str, int], list[int]] = {}
+    for rank, item in enumerate(failures):
+        if item:
+            by_message.setdefault(item, []).append(rank)
+    if by_message:
+        parts = [
+            message if len(who) == ranks.world_size else f"{message} (ranks {', '.join(map(str, who))})"
+            for (message, _), who in by_message.items()
+        ]
+        raise AgreedError(" ".join(parts), max(code for _, code in by_message))
+    assert value is not None
+    return value

@@ -1,0 +1,80 @@
+"""The run folder: made, checked for writing, and given the resolved configuration."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import json
+import os
+import platform
+import subprocess
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from data_pipeline.errors import UserError
+from data_pipeline.files import publish_bytes
+
+from .config import Config
+
+CONFIG_FILE = "config.yaml"
+CHECKPOINTS = "checkpoints"
+
+
+def open_run_folder(config: Config) -> Path:
+    """Make the run folder and see that files can be written there. Raises UserError when not."""
+    folder = config.run_folder
+    probe = folder / f".probe.{os.getpid()}"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise UserError(
+            f"the run folder {folder} can't be written: {error.strerror}. Choose another run.folder or run.name, or "
+            "mend its permissions."
+        ) from error
+    return folder
+
+
+def write_config(folder: Path, config: Config, identity: dict[str, Any]) -> None:
+    """Publish ``config.yaml``: the resolved configuration, headed by the fingerprints of data and code."""
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    header = f"# data {digest}\n# code {json.dumps(versions())}\n"
+    publish_bytes(folder / CONFIG_FILE, (header + yaml.safe_dump(plain(config), sort_keys=False)).encode())
+
+
+def plain(config: Config) -> dict[str, Any]:
+    """The configuration as JSON has it: lists for tuples, every default spelled out."""
+    content: dict[str, Any] = json.loads(config.model_dump_json())
+    return content
+
+
+def set_aside(folder: Path, attempt: int) -> Path | None:
+    """``resume=never``: move what earlier attempts left into ``before_attempt_N``; None when there was nothing."""
+    present = [folder / name for name in (CHECKPOINTS, "metrics.jsonl", "tensorboard") if (folder / name).exists()]
+    if not present:
+        return None
+    target = folder / f"before_attempt_{attempt}"
+    target.mkdir()
+    for path in present:
+        os.rename(path, target / path.name)
+    return target
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Versions that decide what a run computes, and the commit of the code where it is a git checkout."""
+    found = {"python": platform.python_version()}
+    for package in ("headrace", "torch", "deepspeed"):
+        found[package] = importlib.metadata.version(package)
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        described = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False)
+    except (OSError, subprocess.TimeoutExpired):
+        return found
+    if described.returncode == 0:
+        found["commit"] = described.stdout.strip()
+    return found

@@ -1,0 +1,189 @@
+"""Training: the loop, and what stands around it — start, resume, evaluate, save, stop."""
+
+from __future__ import annotations
+
+import math
+import socket
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from data_pipeline import Step, StepLoader
+from data_pipeline.errors import EXIT_STOPPED, HeadraceError
+
+from .checkpoint import CheckpointStore
+from .config import Config
+from .data import RunData
+from .distributed import Distributed
+from .engine import Engine
+from .evaluation import evaluate, evaluation_metrics
+from .model import flops_per_token
+from .monitor import Monitor, peak_flops
+from .objective import Objective, StepStatistics
+from .optimizer import learning_rate
+from .signals import StopRequest, names
+from .state import TrainState, checkpoint_state
+from .step_metrics import step_metrics
+
+
+class NonFiniteError(HeadraceError):
+    """The loss or the gradient is not a number; nothing of it was saved."""
+
+
+class StoppedError(HeadraceError):
+    """A signal asked the run to stop; it has saved and can be started again."""
+
+    exit_code = EXIT_STOPPED
+
+    def __init__(self, signals: Sequence[str], step: int) -> None:
+        super().__init__(f"stopped on request ({', '.join(signals)}) after saving step {step}; start the same command")
+        self.signals = tuple(signals)
+
+
+@dataclass
+class Trainer:
+    """One attempt at a run, on one rank.
+
+    ``state`` is where the run stands; it only moves on when a step is done, so it is what a checkpoint may hold.
+    """
+
+    config: Config
+    data: RunData
+    ranks: Distributed
+    engine: Engine
+    store: CheckpointStore
+    monitor: Monitor | None
+    """On rank 0."""
+    state: TrainState
+
+    def train(self, stop: StopRequest) -> None:
+        """Train to the configured end.
+
+        Raises:
+            StoppedError: on a signal, after saving.
+            NonFiniteError: loss or gradient norm is NaN or infinite.
+            CheckpointError: a checkpoint could not be written.
+            DataError: a block of data is damaged.
+        """
+        config, total = self.config, self.config.total_steps
+        objective = Objective(config.objective, len(self.data.names), self.ranks)
+        if self._due(config.evaluation.every_steps) and self.state.step and not self.state.evaluated:
+            self.evaluate()  # the attempt before was stopped between the step and its evaluation
+        with self._loader() as loader:
+            while self.state.step < total:
+                started = time.perf_counter()
+                step = loader.next_step()
+                rate = learning_rate(self.state.step, total, config.schedule, config.optimizer.lr)
+                grad_norm = self._optimizer_step(objective, step, rate)
+                statistics = objective.end_step(stop.flags)
+                self._refuse_non_finite(statistics, float(grad_norm), step)
+                self.state = self.state.advance(config.training.global_batch, statistics.holes)
+                self._log(statistics, rate, float(grad_norm), time.perf_counter() - started, loader.waited)
+                finished = self.state.step == total
+                signals = [] if finished else names(statistics.flags)
+                if self._due(config.evaluation.every_steps) and not signals:
+                    self.evaluate()
+                if self._due(config.checkpoint.every_steps) or finished or signals:
+                    self.save()
+                if signals:
+                    raise StoppedError(signals, self.state.step)
+
+    def _optimizer_step(self, objective: Objective, step: Step, rate: float) -> torch.Tensor | float:
+        """One optimizer step over the global batch; returns the gradient norm before clipping."""
+        objective.begin_step(self.state.step, step.micro_batches)
+        for micro_batch in step.micro_batches:
+            batch = micro_batch.to(self.ranks.device)
+            self.engine.backward(objective.micro_step(self.engine.forward(batch), batch))
+        return self.engine.step(rate)
+
+    def _loader(self) -> StepLoader:
+        training = self.config.training
+        return StepLoader(
+            self.data.order,
+            self.data.sources,
+            rank=self.ranks.rank,
+            world_size=self.ranks.world_size,
+            micro_batch=training.micro_batch,
+            global_batch=training.global_batch,
+            seq_len=self.config.data.seq_len,
+            start_position=self.state.position,
+            end_position=self.state.position + (self.config.total_steps - self.state.step) * training.global_batch,
+            prefetch=self.config.data.prefetch,
+            pin_memory=self.ranks.device.type == "cuda",
+        )
+
+    def _due(self, every: int | None) -> bool:
+        """At multiples of ``every`` and at the end of the run."""
+        return every is not None and (self.state.step % every == 0 or self.state.step == self.config.total_steps)
+
+    def evaluate(self) -> None:
+        """Score the held-out split and log it."""
+        started = time.perf_counter()
+        self.engine.evaluating(True)
+        scores = evaluate(
+            self.engine.forward,
+            self.data.heldout,
+            torch.from_numpy(self.data.tokenizer.piece_bytes),
+            self.config.training.micro_batch,
+            self.config.evaluation.sequences,
+            self.ranks,
+        )
+        self.engine.evaluating(False)
+        self.state = replace(self.state, evaluated=True)
+        if self.monitor:
+            fields = evaluation_metrics(self.data.names, scores)
+            where = {"step": self.state.step, "position": self.state.position}
+            self.monitor.evaluation({**fields, **where, "seconds": time.perf_counter() - started})
+
+    def save(self) -> Path:
+        """Publish a checkpoint of the state as it is."""
+        return self.store.save(self.engine, checkpoint_state(self.state, self.config, self.data, self.ranks))
+
+    def _refuse_non_finite(self, statistics: StepStatistics, grad_norm: float, step: Step) -> None:
+        """Stop before anything of a poisoned step is saved; every rank sees the same numbers and decides the same."""
+        if math.isfinite(statistics.loss) and math.isfinite(statistics.objective) and math.isfinite(grad_norm):
+            return
+        first = step.position
+        raise NonFiniteError(
+            f"step {self.state.step + 1} on {socket.gethostname()}: loss {statistics.loss}, objective "
+            f"{statistics.objective}, gradient norm {grad_norm} at positions {first} to "
+            f"{first + self.config.training.global_batch - 1}. Nothing after step {self.state.step} was saved. Look at "
+            "these samples, or resume with a lower optimizer.lr or a smaller optimizer.clip_norm."
+        )
+
+    def _log(self, statistics: StepStatistics, rate: float, norm: float, seconds: float, waited: float) -> None:
+        step, settings = self.state.step, self.config.monitor
+        if not self.monitor or (step % settings.log_every and step != self.config.total_steps):
+            return
+        tokens_per_second = self.config.tokens_per_step / seconds
+        fields = step_metrics(statistics, self.data.names)
+        fields |= {
+            "step": step,
+            "position": self.state.position,
+            "tokens": self.state.position * self.config.data.seq_len,
+            "learning_rate": rate,
+            "grad_norm": norm,
+            "step_seconds": seconds,
+            "tokens_per_second": tokens_per_second,
+            "data_wait_seconds": waited,
+            "skipped": self.engine.skipped_steps,
+            "holes": self.state.holes,
+        }
+        if self._peak_tokens_per_second:
+            fields["mfu"] = tokens_per_second / self._peak_tokens_per_second
+        self.monitor.log(fields)
+
+    @cached_property
+    def _peak_tokens_per_second(self) -> float | None:
+        """What the devices could do at their peak; None where the peak is unknown."""
+        if self.ranks.device.type != "cuda":
+            return None
+        peak = peak_flops(torch.cuda.get_device_name(self.ranks.device), self.config.training.precision)
+        if peak is None:
+            return None
+        vocabulary = self.config.model.resolve_vocab_size(self.data.tokenizer.vocab_size)
+        return peak * self.ranks.world_size / flops_per_token(self.config.model, vocabulary, self.config.data.seq_len)

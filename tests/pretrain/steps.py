@@ -1,0 +1,174 @@
+"""Optimizer steps two ways: through our engine and objective, and as a plain PyTorch loop on one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data_pipeline.batches import Batch, make_batch
+from data_pipeline.settings import build_settings
+from pretrain.config import Config
+from pretrain.distributed import Distributed
+from pretrain.model import Decoder, initialize_
+
+VOCABULARY, LENGTH, EOS, GLOBAL_BATCH, STEPS = 64, 24, 2, 8, 3
+RATES = (1e-3, 7e-4, 3e-4)
+
+
+def tiny_config(**sections: dict[str, Any]) -> Config:
+    """A configuration with a model of about 20,000 parameters; ``sections`` are merged over it."""
+    plain: dict[str, dict[str, Any]] = {
+        "run": {"name": "tiny", "seed": 7},
+        "data": {"sources": {"a": {"path": "nowhere"}, "b": {"path": "nowhere"}}, "seq_len": LENGTH},
+        "model": {
+            "vocab_size": VOCABULARY,
+            "hidden_size": 32,
+            "layers": 2,
+            "heads": 4,
+            "kv_heads": 2,
+            "intermediate_size": 48,
+            # large initial weights spread the losses over nats: where they nearly agree, the weights of linupper
+            # magnify the last bit of a loss, in any implementation
+            "init_std": 0.4,
+        },
+        "optimizer": {"weight_decay": 0.1, "clip_norm": 0.5},
+        "training": {"steps": STEPS, "global_batch": GLOBAL_BATCH, "micro_batch": 1, "precision": "fp32"},
+        "engine": {"zero_stage": 0, "persistence_threshold": 0},
+    }
+    for name, content in sections.items():
+        plain[name] = {**plain.get(name, {}), **content}
+    return build_settings(Config, plain, "test")
+
+
+def ragged_rows(step: int) -> np.ndarray:
+    """[GLOBAL_BATCH, LENGTH + 1] tokens whose rows hold 4 to 23 labels; the last row of odd steps holds none."""
+    random = np.random.default_rng(100 + step)
+    rows = random.integers(3, VOCABULARY, (GLOBAL_BATCH, LENGTH + 1))
+    for row, labels in zip(rows, random.permutation(np.linspace(4, 23, GLOBAL_BATCH).astype(int)), strict=True):
+        row[labels + 1 :] = EOS
+        row[labels // 2] = EOS
+    if step % 2:
+        rows[-1] = EOS
+    return rows.astype(np.uint16)
+
+
+def batch_of(step: int, positions: np.ndarray) -> Batch:
+    """The batch that holds these rows of step ``step``; the first half of the rows is of source 0."""
+    rows = ragged_rows(step)[positions]
+    sources = (positions >= GLOBAL_BATCH // 2).astype(np.int64)
+    return make_batch(rows, EOS, sources, positions.astype(np.int64), positions.astype(np.int64))
+
+
+def micro_batches(step: int, ranks: Distributed, micro_batch: int) -> list[Batch]:
+    """This rank's micro-batches, by the rule of docs/architecture.md: micro-step, then rank, then row."""
+    together = ranks.world_size * micro_batch
+    starts = range(ranks.rank * micro_batch, GLOBAL_BATCH, together)
+    return [batch_of(step, np.arange(start, start + micro_batch)) for start in starts]
+
+
+def run_engine(config: Config, ranks: Distributed) -> dict[str, Any]:
+    """STEPS optimizer steps; the reduced gradient of the first and the parameters after the last, whole, fp32."""
+    from pretrain.engine import Engine
+    from pretrain.objective import Objective
+
+    engine = Engine(config, VOCABULARY, ranks)
+    objective = Objective(config.objective, 2, ranks)
+    seen: dict[str, Any] = {"losses": [], "objectives": [], "norms": [], "holes": []}
+    for step in range(STEPS):
+        batches = micro_batches(step, ranks, config.training.micro_batch)
+        objective.begin_step(step, batches)
+        for batch in batches:
+            engine.backward(objective.micro_step(engine.forward(batch), batch))
+        if step == 0:
+            seen["gradients"] = engine.full_gradients()
+        seen["norms"].append(float(engine.step(RATES[step])))
+        statistics = objective.end_step()
+        seen["losses"].append(statistics.loss)
+        seen["objectives"].append(statistics.objective)
+        seen["holes"].append(statistics.holes)
+    seen["parameters"] = engine.full_parameters()
+    return seen
+
+
+def run_plain(config: Config, group_size: int) -> dict[str, Any]:
+    """The same steps as a plain loop: one process, the whole batch at once, weights by the paper's formula in numpy."""
+    model = Decoder(config.model, VOCABULARY)
+    initialize_(model, config.run.seed)
+    model = model.to(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
+    masters = {name: p.detach().float().clone() for name, p in model.named_parameters()}
+    decayed = [p for name, p in masters.items() if "norm" not in name and "embedding" not in name]
+    plain = [p for name, p in masters.items() if "norm" in name or "embedding" in name]
+    settings = config.optimizer
+    optimizer = torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
+        betas=settings.betas,
+        eps=settings.eps,
+    )
+    seen: dict[str, Any] = {"losses": [], "objectives": [], "norms": []}
+    for step in range(STEPS):
+        batch = batch_of(step, np.arange(GLOBAL_BATCH))
+        with torch.no_grad():
+            for name, p in model.named_parameters():
+                p.copy_(masters[name])
+        model.zero_grad()
+        logits = model(batch.tokens, batch.positions, batch.document_ids, batch.single_document).float()
+        loss = plain_objective(logits, batch, config, group_size)
+        loss.backward()
+        for name, p in model.named_parameters():
+            assert p.grad is not None
+            masters[name].grad = p.grad.float().clone()
+        if step == 0:
+            seen["gradients"] = {name: p.grad.clone() for name, p in masters.items() if p.grad is not None}
+        norm = torch.sqrt(sum((p.grad.square().sum() for p in masters.values() if p.grad is not None), torch.zeros(())))
+        for p in masters.values():
+            assert p.grad is not None
+            p.grad *= min(1.0, settings.clip_norm / (norm.item() + 1e-6))
+        for group in optimizer.param_groups:
+            group["lr"] = RATES[step]
+        optimizer.step()
+        seen["norms"].append(norm.item())
+        seen["objectives"].append(loss.item())
+        labels = batch.labels.masked_fill(~batch.loss_mask, -100)
+        seen["losses"].append(F.cross_entropy(logits.detach().flatten(0, 1), labels.flatten()).item())
+    seen["parameters"] = masters
+    return seen
+
+
+def plain_objective(logits: Tensor, batch: Batch, config: Config, group_size: int) -> Tensor:
+    """The objective written out sequence by sequence, without any code of pretrain.objective."""
+    settings = config.objective
+    means, counts = [], []
+    for row in range(GLOBAL_BATCH):
+        chosen = logits[row][batch.loss_mask[row]].log_softmax(-1)
+        picked = chosen.gather(1, batch.labels[row][batch.loss_mask[row]][:, None])
+        counts.append(len(picked))
+        means.append(-picked.mean() if len(picked) else logits.sum() * 0.0)
+    weights = np.zeros(GLOBAL_BATCH)
+    for start in range(0, GLOBAL_BATCH, group_size):
+        members = [i for i in range(start, start + group_size) if counts[i]]
+        shares = np.array([counts[i] if settings.average == "token" else 1 for i in members], float)
+        scores = np.ones(len(members))
+        if settings.reweighting.strategy == "linupper" and members:
+            losses = np.array([means[i].item() for i in members])
+            spread = max(losses.max() - losses.min(), 1e-6)
+            h = (2 * losses - losses.max() - losses.min()) / spread
+            scores = np.exp(np.minimum(h + 1, 1) / settings.reweighting.temperature)
+        weights[members] = scores * shares / (scores * shares).sum() * shares.sum()
+    total = sum(counts) if settings.average == "token" else sum(count > 0 for count in counts)
+    loss = sum((float(w) * mean for w, mean in zip(weights, means, strict=True)), torch.zeros(())) / total
+    if settings.z_loss:
+        squares = torch.logsumexp(logits, -1).square() * batch.loss_mask
+        loss = loss + settings.z_loss * squares.sum() / sum(counts)
+    return loss
+
+
+def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    """||one - other|| / ||other|| over all tensors together, in float64."""
+    assert one.keys() == other.keys()
+    squares = sum(float((one[name].double() - other[name].double()).square().sum()) for name in one)
+    whole = sum(float(other[name].double().square().sum()) for name in other)
+    return float(np.sqrt(squares / whole))

@@ -1,0 +1,80 @@
+"""Law 2: the update is the same for every split of a global batch over ranks, micro-steps and ZeRO stages."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+
+from tests.ranks import run_on_ranks
+
+from .steps import GLOBAL_BATCH, relative_difference, run_engine, run_plain, tiny_config
+
+OBJECTIVES: dict[str, dict[str, Any]] = {
+    "uniform": {"z_loss": 1e-2},
+    "linupper-token": {"reweighting": {"strategy": "linupper", "temperature": 0.4}},
+    "linupper-sequence": {"average": "sequence", "reweighting": {"strategy": "linupper", "temperature": 0.4}},
+}
+
+
+def compare_all(precision: str) -> list[dict[str, Any]]:
+    """On one rank: every stage, split, tying and objective at this world size against the plain loop."""
+    import torch
+
+    from pretrain.distributed import start
+
+    ranks = start(60)
+    assert torch.get_num_threads() == 1
+    splits = [b for b in (1, 2, 8) if GLOBAL_BATCH % (b * ranks.world_size) == 0]
+    cases = [
+        (b, tied, name)
+        for b, tied, name in itertools.product(splits, (False, True), OBJECTIVES)
+        if not (name != "uniform" and b * ranks.world_size == 1)
+    ]
+    if precision == "bf16":
+        cases = [(splits[-1], tied, name) for tied, name in ((False, "linupper-token"), (True, "uniform"))]
+
+    def config(b: int, tied: bool, name: str, stage: int = 0) -> Any:
+        return tiny_config(
+            model={"tied_embeddings": tied},
+            objective=OBJECTIVES[name],
+            training={"steps": 3, "global_batch": GLOBAL_BATCH, "micro_batch": b, "precision": precision},
+            engine={"zero_stage": stage, "persistence_threshold": 0},
+        )
+
+    # the plain loop first: ZeRO-3 replaces torch's linear function for the whole process
+    expected = {case: run_plain(config(*case), case[0] * ranks.world_size) for case in cases}
+    results = []
+    for stage, case in itertools.product((0, 1, 2, 3), cases):
+        seen, reference = run_engine(config(*case, stage), ranks), expected[case]
+        assert seen["holes"] == [0, 1, 0]
+        results.append(
+            {
+                "case": f"world {ranks.world_size}, stage {stage}, micro-batch {case[0]}, tied {case[1]}, {case[2]}",
+                "gradient": relative_difference(seen["gradients"], reference["gradients"]),
+                "parameters": relative_difference(seen["parameters"], reference["parameters"]),
+                **{
+                    key: max(abs(a / b - 1) for a, b in zip(seen[key], reference[key], strict=True))
+                    for key in ("losses", "objectives", "norms")
+                },
+            }
+        )
+    return results
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_update_equals_one_process_fp32(world_size: int) -> None:
+    for result in run_on_ranks(compare_all, world_size, "fp32")[0]:
+        assert result["gradient"] < 1e-6, result
+        assert result["parameters"] < 1e-4, result
+        assert max(result["losses"], result["objectives"], result["norms"]) < 1e-5, result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_update_equals_one_process_bf16(world_size: int) -> None:
+    for result in run_on_ranks(compare_all, world_size, "bf16")[0]:
+        assert result["gradient"] < 1e-2, result
+        assert result["parameters"] < 1e-2, result
