@@ -55,7 +55,7 @@ class Manifest(Settings):
     pad_id: int
     tokenizer_sha256: str = Field(description="Of tokenizer.model.")
     shards: tuple[Shard, ...] = Field(description="In name order.")
-    sources: dict[str, dict[str, Any]] = Field(description="Per source: kind, domain and counts.")
+    sources: dict[str, dict[str, Any]] = Field(description="Per source: domain and counts.")
     settings: dict[str, Any] = Field(description="The settings that decide the content.")
 
     @property

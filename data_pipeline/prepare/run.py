@@ -49,7 +49,7 @@ def prepare(settings: PrepareSettings) -> Manifest:
         plan = {"settings": settings.content, "part_bytes": settings.part_bytes, "tokenizer": tokenizer.sha256}
         workspace.agree("plan", {**plan, "input": stamps})
         if (folder / MANIFEST_FILE).exists():
-            return read_manifest(folder)
+            return _finished(workspace)
         jobs = _part_jobs(settings, workspace)
         records = run_jobs(tokenise_part, jobs, settings.processes, "tokenise", "B", lambda job: job.part.bytes)
         sources = _count_sources(settings, records)
@@ -58,9 +58,7 @@ def prepare(settings: PrepareSettings) -> Manifest:
         _check_space(folder, sum(layout.shard_bytes(layout.blocks(job.tokens)) for job in shard_jobs))
         shards = run_jobs(gather_shard, shard_jobs, settings.processes, "write shards", "token", lambda job: job.tokens)
         write_manifest(folder, _manifest(settings, tokenizer, shards, sources))
-        shutil.rmtree(workspace.parts)
-        shutil.rmtree(workspace.shard_records)
-        return read_manifest(folder)
+        return _finished(workspace)
 
 
 def _stamps(settings: PrepareSettings) -> dict[str, Any]:
@@ -140,6 +138,13 @@ def _check_space(folder: Path, needed: int) -> None:
             f"{folder} needs {needed:,} bytes for its shards and its disk has {free:,} left. Free some and start the "
             "same command again: it continues."
         )
+
+
+def _finished(workspace: Workspace) -> Manifest:
+    """Drop what only a restart needs; the records of what was asked for stay."""
+    shutil.rmtree(workspace.parts)
+    shutil.rmtree(workspace.shard_records)
+    return read_manifest(workspace.folder)
 
 
 def _manifest(

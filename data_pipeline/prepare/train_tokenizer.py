@@ -78,11 +78,11 @@ def sample_text(sources: Mapping[str, Source], sample_bytes: int, heldout_fracti
                 utf8 = document.text.encode()
                 if is_heldout(content_id(utf8), heldout_fraction):
                     continue
-                taken = utf8[:quota].decode(errors="ignore")
-                yield taken
-                quota -= len(utf8[:quota])
-                share -= len(utf8[:quota])
-                if quota <= 0:
+                taken = utf8[:quota]
+                yield taken.decode(errors="ignore")
+                quota -= len(taken)
+                share -= len(taken)
+                if quota == 0:
                     break
 
 

@@ -1,0 +1,104 @@
+"""`pretrain-data`: the commands of this package. Heavy imports wait until a command needs them."""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .errors import EXIT_STOPPED, EXIT_USER_ERROR, run_command
+
+app = typer.Typer(
+    help="Text to WebDataset shards, and looking at them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Config = Annotated[Path, typer.Argument(help="A YAML file (see configs/data).")]
+Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: section.key=value.")]
+Folder = Annotated[Path, typer.Argument(help="A data set folder.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for another program.")]
+Processes = Annotated[int | None, typer.Option(min=1, help="Worker processes; as many as cores by default.")]
+
+
+@app.command()
+def tokenizer(config: Config, overrides: Overrides = None) -> None:
+    """Train the SentencePiece tokenizer of a data set (or take it from a file)."""
+    from .prepare import PrepareSettings, make_tokenizer
+    from .settings import load_settings
+
+    settings = load_settings(PrepareSettings, config, overrides or ())
+    made = make_tokenizer(settings)
+    print(f"{settings.output}/tokenizer.model: {made.vocab_size:,} pieces, SHA-256 {made.sha256}")
+
+
+@app.command()
+def prepare(config: Config, overrides: Overrides = None) -> None:
+    """Write a data set: tokenise the sources into shuffled shards. Start again to continue a killed one."""
+    from .inspect import inspect_dataset, render
+    from .prepare import PrepareSettings
+    from .prepare import prepare as write
+    from .settings import load_settings
+
+    settings = load_settings(PrepareSettings, config, overrides or ())
+    write(settings)
+    print(render(inspect_dataset(Path(settings.output))))
+
+
+@app.command()
+def inspect(
+    dataset: Folder,
+    samples: Annotated[int, typer.Option(min=0, help="Documents to decode of every domain and split.")] = 0,
+    entropy: Annotated[bool, typer.Option("--entropy", help="Measure the unigram entropy (reads all tokens).")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Print what a data set holds."""
+    from .inspect import inspect_dataset, render
+
+    report = inspect_dataset(dataset, samples, entropy)
+    print(json.dumps(report, indent=2) if as_json else render(report))
+
+
+@app.command()
+def verify(
+    dataset: Folder,
+    rebuild_sidecars: Annotated[
+        bool, typer.Option("--rebuild-sidecars", help="First write missing or damaged block indexes again.")
+    ] = False,
+    processes: Processes = None,
+    as_json: AsJson = False,
+) -> None:
+    """Read every byte of a data set and report all damage (exit code 2 if there is any)."""
+    from .verify import rebuild_indexes, verify_dataset
+
+    rebuilt = rebuild_indexes(dataset) if rebuild_sidecars else []
+    damage = verify_dataset(dataset, processes)
+    if as_json:
+        print(json.dumps({"rebuilt": rebuilt, "damage": [asdict(item) for item in damage]}, indent=2))
+    else:
+        for name in rebuilt:
+            print(f"rebuilt the block index of shard {name}")
+        print(f"{dataset}: {f'{len(damage)} problems' if damage else 'every byte is as written'}")
+    for item in damage:
+        print(f"damaged: {item}", file=sys.stderr)
+    if damage:
+        raise typer.Exit(EXIT_USER_ERROR)
+
+
+def main() -> int:
+    """The console script."""
+    try:
+        return run_command(app)
+    except KeyboardInterrupt:
+        print("stopped: start the same command again, it continues", file=sys.stderr)
+        return EXIT_STOPPED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,158 @@
+"""`pretrain-data inspect`: what a data set holds, samples of it, and how far a unigram model gets on it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from .errors import DataError
+from .layout import TOKENIZER_FILE
+from .manifest import HELDOUT, SPLITS, TRAIN, Manifest, Shard, read_manifest
+from .shard_reading import read_documents, read_tokens
+from .tokenizer import Tokenizer
+
+ALL = "all"
+
+
+def inspect_dataset(folder: Path, samples: int = 0, entropy: bool = False) -> dict[str, Any]:
+    """Everything `inspect` prints, as JSON-able values.
+
+    Args:
+        folder: the data set.
+        samples: documents to decode of every (domain, split), evenly spaced over its shards.
+        entropy: also measure :func:`unigram_entropy`.
+
+    Raises:
+        UserError: no data set there; DataError: it is damaged.
+    """
+    manifest = read_manifest(folder)
+    report: dict[str, Any] = {
+        "folder": str(folder),
+        "identity": manifest.identity,
+        "vocab_size": manifest.vocab_size,
+        "dtype": manifest.dtype,
+        "block_tokens": manifest.block_tokens,
+        "tokenizer_sha256": manifest.tokenizer_sha256,
+        "shards": len(manifest.shards),
+        "groups": _groups(manifest),
+        "sources": manifest.sources,
+    }
+    if samples:
+        report["samples"] = sample_documents(folder, manifest, samples)
+    if entropy:
+        report["entropy"] = unigram_entropy(folder, manifest)
+    return report
+
+
+def unigram_entropy(folder: Path, manifest: Manifest) -> dict[str, dict[str, float]]:
+    """Nats per token, EOS included, of the unigram model of all training tokens.
+
+    Returns:
+        ``train``: H(p) = -sum p log p, for ``all`` under the distribution of all training tokens, per domain under
+        that domain's own. ``heldout``: the cross-entropy of the held-out tokens, ``all`` and per domain, under the
+        distribution of all training tokens with one count added to every id (Laplace), so that it is finite. A model
+        that has learnt anything beyond token frequencies has a lower held-out loss.
+    """
+    counts = {
+        split: {
+            domain: _count(folder, manifest, [s for s in manifest.shards if (s.domain, s.split) == (domain, split)])
+            for domain in manifest.domains
+        }
+        for split in SPLITS
+    }
+    for split in SPLITS:
+        counts[split][ALL] = np.sum(list(counts[split].values()), axis=0)
+    smoothed = counts[TRAIN][ALL] + 1
+    nats = -np.log(smoothed / smoothed.sum())
+    train = {domain: _entropy(count) for domain, count in counts[TRAIN].items() if count.any()}
+    heldout = {domain: float(nats @ count / count.sum()) for domain, count in counts[HELDOUT].items() if count.any()}
+    return {TRAIN: train, HELDOUT: heldout}
+
+
+def sample_documents(folder: Path, manifest: Manifest, samples: int) -> list[dict[str, Any]]:
+    """Decoded documents: ``samples`` of every (domain, split), evenly spaced."""
+    tokenizer = Tokenizer.load(folder / TOKENIZER_FILE)
+    if tokenizer.sha256 != manifest.tokenizer_sha256:
+        raise DataError(f"{folder / TOKENIZER_FILE} is not the tokenizer of this data set. Restore it from a copy.")
+    found: list[dict[str, Any]] = []
+    for group in _groups(manifest):
+        shards = manifest.select(group["domain"], group["split"])
+        count = min(samples, group["documents"])
+        wanted = [group["documents"] * i // count for i in range(count)]
+        first = 0
+        for shard in shards:
+            rows = [row - first for row in wanted if first <= row < first + shard.documents]
+            found += _decoded(folder, manifest, shard, rows, tokenizer) if rows else []
+            first += shard.documents
+    return found
+
+
+def render(report: dict[str, Any]) -> str:
+    """The report of :func:`inspect_dataset` as text for people."""
+    lines = [
+        f"data set   {report['folder']}",
+        f"identity   {report['identity']}",
+        f"tokenizer  {report['vocab_size']:,} pieces, {report['tokenizer_sha256'][:16]}",
+        f"format     {report['shards']} shards of blocks of {report['block_tokens']:,} {report['dtype']} tokens",
+        "",
+        f"{'domain':<16}{'split':<9}{'shards':>7}{'documents':>12}{'tokens':>16}{'text bytes':>16}{'bytes/token':>13}",
+    ]
+    for group in report["groups"]:
+        lines.append(
+            f"{group['domain']:<16}{group['split']:<9}{group['shards']:>7,}{group['documents']:>12,}"
+            f"{group['tokens']:>16,}{group['text_bytes']:>16,}{group['text_bytes'] / group['tokens']:>13.2f}"
+        )
+    for name, source in report["sources"].items():
+        left_out, inexact = source["empty_documents"], source["inexact_documents"]
+        if left_out or inexact:
+            lines.append(f"source {name}: {left_out:,} empty documents left out, {inexact:,} not exactly tokenised")
+    for split, values in report.get("entropy", {}).items():
+        what = "unigram entropy" if split == TRAIN else "cross-entropy under all training unigrams"
+        lines += ["", f"{split}: {what}, nats per token"]
+        lines += [f"  {domain:<14}{value:>8.4f}" for domain, value in values.items()]
+    for sample in report.get("samples", ()):
+        lines += ["", f"--- {sample['domain']}/{sample['split']} {sample['id']} {sample['url']} "
+                      f"({sample['tokens']:,} tokens)", sample["text"]]  # fmt: skip
+    return "\n".join(lines)
+
+
+def _groups(manifest: Manifest) -> list[dict[str, Any]]:
+    groups: list[dict[str, Any]] = []
+    for domain in manifest.domains:
+        for split in SPLITS:
+            shards = [shard for shard in manifest.shards if (shard.domain, shard.split) == (domain, split)]
+            if shards:
+                sums = {key: sum(getattr(s, key) for s in shards) for key in ("documents", "tokens", "text_bytes")}
+                groups.append({"domain": domain, "split": split, "shards": len(shards), **sums})
+    return groups
+
+
+def _count(folder: Path, manifest: Manifest, shards: Sequence[Shard]) -> npt.NDArray[np.int64]:
+    counts = np.zeros(manifest.vocab_size, np.int64)
+    for shard in shards:
+        found = np.bincount(read_tokens(folder, manifest, shard), minlength=manifest.vocab_size)
+        if len(found) > manifest.vocab_size:
+            raise DataError(f"shard {shard.name} of {folder} holds ids beyond the vocabulary. Run `verify`.")
+        counts += found
+    return counts
+
+
+def _entropy(counts: npt.NDArray[np.int64]) -> float:
+    p = counts[counts > 0] / counts.sum()
+    return float(-(p * np.log(p)).sum())
+
+
+def _decoded(
+    folder: Path, manifest: Manifest, shard: Shard, rows: list[int], tokenizer: Tokenizer
+) -> list[dict[str, Any]]:
+    tokens = read_tokens(folder, manifest, shard)
+    found: list[dict[str, Any]] = []
+    for row in read_documents(folder, shard).take(rows).to_pylist():
+        ids = tokens[row["start"] : row["start"] + row["length"] - 1]
+        about = {"split": shard.split, "shard": shard.name, "tokens": row["length"], "text": tokenizer.decode(ids)}
+        found.append({"domain": row["domain"], "id": row["id"], "url": row["url"], **about})
+    return found
