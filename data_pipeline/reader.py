@@ -63,6 +63,7 @@ class TokenSource:
         tokens = np.array([shard.tokens for shard in self.shards], np.int64)
         self._ends = np.cumsum(-(-tokens // seq_len))
         self._first_blocks = np.cumsum([0, *(shard.blocks for shard in self.shards)], dtype=np.int64)
+        # one bit a block: 19 MB for the 10^13 tokens of 10^5 shards
         self._checked = np.zeros((int(self._first_blocks[-1]) + 7) // 8, np.uint8)
         self._files: OrderedDict[int, _ShardFile] = OrderedDict()
         self._lock = threading.Lock()
