@@ -48,6 +48,11 @@ class Attempt:
     message: str = ""
 
     @property
+    def trained(self) -> bool:
+        """Whether it did a step, as far as is known: an attempt may end before the first one."""
+        return self.last_step is None or self.last_step >= self.first_step
+
+    @property
     def ended(self) -> str:
         """Why it ended, in words: ``"done"``, ``"stopped (SIGTERM)"``, ``"killed (no stop was recorded)"``, ..."""
         if self.reason is None:

@@ -63,8 +63,8 @@ class Run:
 
     @cached_property
     def resumes(self) -> list[tuple[int, Attempt]]:
-        """Every attempt after the first with the step it continued from."""
-        return [(attempt.first_step - 1, attempt) for attempt in self.attempts[1:]]
+        """Every attempt after the first that trained, with the step it continued from."""
+        return [(attempt.first_step - 1, attempt) for attempt in self.attempts[1:] if attempt.trained]
 
     def column(self, key: str) -> tuple[list[int], list[float]]:
         """Steps [n] and values [n] of the step lines that have the number ``key``; NaN and infinities are kept."""
@@ -85,12 +85,18 @@ class Run:
         return max(times) - attempt.started if times else None
 
     def lost_steps(self, attempt: Attempt) -> int | None:
-        """Steps of ``attempt`` that a later one had to do again; None while nothing has continued from it."""
+        """Steps of ``attempt`` that a later one had to do again; None while none has trained after it.
+
+        A later attempt that ended before its first step may still have cut the lost lines off the metrics.
+        """
         later = [other for other in self.attempts if other.number > attempt.number]
-        if not later:
+        next_trained = next((place for place, other in enumerate(later) if other.trained), None)
+        if next_trained is None:
             return None
-        known = attempt.last_step - later[0].first_step + 1 if attempt.last_step is not None else 0
-        return max(0, known, later[0].lost_steps)
+        if not attempt.trained:
+            return 0
+        known = 0 if attempt.last_step is None else attempt.last_step - later[next_trained].first_step + 1
+        return max(0, known, *(other.lost_steps for other in later[: next_trained + 1]))
 
 
 def column(lines: Sequence[dict[str, Any]], key: str) -> tuple[list[int], list[float]]:

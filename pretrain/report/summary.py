@@ -67,7 +67,8 @@ def state(run: Run, now: float) -> State:
         "crash": ("bad", "crashed"),
         "non_finite": ("bad", "stopped: not finite"),
     }[last.reason]
-    return State(kind, label, f"{moment(last.stopped or last.started)} UTC")
+    when = f"{moment(last.stopped or last.started)} UTC"
+    return State(kind, label, f"{when}: {last.message}" if kind == "bad" and last.message else when)
 
 
 def tiles(run: Run) -> list[Tile]:
@@ -139,7 +140,7 @@ def attempt_rows(run: Run) -> list[list[Cell]]:
                 Cell(moment(attempt.started)),
                 Cell(took or ABSENT, "" if seconds is None else f"{seconds:.1f} s"),
                 Cell(hosts + (" hosts" if len(attempt.hosts) != 1 else ""), ", ".join(attempt.hosts)),
-                Cell(f"{attempt.first_step:,} to {last}"),
+                Cell(f"{attempt.first_step:,} to {last}" if attempt.trained else "none"),
                 Cell(attempt.resumed_from or "a fresh start"),
                 _ended(run, attempt),
                 Cell(ABSENT if lost is None else f"{lost:,}", "", "bad" if lost else ""),
