@@ -145,8 +145,17 @@ def _schema_at(schema: type[BaseModel], location: tuple[Any, ...]) -> type[BaseM
             if isinstance(part, str) and part in candidate.model_fields:
                 current = candidate.model_fields[part].annotation
                 break
-        # a part that is no field is a dictionary key, a tuple index or a union tag: the annotation's classes stay
+            if part in _tags(candidate):
+                current = candidate
+                break
+        # a part that is no field and no union tag is a dictionary key or a tuple index: the annotation's classes stay
     return next(iter(_classes(current)), None)
+
+
+def _tags(candidate: type[BaseModel]) -> tuple[Any, ...]:
+    """The values of ``kind`` that mean ``candidate`` in a union of settings classes."""
+    field = candidate.model_fields.get("kind")
+    return typing.get_args(field.annotation) if field else ()
 
 
 def _classes(annotation: Any) -> Iterator[type[BaseModel]]:

@@ -18,7 +18,7 @@ class TokenizerTraining(Settings):
         ge=300, description="Pieces, among them 4 control pieces and the 256 bytes. Tokens take 2 bytes up to 65,536."
     )
     character_coverage: float = Field(
-        default=0.9995, gt=0.9, le=1, description="Fraction of the sample's characters that get a piece of their own."
+        default=0.9995, ge=0.98, le=1, description="Fraction of the sample's characters that get a piece of their own."
     )
     split_digits: bool = Field(default=False, description="Make every decimal digit a token of its own.")
     sample_bytes: int = Field(

@@ -47,12 +47,11 @@ class JsonlSource(FileSource):
 
     def _what_is_wrong(self, place: str, line: bytes) -> DataError:
         """The error for a line that is no document; a slow path, so that the fast one stays short."""
-        text = decode_utf8(line, place)
+        text = decode_utf8(line, place).strip()
         try:
             record: Any = json.loads(text)
         except ValueError as error:
-            shown = text.strip()[:60]
-            return DataError(f"{place}: not valid JSON ({error}): {shown!r}. Mend or remove the line.")
+            return DataError(f"{place}: not valid JSON ({error}): {text[:60]!r}. Mend or remove the line.")
         if not isinstance(record, dict):
             return DataError(f"{place}: holds {type(record).__name__}, not a JSON object. Mend or remove the line.")
         for field in filter(None, (self.text_field, self.url_field)):

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+import webdataset
+from crc32c import crc32c
+
+from data_pipeline.errors import DataError
+from data_pipeline.layout import BlockLayout, documents_path, index_path, read_index, shard_path
+from data_pipeline.shards import ShardContent, write_shard
+
+EOS = 2
+
+
+def content(documents: list[list[int]], dtype: str = "uint16") -> ShardContent:
+    streams = [[*document, EOS] for document in documents]
+    return ShardContent(
+        tokens=np.array([token for stream in streams for token in stream], dtype),
+        lengths=np.array([len(stream) for stream in streams]),
+        text_bytes=np.array([3 * len(document) for document in documents]),
+        ids=[f"{row:032x}" for row in range(len(documents))],
+        urls=[f"file#{row}" for row in range(len(documents))],
+    )
+
+
+DOCUMENTS = [[10, 11, 12], [], list(range(20, 40)), [13]]
+
+
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_plain_webdataset_and_gnu_tar_read_a_shard(tmp_path: Path, dtype: str) -> None:
+    layout = BlockLayout(8, dtype)
+    shard = write_shard(tmp_path, "000007", "code", "train", layout, EOS, content(DOCUMENTS, dtype))
+    stream = content(DOCUMENTS).tokens
+    expected = np.full((4, 9), EOS)
+    for block in range(4):
+        piece = stream[block * 8 : block * 8 + 9]
+        expected[block, : len(piece)] = piece
+    path = shard_path(tmp_path, "000007")
+
+    samples = list(webdataset.WebDataset(str(path), shardshuffle=False).decode())
+    assert [sample["__key__"] for sample in samples] == [f"000007-{block:06d}" for block in range(4)]
+    assert all(sample["npy"].dtype == dtype for sample in samples)
+    np.testing.assert_array_equal([sample["npy"] for sample in samples], expected)
+
+    listing = subprocess.run(["tar", "--list", "--verbose", "-f", path], check=True, capture_output=True, text=True)
+    assert listing.stderr == ""
+    assert [line.split()[0:2] for line in listing.stdout.splitlines()] == [["-rw-r--r--", "0/0"]] * 4
+    for block in range(4):
+        name = f"000007-{block:06d}.npy"
+        member = subprocess.run(["tar", "-xOf", path, name], check=True, capture_output=True).stdout
+        np.testing.assert_array_equal(np.load(io.BytesIO(member)), expected[block])
+
+    assert (shard.blocks, shard.tokens, shard.documents, shard.text_bytes) == (4, 28, 4, 72)
+    assert shard.bytes == path.stat().st_size == layout.shard_bytes(4)
+    assert shard.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def test_a_block_is_one_pread_at_a_computed_offset(tmp_path: Path) -> None:
+    layout = BlockLayout(300, "uint16")
+    tokens = np.random.default_rng(0).integers(3, 60000, 2000)
+    write_shard(tmp_path, "000000", "a", "train", layout, EOS, content([tokens.tolist()]))
+    stream = [*tokens, EOS]
+    index = read_index(index_path(tmp_path, "000000"))
+    assert len(index) == layout.blocks(2001) == 7
+    with open(shard_path(tmp_path, "000000"), "rb") as handle:
+        for block in range(6):
+            assert index["offset"][block] == layout.data_offset(block)
+            data = os.pread(handle.fileno(), layout.block_bytes, layout.data_offset(block))
+            np.testing.assert_array_equal(np.frombuffer(data, "<u2"), stream[block * 300 : block * 300 + 301])
+            assert index["crc32c"][block] == crc32c(data)
+
+
+def test_the_format_is_pinned(tmp_path: Path) -> None:
+    """The bytes of a shard are the identity of data sets that exist: a change needs a new format version."""
+    shard = write_shard(tmp_path, "000001", "a", "train", BlockLayout(8, "uint16"), EOS, content(DOCUMENTS))
+    assert shard.sha256 == "6e22b098cf4dd25e03ea4507093b2fa6ae2920f90793c9397f6b10a481009a88"
+    assert shard.idx_sha256 == "3d2369be66e1442dad4a7229637fcdef13cad357550ffad09403d84b65c088e7"
+
+
+def test_the_document_table(tmp_path: Path) -> None:
+    write_shard(tmp_path, "000000", "code", "train", BlockLayout(8, "uint16"), EOS, content(DOCUMENTS))
+    assert pq.read_table(documents_path(tmp_path, "000000")).to_pylist() == [
+        {"start": 0, "length": 4, "text_bytes": 9, "id": "0" * 32, "domain": "code", "url": "file#0"},
+        {"start": 4, "length": 1, "text_bytes": 0, "id": "0" * 31 + "1", "domain": "code", "url": "file#1"},
+        {"start": 5, "length": 21, "text_bytes": 60, "id": "0" * 31 + "2", "domain": "code", "url": "file#2"},
+        {"start": 26, "length": 2, "text_bytes": 3, "id": "0" * 31 + "3", "domain": "code", "url": "file#3"},
+    ]
+
+
+def test_eos_inside_a_document_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"document 0{31}2 \(file#2\) has an EOS inside .* \(token 7 of the shard\)"):
+        write_shard(
+            tmp_path, "000000", "a", "train", BlockLayout(8, "uint16"), EOS, content([[5, 6, 7], [8], [9, EOS, 9]])
+        )
+    assert not (tmp_path / "shards").exists()
+
+
+def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "shards" / "000000.idx"
+    with pytest.raises(DataError, match=r"index .*000000\.idx is missing\. Run `pretrain-data verify --rebuild-sid"):
+        read_index(path)
+    path.parent.mkdir()
+    path.write_bytes(b"\x93NUMPY\x01")
+    with pytest.raises(DataError, match=r"index .*000000\.idx can't be read"):
+        read_index(path)
+    np.save(path.open("wb"), np.zeros(3))
+    with pytest.raises(DataError, match="does not hold offsets and CRCs"):
+        read_index(path)
