@@ -39,7 +39,7 @@ class Distributed:
         if self.world_size == 1:
             return tensor
         gathered = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:]))
-        dist.all_gather_into_tensor(gathered, tensor)
+        dist.all_gather_single(gathered, tensor)
         return gathered
 
     def gather_objects(self, item: T) -> list[T]:

@@ -64,7 +64,7 @@ def evaluate(
     """
     sums = torch.zeros(len(heldout), 3, dtype=torch.float64, device=ranks.device)
     lengths = piece_bytes.to(ranks.device)
-    with torch.inference_mode():
+    with torch.no_grad():  # ZeRO-3 keeps gathered parameters, which inference_mode would spoil for training
         for number, source in enumerate(heldout):
             loader = EvaluationLoader(
                 source, rank=ranks.rank, world_size=ranks.world_size, micro_batch=micro_batch, sequences=sequences

@@ -11,12 +11,13 @@ from typing import NoReturn, TypeVar
 
 from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, HeadraceError, UserError
 
-from .checkpoint import CheckpointError, CheckpointStore, intact
+from .checkpoint import CheckpointError, CheckpointStore, intact, seed_generators
 from .config import Config, load_config
 from .data import RunData, open_data
 from .distributed import Distributed, finish, start
 from .engine import Engine, accumulation_steps
 from .monitor import AttemptsLog, Monitor, Reason, read_attempts
+from .optimizer import check_schedule
 from .run_folder import CHECKPOINTS, open_run_folder, set_aside, versions, write_config
 from .signals import StopRequest
 from .state import TrainState, resume_state
@@ -109,6 +110,7 @@ class Session:
             for problem in damage:
                 self._monitor.event({"event": "damaged_checkpoint", "step": state.step, "message": problem})
         engine = Engine(config, config.model.resolve_vocab_size(data.tokenizer.vocab_size), ranks)
+        seed_generators(config.run.seed, ranks.rank)
         if origin is not None:
             store.load(origin, engine)
         self._trainer = Trainer(config, data, ranks, engine, store, self._monitor, state)
@@ -151,6 +153,7 @@ class Session:
 
 def _check(config: Config, ranks: Distributed) -> RunData:
     accumulation_steps(config, ranks.world_size)
+    check_schedule(config.schedule, config.total_steps)
     group = config.training.micro_batch * ranks.world_size
     if config.objective.reweighting.strategy != "uniform" and group == 1:
         raise UserError(

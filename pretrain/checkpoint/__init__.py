@@ -1,6 +1,7 @@
 """Checkpoints: saved completely or not at all, found again, verified."""
 
 from .manifest import intact, read_manifest
+from .random_state import seed_generators
 from .store import CheckpointError, CheckpointStore, complete_checkpoints, read_state, step_of
 
 __all__ = [
@@ -10,5 +11,6 @@ __all__ = [
     "intact",
     "read_manifest",
     "read_state",
+    "seed_generators",
     "step_of",
 ]

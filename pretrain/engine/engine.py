@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,8 @@ def import_deepspeed() -> Any:
     deepspeed = importlib.import_module("deepspeed")
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # `deepspeed.comm` rebinds the name `torch`, so the module has to be fetched by its full name
+    # DeepSpeed still calls the collectives by the names that torch has given up
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     communication: Any = importlib.import_module("deepspeed.comm.torch")
     communication.build_shm_op = lambda: None
     return deepspeed
