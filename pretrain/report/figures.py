@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from collections.abc import Sequence
 from itertools import cycle
+from typing import Any, TypeAlias
 
-from ..monitor.metrics import WEIGHT_BINS
-from .plot import SMOOTHED_FROM, Figure, colour, curve, marks, step_range, y_axis
+from .plot import NOISY_FROM, SMOOTHED_FROM, Figure, colour, curve, marks, step_axis, y_axis
 from .run import Run, column
-from .series import half_life, smooth, sum_columns
+from .series import half_life, smooth
+from .weights import weights_figure
 
 # What the fixed plots and the headline show; any other number of a step line gets a plot of its own.
 _SHOWN = {
@@ -17,16 +18,18 @@ _SHOWN = {
     "tokens_per_second", "data_wait_seconds", "mfu", "skipped", "holes", "weights/ess", "weights/min", "weights/max",
 }  # fmt: skip
 
+Column: TypeAlias = tuple[list[int], list[float]]
+
 
 def make_figures(run: Run) -> list[Figure]:
     """Every plot for which the run has data, in reading order."""
-    figures = [_loss(run), _heldout(run), _domains(run), _learning_rate(run), _grad_norm(run), _objective(run)]
-    figures += [_weights(run), _effective_sample_size(run)]
-    figures += [_throughput(run), _data_wait(run), _mfu(run), *_others(run)]
-    drawn = [figure for figure in figures if figure is not None]
+    training = [_loss(run), _heldout(run), _domains(run), _learning_rate(run), _grad_norm(run), _objective(run)]
+    weights = [weights_figure(run), _effective_sample_size(run)]
+    speed = [_throughput(run), _data_wait(run), _mfu(run)]
+    drawn = [figure for figure in (*training, *weights, *speed, *_others(run)) if figure is not None]
     for figure in drawn:
         figure.layout.setdefault("shapes", marks(run))
-        figure.layout.setdefault("xaxis", {}).update(title={"text": "optimizer step"}, range=step_range(run))
+        figure.layout["xaxis"] = step_axis(run)
     return drawn
 
 
@@ -35,11 +38,9 @@ def _loss(run: Run) -> Figure | None:
     evaluations = sorted({line["evaluation"] for line in run.evaluations})
     traces, note = [], ""
     if values:
-        few = len(values) < SMOOTHED_FROM
-        traces.append(curve("train" if few else "train, every line", steps, values, "@series-1" if few else "@faint-1"))
-        if not few:
+        traces += _raw_and_smooth("train", steps, values, SMOOTHED_FROM)
+        if len(traces) > 1:
             life = half_life(len(values))
-            traces.append(curve("train, smoothed", steps, smooth(values, life), "@series-1", width=2))
             note = f"Smoothed: exponential mean with a half-life of {life:,} {'line' if life == 1 else 'lines'}."
         lost = sum(not math.isfinite(value) for value in values)
         note += f" {lost:,} lines with a non-finite loss are gaps." if lost else ""
@@ -79,105 +80,51 @@ def _domains(run: Run) -> Figure | None:
     return Figure("domains", "Training loss by domain", traces, y_axis("nats per token"), note) if traces else None
 
 
+def _learning_rate(run: Run) -> Figure | None:
+    steps, values = run.column("learning_rate")
+    if not values:
+        return None
+    layout = {"yaxis": {"title": {"text": "learning rate"}, "rangemode": "tozero"}}
+    return Figure("learning_rate", "Learning rate", [curve("learning rate", steps, values, "@series-1")], layout)
+
+
+def _grad_norm(run: Run) -> Figure | None:
+    axis = {"type": "log", "dtick": "D2", "tickformat": "~g"}
+    return _noisy("grad_norm", "Gradient norm", run.column("grad_norm"), "L2 norm before clipping", axis)
+
+
 def _objective(run: Run) -> Figure | None:
     """What was differentiated, unless it was the loss itself."""
     if all(line.get("objective") == line.get("loss") for line in run.steps):
         return None
-    return _single(run, "objective", "objective", "Objective", "nats", note="What was differentiated.")
-
-
-def _learning_rate(run: Run) -> Figure | None:
-    return _single(run, "learning_rate", "learning_rate", "Learning rate", "learning rate", tozero=True)
-
-
-def _grad_norm(run: Run) -> Figure | None:
-    figure = _single(run, "grad_norm", "grad_norm", "Gradient norm", "L2 norm before clipping")
-    if figure:
-        figure.layout["yaxis"].update(type="log", dtick="D2", tickformat="~g")
-    return figure
-
-
-def _weights(run: Run) -> Figure | None:
-    """Heat map [weight bin, column of steps] of the share of samples in percent, on a log2 axis."""
-    bins = len(WEIGHT_BINS) + 1
-    lines = [line for line in run.steps if len(line.get("weights/histogram") or ()) == bins]
-    lines = [line for line in lines if sum(line["weights/histogram"])]
-    if not lines:
-        return None
-    edges, sums = sum_columns([line["step"] for line in lines], [line["weights/histogram"] for line in lines])
-    used = [place for place in range(bins) if any(counts[place] for counts in sums)]
-    low, high = max(0, min(used) - 1), min(bins - 1, max(used) + 1)
-    octaves = [math.log2(edge) for edge in WEIGHT_BINS]
-    step = octaves[1] - octaves[0]
-    sides = [octaves[0] - step, *octaves, octaves[-1] + step]
-    names = [_bin_name(place) for place in range(low, high + 1)]
-    share = [[100 * counts[place] / sum(counts) for counts in sums] for place in range(low, high + 1)]
-    heat = {
-        "type": "heatmap",
-        "x": edges,
-        "y": sides[low : high + 2],
-        "z": [[value or None for value in row] for row in share],
-        "customdata": [[name] * len(sums) for name in names],
-        "zmin": 0,
-        "colorscale": [[0, "@heat-low"], [0.3, "@heat-middle"], [1, "@heat-high"]],
-        "colorbar": {"title": {"text": "% of samples", "side": "right"}, "thickness": 8, "outlinewidth": 0},
-        "hoverongaps": False,
-        "hovertemplate": "step %{x:,.0f}<br>weight %{customdata}<br>%{z:.6~g}% of samples<extra></extra>",
-    }
-    ticks = range(math.ceil(sides[low]), math.floor(sides[high + 1]) + 1)
-    axis = {
-        "title": {"text": "weight × group size"},
-        "tickvals": list(ticks),
-        "ticktext": [f"{2**octave}" if octave >= 0 else f"1/{2**-octave}" for octave in ticks],
-    }
-    note = "Share of samples by weight relative to uniform (1 is uniform), on a logarithmic scale."
-    return Figure("weights", "Sample weights", [heat], {"yaxis": axis, "hovermode": "closest"}, note, section="weights")
-
-
-def _bin_name(place: int) -> str:
-    if place == 0:
-        return f"below {WEIGHT_BINS[0]:.4g}"
-    if place == len(WEIGHT_BINS):
-        return f"{WEIGHT_BINS[-1]:.4g} and above"
-    return f"{WEIGHT_BINS[place - 1]:.4g} to {WEIGHT_BINS[place]:.4g}"
+    return _noisy("objective", "Objective", run.column("objective"), "nats", {}, note="What was differentiated.")
 
 
 def _effective_sample_size(run: Run) -> Figure | None:
-    figure = _single(run, "ess", "weights/ess", "Effective sample size", "% of the group", scale=100)
-    if figure:
-        figure.layout["yaxis"].update(range=[0, 103], ticksuffix="%")
-        figure.data[0]["name"] = "effective sample size"
-        return replace(figure, section="weights", note="(Σw)² / Σw² over the group's size.")
-    return None
+    axis, note = {"range": [0, 103], "ticksuffix": "%"}, "(Σw)² / Σw² over the group's size."
+    values = _percent(run.column("weights/ess"))
+    return _noisy("ess", "Effective sample size", values, "% of the group", axis, "weights", note)
 
 
 def _throughput(run: Run) -> Figure | None:
-    figure = _single(run, "throughput", "tokens_per_second", "Throughput", "tokens/s, all ranks", "speed", tozero=True)
-    if figure:
-        figure.layout["yaxis"].update(tickformat="~s")
-    return figure
+    axis, values = {"rangemode": "tozero", "tickformat": "~s"}, run.column("tokens_per_second")
+    return _noisy("throughput", "Throughput", values, "tokens/s, all ranks", axis, "speed")
 
 
 def _data_wait(run: Run) -> Figure | None:
     """The wait for data as a share of the step, in percent."""
     lines = [
-        {"step": line["step"], "wait": 100 * line["data_wait_seconds"] / line["step_seconds"]}
+        {"step": line["step"], "wait": line["data_wait_seconds"] / line["step_seconds"]}
         for line in run.steps
         if isinstance(line.get("data_wait_seconds"), int | float) and line.get("step_seconds")
     ]
-    if not lines:
-        return None
-    layout = y_axis("% of the step")
-    layout["yaxis"].update(rangemode="tozero", ticksuffix="%")
-    steps, values = column(lines, "wait")
-    return Figure("data_wait", "Data wait", [curve("data wait", steps, values, "@series-1")], layout, section="speed")
+    axis = {"rangemode": "tozero", "ticksuffix": "%"}
+    return _noisy("data_wait", "Data wait", _percent(column(lines, "wait")), "% of the step", axis, "speed")
 
 
 def _mfu(run: Run) -> Figure | None:
-    figure = _single(run, "mfu", "mfu", "Model FLOPs utilisation", "% of the peak", "speed", scale=100, tozero=True)
-    if figure:
-        figure.layout["yaxis"].update(ticksuffix="%")
-    return figure
+    axis, values = {"rangemode": "tozero", "ticksuffix": "%"}, _percent(run.column("mfu"))
+    return _noisy("mfu", "Model FLOPs utilisation", values, "% of the peak", axis, "speed")
 
 
 def _others(run: Run) -> list[Figure]:
@@ -194,15 +141,27 @@ def _others(run: Run) -> list[Figure]:
     return figures
 
 
-def _single(
-    run: Run, id: str, key: str, title: str, unit: str, section: str = "training", *, scale: float = 1.0,
-    tozero: bool = False, note: str = "",
-) -> Figure | None:  # fmt: skip
-    steps, values = run.column(key)
-    if not values:
+def _noisy(
+    id: str, title: str, values: Column, unit: str, axis: dict[str, Any], section: str = "training", note: str = ""
+) -> Figure | None:
+    """One measured quantity; a long curve, whose noise would fill the plot, is drawn smoothed over a faint raw one."""
+    if not values[1]:
         return None
-    layout = y_axis(unit)
-    if tozero:
-        layout["yaxis"]["rangemode"] = "tozero"
-    scaled = [value * scale for value in values] if scale != 1 else values
-    return Figure(id, title, [curve(title.lower(), steps, scaled, "@series-1")], layout, note, section=section)
+    traces = _raw_and_smooth(title.lower(), *values, NOISY_FROM)
+    if len(traces) > 1:
+        note = f"{note} Smoothed as above.".strip()
+    return Figure(id, title, traces, {"yaxis": {"title": {"text": unit}, **axis}}, note, section=section)
+
+
+def _raw_and_smooth(name: str, steps: Sequence[int], values: Sequence[float], from_points: int) -> list[dict[str, Any]]:
+    if len(values) < from_points:
+        return [curve(name, steps, values, "@series-1")]
+    smoothed = smooth(values, half_life(len(values)))
+    return [
+        curve(f"{name}, every line", steps, values, "@faint-1"),
+        curve(f"{name}, smoothed", steps, smoothed, "@series-1", width=2),
+    ]
+
+
+def _percent(values: Column) -> Column:
+    return values[0], [100 * value for value in values[1]]

@@ -18,6 +18,8 @@ from .series import thin
 SERIES_COLOURS = 8
 SMOOTHED_FROM = 40
 """Curves of fewer points are drawn as they are, with a dot for every point."""
+NOISY_FROM = 500
+"""Plots of one measured quantity are smoothed from this many points on."""
 MARKS = 200
 LABELLED_MARKS = 8
 
@@ -68,10 +70,11 @@ def colour(place: int) -> str:
     return f"@series-{place % SERIES_COLOURS + 1}"
 
 
-def step_range(run: Run) -> list[float]:
-    """The horizontal range that all plots share."""
+def step_axis(run: Run) -> dict[str, Any]:
+    """The horizontal axis that all plots share: optimizer steps, never fractions of one."""
     pad = max(0.5, run.last_step / 100)
-    return [-pad if run.last_step > 1 else 0, run.last_step + pad]
+    axis: dict[str, Any] = {"title": {"text": "optimizer step"}, "range": [-pad, run.last_step + pad]}
+    return {**axis, "dtick": 1} if run.last_step < 10 else axis
 
 
 def marks(run: Run, *, labels: bool = False) -> list[dict[str, Any]]:

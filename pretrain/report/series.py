@@ -32,8 +32,8 @@ def thin(steps: Sequence[int], values: Sequence[float], points: int = POINTS) ->
 
 
 def half_life(count: int) -> int:
-    """Lines after which a smoothed curve has forgotten half: a hundredth of the curve."""
-    return max(1, round(count / 100))
+    """Lines after which a smoothed curve has forgotten half: a fiftieth of the curve."""
+    return max(1, round(count / 50))
 
 
 def smooth(values: Sequence[float], half_life: float) -> list[float]:

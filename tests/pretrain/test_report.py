@@ -143,13 +143,30 @@ def test_the_loss_is_drawn_raw_smoothed_and_held_out_with_marks_at_resumes(examp
     raw, smoothed, heldout = loss.data
     assert raw["x"] == list(range(1, TOTAL_STEPS + 1))
     assert raw["y"] == [line["loss"] for line in run.steps]
-    assert smoothed["y"] == smooth(raw["y"], 2)
+    assert smoothed["y"] == smooth(raw["y"], 5)
     assert (heldout["x"], heldout["y"]) == (
         [40, 80, 120, 160, 200, 240],
         [line["loss"] for line in run.evaluations],
     )
     marks = [(mark["x0"], mark["line"]["dash"]) for mark in loss.layout["shapes"]]
     assert marks == [(80, "dash"), (120, "dash"), (150, "dot")]
+
+
+def test_a_long_measured_curve_is_smoothed_over_a_faint_raw_one(tmp_path: Path) -> None:
+    lines = [{"step": step, "grad_norm": 1.0 + step % 7, "learning_rate": 1.0 / step} for step in range(1, 501)]
+    folder = write_lines(tmp_path / "long", *lines)
+    raw, smoothed = figure(folder, "grad_norm").data
+    assert (raw["line"]["color"], smoothed["line"]["color"]) == ("@faint-1", "@series-1")
+    assert raw["y"] == [line["grad_norm"] for line in lines]
+    assert smoothed["y"] == smooth(raw["y"], 10)
+    assert len(figure(folder, "learning_rate").data) == 1
+    assert len(figure(write_lines(tmp_path / "short", *lines[:499]), "grad_norm").data) == 1
+
+
+def test_a_short_run_has_no_ticks_between_steps(tmp_path: Path) -> None:
+    few = figure(write_lines(tmp_path / "few", {"step": 9, "loss": 1.0}), "loss").layout["xaxis"]
+    more = figure(write_lines(tmp_path / "more", {"step": 10, "loss": 1.0}), "loss").layout["xaxis"]
+    assert (few["dtick"], few["range"], "dtick" in more) == (1, [-0.5, 9.5], False)
 
 
 def test_the_heat_map_holds_the_share_of_every_weight(tmp_path: Path) -> None:
