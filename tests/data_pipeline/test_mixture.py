@@ -39,7 +39,9 @@ def reference_block(names: list[str], counts: list[int], seed: int, start: int) 
     return [number for _, number in sorted(items)]
 
 
-@pytest.mark.parametrize("block", [0, 3])
+@pytest.mark.parametrize(
+    "block", [0, 5, 59]
+)  # two items of blocks 5 and 59 have equal keys: the lower source comes first
 def test_a_block_is_the_stratified_interleave_of_its_definition(block: int) -> None:
     mixture = one_phase(WEIGHTS)
     counts = mixture.spans[0][1].tolist()
@@ -178,6 +180,7 @@ def test_an_ordinal_that_is_never_drawn_has_no_position() -> None:
     mixture = Mixture(3, [Phase(0, {"a": 1, "b": 1}), Phase(10, {"a": 1, "b": 0})])
     drawn = int(mixture.needed(10)[1])
     assert mixture.position_of(1, np.array([drawn - 1, drawn, 10**12, -1])).tolist()[1:] == [-1, -1, -1]
+    assert mixture.position_of(0, np.array([-1])).tolist() == [-1]
     assert 0 <= mixture.position_of(1, np.array([drawn - 1]))[0] < 10
 
 

@@ -135,9 +135,9 @@ def test_the_order_depends_on_no_hash_seed_and_on_no_random_state() -> None:
         for seed in ("0", "1", "4242")
     }
     assert len(outputs) == 1
-    random_state = np.random.get_state()[1].copy()  # type: ignore[index, union-attr]
+    random_state = np.random.get_state()[1].copy()  # type: ignore[index]
     Order(0, SMALL).locate(0, 100)
-    assert np.array_equal(random_state, np.random.get_state()[1])  # type: ignore[index, arg-type]
+    assert np.array_equal(random_state, np.random.get_state()[1])  # type: ignore[index]
 
 
 def test_needed_and_the_epoch_check() -> None:

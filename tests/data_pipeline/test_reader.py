@@ -181,7 +181,9 @@ def test_a_flipped_bit_anywhere_in_a_block_is_found_at_its_first_touch(copied: P
         assert f"Run `pretrain-data verify {copied}`" in message
 
 
-def test_a_block_is_checked_once_and_read_whole_once(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_block_is_checked_once_and_blocks_are_touched_in_their_order_on_disk(
+    copied: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checked: list[int] = []
     real = reader._ShardFile.check
 
@@ -192,8 +194,8 @@ def test_a_block_is_checked_once_and_read_whole_once(copied: Path, monkeypatch: 
     monkeypatch.setattr(reader._ShardFile, "check", check)
     source = TokenSource(copied, "docs", "train", SEQ)
     for _ in range(3):
-        source.read(np.arange(source.sequences))
-    assert len(checked) == sum(shard.blocks for shard in source.shards)
+        source.read(np.arange(source.sequences)[::-1])
+    assert checked == [block for shard in source.shards for block in range(shard.blocks)]
 
 
 def test_a_damaged_or_foreign_index_is_refused(copied: Path) -> None:
