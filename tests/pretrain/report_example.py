@@ -18,7 +18,7 @@ import numpy as np
 
 from pretrain.monitor import AttemptsLog, Monitor, weight_histogram
 
-BATCH, LENGTH, TOTAL_STEPS = 32, 64, 240
+BATCH, LENGTH, TOTAL_STEPS = 32, 32, 240
 SKIPPED_STEP = 150
 TEMPERATURE = 0.4  # LinUpper's r
 
