@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 import torch
 
-import data_pipeline
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.layout import shard_path
-from data_pipeline.loader import EvaluationLoader, Step, StepLoader, step_offsets
+from data_pipeline.loader import Step, StepLoader, step_offsets
 from data_pipeline.mixture import Phase
 from data_pipeline.order import Order, OrderSource
 from data_pipeline.reader import TokenSource
@@ -43,7 +42,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     content = {
         ("code", "train"): documents(0, 60),
         ("docs", "train"): documents(1, 4),
-        ("code", "heldout"): documents(2, 9),
     }
     write_token_dataset(path, content, block_tokens=64, documents_per_shard=20)
     return path
@@ -365,58 +363,3 @@ def test_sources_that_do_not_fit_the_order_are_refused(order: Order, sources: li
         make_loader(order, sources, seq_len=32)
     with pytest.raises(ValueError, match="source 'code' has"):
         make_loader(order, sources[::-1])
-
-
-@pytest.mark.parametrize("sequences", [None, 1, 7, 10_000])
-@pytest.mark.parametrize(("world_size", "micro_batch"), [(1, 1), (1, 4), (2, 3), (3, 2), (4, 8)])
-def test_an_evaluation_passes_its_sequences_once_in_order_with_equal_batches(
-    folder: Path, world_size: int, micro_batch: int, sequences: int | None
-) -> None:
-    source = TokenSource(folder, "code", "heldout", SEQ)
-    count = source.sequences if sequences is None else min(sequences, source.sequences)
-    settings: dict[str, Any] = {"world_size": world_size, "micro_batch": micro_batch, "sequences": sequences}
-    loaders = [EvaluationLoader(source, rank=rank, source_id=5, **settings) for rank in range(world_size)]
-    ranks = [list(loader) for loader in loaders]
-    assert {len(batches) for batches in ranks} == {len(loaders[0])} == {-(-count // (world_size * micro_batch))}
-    rows = [torch.cat([ranks[rank][g].sample_ids for rank in range(world_size)]) for g in range(len(ranks[0]))]
-    seen = torch.cat(rows).tolist()
-    assert seen == [*range(count), *[-1] * (len(seen) - count)]
-    for batch in (batch for batches in ranks for batch in batches):
-        assert batch.tokens.shape == (micro_batch, SEQ)
-        assert batch.source_ids.tolist() == [5] * micro_batch
-        assert torch.equal(batch.run_positions, batch.sample_ids)
-        holes = batch.sample_ids < 0
-        assert not batch.loss_mask[holes].any()
-        stored = source.read(batch.sample_ids[~holes].numpy())
-        assert np.array_equal(batch.tokens[~holes], stored[:, :-1])
-        assert np.array_equal(batch.loss_mask[~holes], stored[:, :-1] != source.eos_id)
-
-
-def test_an_evaluation_can_be_repeated(folder: Path) -> None:
-    loader = EvaluationLoader(TokenSource(folder, "code", "heldout", SEQ), rank=0, world_size=1, micro_batch=4)
-    first, second = ([batch.sample_ids.tolist() for batch in loader] for _ in range(2))
-    assert first == second
-
-
-def test_an_evaluation_of_nothing_is_refused(folder: Path) -> None:
-    source = TokenSource(folder, "code", "heldout", SEQ)
-    with pytest.raises(UserError, match="an evaluation of 0 sequences measures nothing"):
-        EvaluationLoader(source, rank=0, world_size=1, micro_batch=4, sequences=0)
-
-
-def test_the_public_face_is_complete() -> None:
-    for name in data_pipeline.__all__:
-        assert getattr(data_pipeline, name).__name__ == name
-        assert name in dir(data_pipeline)
-    with pytest.raises(AttributeError, match="module 'data_pipeline' has no attribute 'nothing'"):
-        _ = data_pipeline.nothing
-
-
-def test_the_public_face_is_light() -> None:
-    program = (
-        "import sys, data_pipeline, data_pipeline.errors, data_pipeline.settings\n"
-        "from data_pipeline import Order, TokenSource, UserError, read_manifest\n"
-        "print('torch' in sys.modules, 'sentencepiece' in sys.modules)"
-    )
-    output = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True).stdout
-    assert output == "False False\n"
