@@ -53,7 +53,8 @@ elif PLACE == "write":
 
     def half_a_save(state: Any, target: Any, *arguments: Any, **options: Any) -> None:
         save(state, target, *arguments, **options)
-        target.truncate(target.tell() // 2)
+        if seen + 1 == int(NUMBER):
+            target.truncate(target.tell() // 2)
         die_at(int(NUMBER))
 
     torch.save = half_a_save  # type: ignore[assignment]

@@ -1,0 +1,60 @@
+"""Every shipped YAML file builds: the configuration, the model on the meta device, DeepSpeed's configuration."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from data_pipeline.errors import UserError
+from pretrain.config import load_config
+from pretrain.engine import accumulation_steps, deepspeed_config
+from pretrain.model import Decoder
+from pretrain.optimizer import check_schedule, parameter_groups
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
+PARAMETERS = {"llama_60m": 58.07, "llama_130m": 134.11, "llama_1b": 1339.08, "llama_7b": 6738.42}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
+def test_builds(path: Path) -> None:
+    config = load_config(path)
+    check_schedule(config.schedule, config.total_steps)
+    vocabulary = config.model.resolve_vocab_size(4096 if config.model.vocab_size is None else 32000)
+    with torch.device("meta"):
+        model = Decoder(config.model, vocabulary, config.training.activation_checkpointing)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    if path.stem in PARAMETERS:
+        assert round(millions, 2) == PARAMETERS[path.stem]
+    assert len(parameter_groups(model.named_parameters(), config.optimizer)) == 2
+    for ranks in (1, 2, 8):
+        if config.training.global_batch % (config.training.micro_batch * ranks) == 0:
+            made = deepspeed_config(config, ranks)
+            together = made["train_micro_batch_size_per_gpu"] * made["gradient_accumulation_steps"] * ranks
+            assert together == config.training.global_batch
+
+
+def test_deepspeed_keys_pass_through_and_contradictions_are_refused() -> None:
+    demo = Path(__file__).parents[2] / "configs/demo.yaml"
+    passed = load_config(
+        demo, ["engine.deepspeed={wall_clock_breakdown: true, zero_optimization: {sub_group_size: 5}}"]
+    )
+    made = deepspeed_config(passed, 2)
+    assert made["wall_clock_breakdown"] is True
+    assert made["zero_optimization"]["sub_group_size"] == 5
+    assert made["zero_optimization"]["stage"] == 2
+    for contradiction, key in [
+        ("{zero_optimization: {stage: 3}}", "engine.deepspeed.zero_optimization.stage = 3"),
+        ("{gradient_clipping: 2.0}", "engine.deepspeed.gradient_clipping = 2.0"),
+        ("{fp16: {enabled: true}}", "engine.deepspeed.fp16"),
+        ("{train_batch_size: 8}", "engine.deepspeed.train_batch_size = 8"),
+    ]:
+        with pytest.raises(UserError, match=key.replace(".", r"\.")):
+            deepspeed_config(load_config(demo, [f"engine.deepspeed={contradiction}"]), 2)
+
+
+def test_a_batch_that_does_not_divide_names_the_ranks_that_fit() -> None:
+    config = load_config(Path(__file__).parents[2] / "configs/demo.yaml", ["training.global_batch=24"])
+    with pytest.raises(UserError, match=r"global_batch = 24 .* micro_batch 8 x 2 ranks = 16.*these.* 1, 3"):
+        accumulation_steps(config, 2)
