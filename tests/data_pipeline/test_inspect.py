@@ -1,0 +1,71 @@
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.inspect import inspect_dataset, render, sample_documents, unigram_entropy
+from data_pipeline.manifest import Manifest
+from data_pipeline.testing import tiny_tokenizer, write_token_dataset
+
+DOCUMENTS = {
+    ("a", "train"): [[10, 10, 11], [12]],
+    ("b", "train"): [[10] * 7],
+    ("b", "heldout"): [[10, 13]],
+}
+
+
+@pytest.fixture
+def manifest(tmp_path: Path) -> Manifest:
+    return write_token_dataset(tmp_path, DOCUMENTS, block_tokens=4, documents_per_shard=1)
+
+
+def test_entropy_is_that_of_the_counts(tmp_path: Path, manifest: Manifest) -> None:
+    def entropy(*counts: int) -> float:
+        return -sum(n / sum(counts) * math.log(n / sum(counts)) for n in counts)
+
+    # ids 10, 11, 12 and EOS; 14 training tokens, of which b has 7 times id 10 and one EOS
+    expected = {"a": entropy(2, 1, 1, 2), "b": entropy(7, 1), "all": entropy(9, 1, 1, 3)}
+    found = unigram_entropy(tmp_path, manifest)
+    assert found["train"] == pytest.approx(expected)
+    cross = -(math.log(10 / 314) + math.log(1 / 314) + math.log(4 / 314)) / 3
+    assert found["heldout"] == pytest.approx({"b": cross, "all": cross})
+
+
+def test_samples_are_decoded_and_evenly_spaced(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    texts = [f"text {i}" for i in range(10)]
+    manifest = write_token_dataset(
+        tmp_path, {("a", "train"): [tokenizer.encode(text) for text in texts]}, documents_per_shard=3
+    )
+    found = sample_documents(tmp_path, manifest, 5)
+    assert [sample["text"] for sample in found] == texts[::2]
+    assert [sample["shard"] for sample in found] == ["000000", "000000", "000001", "000002", "000002"]
+    assert found[1]["url"] == "synthetic:a/train/2"
+    assert found[1]["tokens"] == len(tokenizer.encode(texts[2])) + 1
+    assert len(sample_documents(tmp_path, manifest, 99)) == 10
+    (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer(310).model)
+    with pytest.raises(DataError, match=r"tokenizer\.model is not the tokenizer of this data set"):
+        sample_documents(tmp_path, manifest, 1)
+
+
+def test_the_report(tmp_path: Path, manifest: Manifest) -> None:
+    report = inspect_dataset(tmp_path, samples=1, entropy=True)
+    assert report["groups"] == [
+        {"domain": "a", "split": "train", "shards": 2, "documents": 2, "tokens": 6, "text_bytes": 4},
+        {"domain": "b", "split": "train", "shards": 1, "documents": 1, "tokens": 8, "text_bytes": 7},
+        {"domain": "b", "split": "heldout", "shards": 1, "documents": 1, "tokens": 3, "text_bytes": 2},
+    ]
+    text = render(report)
+    assert manifest.identity in text
+    assert "cross-entropy under all training unigrams" in text
+    assert text.count("--- ") == 3
+
+    command = [sys.executable, "-m", "data_pipeline", "inspect", str(tmp_path), "--samples", "1", "--entropy", "--json"]
+    printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    assert json.loads(printed) == report

@@ -1,0 +1,335 @@
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import sentencepiece
+
+import data_pipeline.prepare.run
+from data_pipeline.errors import HeadraceError, UserError
+from data_pipeline.manifest import Manifest, read_manifest
+from data_pipeline.prepare import PrepareSettings, make_tokenizer, prepare
+from data_pipeline.prepare.workers import run_jobs
+from data_pipeline.prepare.workspace import open_workspace
+from data_pipeline.settings import build_settings
+from data_pipeline.shard_reading import read_documents, read_tokens
+from data_pipeline.testing import tiny_tokenizer
+from data_pipeline.tokenizer import Tokenizer
+
+WORDS = "the quick brown fox jumps over the lazy dog and then it sleeps until morning comes".split()  # noqa: SIM905
+
+
+def make_texts(count: int, seed: int) -> list[str]:
+    generator = np.random.default_rng(seed)
+    return [" ".join(generator.choice(WORDS, generator.integers(1, 60))) + f" {seed}.{i}" for i in range(count)]
+
+
+PROSE = [*make_texts(300, 1), *make_texts(300, 1)[:40]]
+VERSE = make_texts(120, 2)
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> dict[str, Any]:
+    """Plain settings: two domains, one in two sources, duplicates and empty documents, eight or so shards."""
+    for name, texts in {"a": PROSE[:170], "b": [*PROSE[170:], ""], "c": ["", *VERSE, ""]}.items():
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "given.model").write_bytes(tiny_tokenizer().model)
+
+    def source(name: str, domain: str) -> dict[str, Any]:
+        return {"kind": "jsonl", "domain": domain, "files": [str(tmp_path / f"{name}.jsonl")]}
+
+    return {
+        "output": str(tmp_path / "set"),
+        "seed": 7,
+        "tokenizer": {"path": str(tmp_path / "given.model")},
+        "sources": {"first": source("a", "prose"), "second": source("b", "prose"), "third": source("c", "verse")},
+        "heldout_fraction": 0.1,
+        "block_tokens": 64,
+        "shard_tokens": 6000,
+        "part_bytes": 8000,
+        "processes": 1,
+    }
+
+
+def run(plain: dict[str, Any], **changes: Any) -> Manifest:
+    return prepare(build_settings(PrepareSettings, {**plain, **changes}, "test"))
+
+
+def hashes(folder: Path) -> dict[str, str]:
+    files = (path for path in folder.rglob("*") if path.is_file() and ".prepare" not in path.parts)
+    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+
+
+def stored(folder: Path, domain: str, split: str) -> list[str]:
+    """The texts of a (domain, split) as the shards hold them, in order, found by EOS alone."""
+    manifest, tokenizer = read_manifest(folder), Tokenizer.load(folder / "tokenizer.model")
+    texts: list[str] = []
+    for shard in manifest.select(domain, split):
+        ids = read_tokens(folder, manifest, shard)
+        ends = np.flatnonzero(ids == tokenizer.eos_id)
+        texts += [tokenizer.decode(piece) for piece in np.split(ids[: ends[-1]], ends[:-1] + 1)]
+    return texts
+
+
+def split_of(text: str) -> str:
+    identity = blake2b(text.encode(), digest_size=16).digest()
+    draw = int.from_bytes(blake2b(identity, digest_size=8, key=b"heldout").digest(), "little")
+    return "heldout" if draw < 0.1 * 2**64 else "train"
+
+
+def place(text: str, seed: int) -> int:
+    identity = blake2b(text.encode(), digest_size=16).digest()
+    return int.from_bytes(blake2b(identity, digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
+
+
+def test_the_order_is_that_of_the_keyed_hashes(plain: dict[str, Any]) -> None:
+    manifest = run(plain)
+    folder = Path(plain["output"])
+    for domain, texts in (("prose", PROSE), ("verse", VERSE)):
+        for split in ("train", "heldout"):
+            expected = sorted((text for text in texts if split_of(text) == split), key=lambda text: place(text, 7))
+            assert stored(folder, domain, split) == expected
+            shards = manifest.select(domain, split)
+            tokens = sum(shard.tokens for shard in shards)
+            assert len(shards) == -(-tokens // 6000)
+            assert sum(shard.text_bytes for shard in shards) == sum(len(text.encode()) for text in expected)
+            rows = [row for shard in shards for row in read_documents(folder, shard).to_pylist()]
+            assert [row["id"] for row in rows] == [blake2b(t.encode(), digest_size=16).hexdigest() for t in expected]
+    assert len(manifest.select("prose", "train")) >= 3
+
+
+def test_shard_k_holds_the_keys_of_its_range(plain: dict[str, Any]) -> None:
+    shards = run(plain).select("prose", "train")
+    folder = Path(plain["output"])
+    for k, shard in enumerate(shards):
+        for row in read_documents(folder, shard).to_pylist():
+            draw = blake2b(bytes.fromhex(row["id"]), digest_size=8, key=(7).to_bytes(8, "little")).digest()
+            assert k <= int.from_bytes(draw, "little") / 2**64 * len(shards) < k + 1
+
+
+def test_the_bytes_depend_on_seed_and_content_only(plain: dict[str, Any], tmp_path: Path) -> None:
+    run(plain)
+    expected = hashes(tmp_path / "set")
+    assert len(expected) > 15
+    for changes in ({"part_bytes": 2500}, {"part_bytes": 1 << 20}, {"processes": 2, "part_bytes": 30_000}):
+        run(plain, output=str(tmp_path / "other"), **changes)
+        assert hashes(tmp_path / "other") == expected, changes
+        subprocess.run(["rm", "-r", tmp_path / "other"], check=True)
+    reseeded = run(plain, output=str(tmp_path / "other"), seed=8)
+    assert reseeded.identity != read_manifest(tmp_path / "set").identity
+    for split in ("train", "heldout"):
+        first, second = (stored(tmp_path / name, "prose", split) for name in ("set", "other"))
+        assert first != second
+        assert sorted(first) == sorted(second)
+
+
+def test_order_of_sources_and_input_does_not_matter(plain: dict[str, Any], tmp_path: Path) -> None:
+    first = run(plain)
+    for name in ("a", "b", "c"):
+        path = tmp_path / f"{name}.jsonl"
+        path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
+    sources = dict(reversed(plain["sources"].items()))
+    assert run(plain, output=str(tmp_path / "other"), sources=sources).identity == first.identity
+
+
+def test_counts(plain: dict[str, Any]) -> None:
+    manifest = run(plain)
+    prose, verse = sum(len(t.encode()) for t in PROSE), sum(len(t.encode()) for t in VERSE)
+    assert manifest.sources["first"]["documents"] + manifest.sources["second"]["documents"] == len(PROSE)
+    assert [source["empty_documents"] for source in manifest.sources.values()] == [0, 1, 2]
+    assert [source["inexact_documents"] for source in manifest.sources.values()] == [0, 0, 0]
+    assert manifest.sources["first"]["text_bytes"] + manifest.sources["second"]["text_bytes"] == prose
+    assert manifest.sources["third"]["text_bytes"] == verse
+    tokens = sum(source["tokens"] for source in manifest.sources.values())
+    assert tokens == sum(shard.tokens for shard in manifest.shards)
+    assert tokens == sum(len(tiny_tokenizer().encode(text)) + 1 for text in PROSE + VERSE)
+
+
+def test_documents_of_a_lossy_tokenizer_are_counted(plain: dict[str, Any], tmp_path: Path) -> None:
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(PROSE), model_writer=model, vocab_size=60, hard_vocab_limit=False, minloglevel=2
+    )
+    (tmp_path / "given.model").write_bytes(model.getvalue())
+    assert run(plain).sources["third"]["inexact_documents"] == len(VERSE)
+
+
+def test_a_finished_data_set_is_left_alone(plain: dict[str, Any], tmp_path: Path) -> None:
+    first = run(plain)
+    times = {path: path.stat().st_mtime_ns for path in (tmp_path / "set" / "shards").iterdir()}
+    assert run(plain, processes=2) == first
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "set" / "shards").iterdir()} == times
+
+
+def test_a_change_between_two_starts_is_named(plain: dict[str, Any], tmp_path: Path) -> None:
+    run(plain)
+    with pytest.raises(UserError, match=r"set was begun with something else: settings\.seed was 7, now it is 8\. Give"):
+        run(plain, seed=8)
+    with pytest.raises(UserError, match=r"part_bytes was 8000, now it is 9000"):
+        run(plain, part_bytes=9000)
+    with pytest.raises(UserError, match=r"settings\.sources\.third\.domain was 'verse', now it is 'poems'"):
+        run(plain, sources={**plain["sources"], "third": {**plain["sources"]["third"], "domain": "poems"}})
+    path = tmp_path / "a.jsonl"
+    before = path.read_bytes()
+    path.write_bytes(before + b"\n")
+    with pytest.raises(UserError, match=rf"input\.first\..*a\.jsonl was '{len(before)} bytes, modified .*', now it is"):
+        run(plain)
+    (tmp_path / "given.model").write_bytes(tiny_tokenizer(310).model)
+    with pytest.raises(UserError, match=r"begun with something else: sha256 was '[0-9a-f]{64}', now it is"):
+        run(plain)
+
+
+def test_a_trained_tokenizer_is_made_once_and_by_either_command(plain: dict[str, Any], tmp_path: Path) -> None:
+    train = {"train": {"model_type": "bpe", "vocab_size": 330}}
+    made = make_tokenizer(build_settings(PrepareSettings, {**plain, "tokenizer": train}, "test"))
+    assert run(plain, tokenizer=train).tokenizer_sha256 == made.sha256
+    assert run(plain, tokenizer=train, output=str(tmp_path / "other")).tokenizer_sha256 == made.sha256
+    with pytest.raises(UserError, match=r"tokenizer\.train\.vocab_size was 330, now it is 340"):
+        run(plain, tokenizer={"train": {"model_type": "bpe", "vocab_size": 340}})
+
+
+def test_only_one_prepare_at_a_time(plain: dict[str, Any], tmp_path: Path) -> None:
+    with (
+        open_workspace(tmp_path / "set"),
+        pytest.raises(UserError, match=r"another process is preparing .*set\. Wait for it"),
+    ):
+        run(plain)
+    run(plain)
+
+
+def test_wrong_inputs_and_folders(plain: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "empty.jsonl").write_text('{"text": ""}\n')
+    empty = {"kind": "jsonl", "domain": "d", "files": [str(tmp_path / "empty.jsonl")]}
+    with pytest.raises(UserError, match=r"source 'none' holds no document but 1 empty ones"):
+        run(plain, sources={**plain["sources"], "none": empty}, output=str(tmp_path / "one"))
+    with pytest.raises(UserError, match=r"sources \(none\) hold no text to train a tokenizer on"):
+        run(plain, sources={"none": empty}, tokenizer={"train": {"vocab_size": 400}}, output=str(tmp_path / "two"))
+    with pytest.raises(UserError, match=r"output folder .*given\.model/set can't be written: Not a directory"):
+        run(plain, output=str(tmp_path / "given.model" / "set"))
+    with pytest.raises(UserError, match=r"tokenizer file .*nothing\.model does not exist"):
+        run(plain, tokenizer={"path": str(tmp_path / "nothing.model")}, output=str(tmp_path / "three"))
+    with pytest.raises(UserError, match=r"a\.jsonl is not a SentencePiece model"):
+        run(plain, tokenizer={"path": str(tmp_path / "a.jsonl")}, output=str(tmp_path / "four"))
+    with pytest.raises(UserError, match=r"give exactly one of tokenizer\.path and tokenizer\.train"):
+        run(plain, tokenizer={})
+    with pytest.raises(UserError, match=r"shard_tokens 100000000 is over 500,000 blocks"):
+        run(plain, shard_tokens=100_000_000)
+    (tmp_path / "foreign" / "shards").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"foreign holds a data set that was not prepared there"):
+        run(plain, output=str(tmp_path / "foreign"))
+
+
+def test_a_bad_record_stops_a_parallel_prepare(plain: dict[str, Any], tmp_path: Path) -> None:
+    with open(tmp_path / "b.jsonl", "a") as handle:
+        handle.write("{\n")
+    with pytest.raises(UserError, match=r"b\.jsonl, line 172: not valid JSON"):
+        run(plain, processes=2)
+
+
+def test_a_killed_worker_is_explained(plain: dict[str, Any]) -> None:
+    with pytest.raises(HeadraceError, match=r"a worker process was killed .* it continues"):
+        run_jobs(_die, [1, 2], 2, "die", "job", int)
+
+
+def _die(job: int) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _published(pattern: str, count: int) -> Callable[[Path], bool]:
+    return lambda folder: len(list(folder.glob(pattern))) >= count
+
+
+MOMENTS = {
+    "a run of a part": _published(".prepare/parts/*.tokens", 1),
+    "a part": _published(".prepare/parts/000???.json", 3),
+    "an archive being written": _published("shards/.*.tmp", 1),
+    "a shard's archive": _published("shards/*.tar", 2),
+    "a shard": _published(".prepare/shards/*.json", 4),
+    "the manifest": _published("manifest.json", 1),
+}
+
+
+def test_a_killed_prepare_continues_to_the_same_bytes(plain: dict[str, Any], tmp_path: Path) -> None:
+    run(plain)
+    config = tmp_path / "killed.yaml"
+    config.write_text(json.dumps({**plain, "output": str(tmp_path / "killed"), "processes": 2}))
+    command = [sys.executable, "-m", "data_pipeline", "prepare", str(config)]
+    for moment, reached in MOMENTS.items():
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not reached(tmp_path / "killed"):
+            time.sleep(0.0005)
+        process.kill()
+        assert process.wait() in (-signal.SIGKILL, 0), moment
+        if moment == "a shard":
+            finished = [path.stem for path in (tmp_path / "killed" / ".prepare" / "shards").glob("*.json")]
+            times = {name: (tmp_path / "killed" / "shards" / f"{name}.tar").stat().st_mtime_ns for name in finished}
+    (tmp_path / "killed" / "shards" / ".000000.tar.1.tmp").write_bytes(b"left over")
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    assert hashes(tmp_path / "killed") == hashes(tmp_path / "set")
+    kept = {name: (tmp_path / "killed" / "shards" / f"{name}.tar").stat().st_mtime_ns for name in times}
+    assert kept == times, "a finished shard was written again"
+    assert sorted(path.name for path in (tmp_path / "killed" / ".prepare").iterdir()) == sorted(
+        path.name for path in (tmp_path / "set" / ".prepare").iterdir()
+    )
+
+
+def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
+    script = (
+        "import os, time\n"
+        "from data_pipeline.prepare.workers import run_jobs\n"
+        "from tests.data_pipeline.test_prepare import _sleep\n"
+        f"if __name__ == '__main__': run_jobs(_sleep, [{str(tmp_path)!r}] * 2, 2, 'sleep', 'job', len)\n"
+    )
+    (tmp_path / "script.py").write_text(script)
+    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
+    parent = subprocess.Popen([sys.executable, tmp_path / "script.py"], env=environment, stderr=subprocess.DEVNULL)
+    while len(pids := [int(path.suffix[1:]) for path in tmp_path.glob("worker.*")]) < 2:
+        time.sleep(0.01)
+    parent.kill()
+    parent.wait()
+    deadline = time.monotonic() + 20
+    while any(_alive(pid) for pid in pids):
+        assert time.monotonic() < deadline, "a worker lives on"
+        time.sleep(0.01)
+
+
+def _sleep(folder: str) -> None:
+    (Path(folder) / f"worker.{os.getpid()}").touch()
+    time.sleep(600)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+def test_a_part_that_has_its_record_is_not_read_again(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A prepare stopped between the passes goes on without the first."""
+
+    def full_disk(folder: Path, needed: int) -> None:
+        raise OSError(28, "No space left on device", str(folder))
+
+    monkeypatch.setattr(data_pipeline.prepare.run, "_check_space", full_disk)
+    with pytest.raises(UserError, match=r"set: No space left on device \(.*set\)\. Mend that and start the same"):
+        run(plain)
+    monkeypatch.undo()
+    records = {path: path.stat().st_mtime_ns for path in (Path(plain["output"]) / ".prepare" / "parts").iterdir()}
+    assert records
+    monkeypatch.setattr(data_pipeline.prepare.run.shutil, "rmtree", lambda path: None)
+    run(plain)
+    assert {path: path.stat().st_mtime_ns for path in records} == records

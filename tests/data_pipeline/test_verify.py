@@ -1,0 +1,161 @@
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from data_pipeline.errors import DataError
+from data_pipeline.files import sha256_file
+from data_pipeline.layout import BlockLayout
+from data_pipeline.manifest import read_manifest, write_manifest
+from data_pipeline.testing import tiny_tokenizer, write_token_dataset
+from data_pipeline.verify import Damage, rebuild_indexes, verify_dataset
+
+LAYOUT = BlockLayout(16, "uint16")
+STRIDE = LAYOUT.member_stride
+DATA = LAYOUT.data_offset(2)
+
+
+@pytest.fixture
+def dataset(tmp_path: Path) -> Path:
+    documents = [[10, 11, 12] * 5, [13] * 20, [], [14] * 30]
+    write_token_dataset(
+        tmp_path / "set", {("a", "train"): documents, ("a", "heldout"): [[9]]}, block_tokens=16, documents_per_shard=4
+    )
+    return tmp_path / "set"
+
+
+def flip(at: int) -> Callable[[bytes], bytes]:
+    return lambda content: content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :]
+
+
+def damage(folder: Path, file: str, change: Callable[[bytes], bytes]) -> None:
+    path = folder / "shards" / file
+    path.write_bytes(change(path.read_bytes()))
+
+
+def test_an_intact_data_set_has_no_damage(dataset: Path) -> None:
+    assert verify_dataset(dataset, 1) == verify_dataset(dataset, 2) == []
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        (flip(DATA + 7), [("CRC32C does not fit", 2, DATA)]),
+        (flip(2 * STRIDE + 150), [("damaged tar or npy header", 2, 2 * STRIDE + 150)]),
+        (flip(2 * STRIDE + 512 + 30), [("damaged tar or npy header", 2, 2 * STRIDE + 542)]),
+        (flip(DATA + LAYOUT.block_bytes + 3), [("padding is not zero", 2, DATA + LAYOUT.block_bytes + 3)]),
+        (flip(5 * STRIDE + 600), [("the end of the archive is not as written", None, 5 * STRIDE + 600)]),
+        (lambda content: content[:DATA], [("has 2", None, DATA), ("the file ends inside this block", 2, DATA)]),
+        (lambda content: content + b"\0", [("has ", None, 10240), ("the end of the archive", None, 10240)]),
+    ],
+)
+def test_damage_to_an_archive_is_placed(
+    dataset: Path, change: Callable[[bytes], bytes], expected: list[tuple[str, int | None, int]]
+) -> None:
+    assert (dataset / "shards" / "000000.tar").stat().st_size == 10240
+    damage(dataset, "000000.tar", change)
+    found = verify_dataset(dataset, 1)
+    assert {item.file for item in found if item.offset is not None} == {"shards/000000.tar"}
+    placed = [item for item in found if item.file.endswith(".tar") and item.offset is not None]
+    assert [(item.block, item.offset) for item in placed] == [(block, offset) for _, block, offset in expected]
+    for item, (problem, _, _) in zip(placed, expected, strict=True):
+        assert item.problem.startswith(problem)
+        assert item.shard == "000000"
+    assert any("SHA-256 is" in item.problem for item in found) or "ends inside" in placed[-1].problem
+
+
+def test_all_damage_is_reported(dataset: Path) -> None:
+    damage(dataset, "000000.tar", flip(DATA))
+    damage(dataset, "000001.docs.parquet", flip(10))
+    (dataset / "shards" / "000000.idx").unlink()
+    (dataset / "shards" / "000009.tar").touch()
+    (dataset / "tokenizer.model").write_bytes(tiny_tokenizer(310).model)
+    found = [str(item) for item in verify_dataset(dataset, 1)]
+    assert "tokenizer.model: is not the tokenizer the shards were written with" in found
+    assert "shards/000009.tar: is not in the manifest" in found
+    assert "shards/000000.idx: missing (`verify --rebuild-sidecars` writes it again)" in found
+    assert any(item.startswith("shards/000000.tar: SHA-256 is") for item in found)
+    assert any(item.startswith("shards/000001.docs.parquet: SHA-256 is") for item in found)
+
+
+def test_a_missing_shard_is_reported(dataset: Path) -> None:
+    for path in (dataset / "shards").glob("000001.*"):
+        path.unlink()
+    found = {(item.file, item.problem) for item in verify_dataset(dataset, 1)}
+    assert {file for file, _ in found} == {f"shards/000001.{kind}" for kind in ("tar", "idx", "docs.parquet")}
+    assert ("shards/000001.tar", "missing") in found
+
+
+def _forge(dataset: Path, at_block: int, at_token: int, token: int) -> list[Damage]:
+    """Change a token and mend every hash over it, as a faulty writer would have left it."""
+    offset = LAYOUT.data_offset(at_block) + 2 * at_token
+    damage(
+        dataset,
+        "000000.tar",
+        lambda content: content[:offset] + bytes([token & 255, token >> 8]) + content[offset + 2 :],
+    )
+    manifest = read_manifest(dataset)
+    archive = sha256_file(dataset / "shards" / "000000.tar")
+    mended = manifest.shards[0].model_copy(update={"sha256": archive, "idx_sha256": "to be rebuilt"})
+    write_manifest(dataset, manifest.model_copy(update={"shards": (mended, *manifest.shards[1:])}))
+    assert rebuild_indexes(dataset) == ["000000"]
+    index = sha256_file(dataset / "shards" / "000000.idx")
+    shards = (mended.model_copy(update={"idx_sha256": index}), *manifest.shards[1:])
+    write_manifest(dataset, manifest.model_copy(update={"shards": shards}))
+    return verify_dataset(dataset, 1)
+
+
+def test_tokens_are_held_against_the_format(dataset: Path) -> None:
+    """What no hash shows: the 69 tokens lie in blocks 0 to 4, the last of which is filled from token 5 on."""
+    copies = [shutil.copytree(dataset, dataset.parent / f"copy{i}") for i in range(4)]
+    (look_ahead,) = _forge(copies[0], 1, 16, 15)
+    assert look_ahead.problem == "begins with token 13; the block before looks ahead to 15"
+    assert (look_ahead.block, look_ahead.offset) == (2, LAYOUT.data_offset(2))
+    (beyond,) = _forge(copies[1], 1, 7, 300)
+    assert beyond.problem == "token 300 is beyond the vocabulary of 300"
+    assert (beyond.block, beyond.offset) == (1, LAYOUT.data_offset(1) + 14)
+    (filling,) = _forge(copies[2], 4, 9, 15)
+    assert (filling.problem, filling.block, filling.offset) == ("the filling is not EOS", 4, LAYOUT.data_offset(4) + 18)
+    eos = [item.problem for item in _forge(copies[3], 1, 7, 2)]
+    assert eos == ["the shard holds 5 EOS, the manifest says 4 documents"]
+
+
+def test_the_document_table_is_held_against_the_shard(dataset: Path) -> None:
+    path = dataset / "shards" / "000000.docs.parquet"
+    table = pq.read_table(path)
+    starts = table["start"].to_numpy() + np.array([0, 0, 1, 0], np.uint64)
+    pq.write_table(table.set_column(0, "start", [starts]), path)
+    problems = [item.problem for item in verify_dataset(dataset, 1)]
+    assert "row 2 says another place than the EOS of the shard, tokens 37 to 38" in problems
+    pq.write_table(table.slice(0, 3), path)
+    problems = [item.problem for item in verify_dataset(dataset, 1)]
+    assert "has 3 rows, the manifest says 4 documents" in problems
+
+
+def test_block_indexes_are_rebuilt_from_the_archives(dataset: Path) -> None:
+    before = {path: path.read_bytes() for path in (dataset / "shards").glob("*.idx")}
+    (dataset / "shards" / "000000.idx").unlink()
+    damage(dataset, "000001.idx", flip(139))
+    assert rebuild_indexes(dataset) == ["000000", "000001"]
+    assert {path: path.read_bytes() for path in before} == before
+    assert rebuild_indexes(dataset) == []
+    (dataset / "shards" / "000000.idx").unlink()
+    damage(dataset, "000000.tar", flip(DATA))
+    with pytest.raises(DataError, match=r"000000\.idx can't be rebuilt: .*000000\.tar is missing or damaged"):
+        rebuild_indexes(dataset)
+
+
+def test_a_shard_with_another_tar_header_is_no_longer_the_data_set(dataset: Path) -> None:
+    """GNU tar can pack the same members again; the stride breaks, and verify says so instead of reading on."""
+    path = dataset / "shards" / "000000.tar"
+    unpacked = dataset.parent / "unpacked"
+    unpacked.mkdir()
+    subprocess.run(["tar", "-xf", path, "-C", unpacked], check=True)
+    subprocess.run(["tar", "-cf", path, "-C", unpacked, "."], check=True)
+    assert any(item.problem == "damaged tar or npy header" and item.block == 0 for item in verify_dataset(dataset, 1))
