@@ -137,11 +137,12 @@ def test_the_bytes_depend_on_seed_and_content_only(plain: dict[str, Any], tmp_pa
 
 def test_order_of_sources_and_input_does_not_matter(plain: dict[str, Any], tmp_path: Path) -> None:
     first = run(plain)
+    sources = dict(reversed(plain["sources"].items()))
+    assert run(plain, output=str(tmp_path / "other"), sources=sources).shards == first.shards, "duplicates go by url"
     for name in ("a", "b", "c"):
         path = tmp_path / f"{name}.jsonl"
         path.write_text("".join(reversed(path.read_text().splitlines(keepends=True))))
-    sources = dict(reversed(plain["sources"].items()))
-    assert run(plain, output=str(tmp_path / "other"), sources=sources).identity == first.identity
+    assert run(plain, output=str(tmp_path / "third")).identity == first.identity
 
 
 def test_counts(plain: dict[str, Any]) -> None:
