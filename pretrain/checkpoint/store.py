@@ -117,11 +117,7 @@ class CheckpointStore:
         )
 
     def _publish(self, draft: Path, final: Path, files: list[FileRecord]) -> None:
-        known = {file.path for file in files}
-        everything = [path for path in draft.rglob("*") if path.is_file()]
-        # DeepSpeed adds its recovery scripts by itself
-        files += [record_file(draft, path) for path in everything if path.relative_to(draft).as_posix() not in known]
-        for folder in {path.parent for path in everything}:
+        for folder in {(draft / file.path).parent for file in files}:
             fsync_folder(folder)
         write_manifest(draft, files)
         if final.exists():

@@ -77,6 +77,8 @@ class Engine:
         from .files import CheckpointFiles  # imports DeepSpeed, which has to find its accelerator chosen
 
         self._engine.checkpoint_engine = CheckpointFiles(self._engine.checkpoint_engine)
+        # copies of DeepSpeed's own tools: an error of the disk there would come between its barriers
+        self._engine._copy_recovery_script = lambda folder: None
 
     def _build(self, deepspeed: Any, config: Config, vocab_size: int, settings: dict[str, Any]) -> Decoder:
         """The decoder with its initial weights: the same for every stage and number of ranks."""
@@ -152,7 +154,11 @@ class Engine:
             OSError: this rank could not write (on the rank concerned only).
         """
         files: CheckpointFiles = self._engine.checkpoint_engine
-        self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        try:
+            self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
+        except OSError as error:
+            # the others wait for this rank in a barrier of DeepSpeed's: to go on to the next collective would hang all
+            raise HeadraceError(f"DeepSpeed could not save below {folder}: {error}") from error
         return files.written()
 
     def load(self, folder: Path) -> None:

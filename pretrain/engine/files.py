@@ -43,6 +43,12 @@ class CheckpointFiles(_base.CheckpointEngine):  # type: ignore[misc, name-define
             cause = error.__context__
             self._error = self._error or (cause if isinstance(cause, OSError) else OSError(str(error)))
 
+    def makedirs(self, path: str, exist_ok: bool = False) -> None:
+        try:
+            os.makedirs(path, exist_ok=exist_ok)
+        except OSError as error:
+            self._error = self._error or error
+
     def load(self, path: str, map_location: Any = None) -> Any:
         return self._default.load(path, map_location)
 

@@ -1,0 +1,71 @@
+"""A signal saves at the next step boundary, agreed by all ranks, and ends with the reason and exit code 75."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+
+from pretrain.monitor import read_attempts
+
+from .runs import Runs, environment, torchrun
+
+STEPS = "training.steps=200"
+
+
+def stop(runs: Runs, name: str, command: list[str], number: signal.Signals, target: str) -> int:
+    """Start ``command``, send ``number`` after its 10th step to the launcher or to one worker; the exit code."""
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    metrics = runs.run_folder(name) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while process.poll() is None and time.monotonic() < deadline:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= 10:
+            break
+        time.sleep(0.02)
+    pid = process.pid if target == "launcher" else _a_worker(process.pid)
+    subprocess.run(["kill", f"-{number.name.removeprefix('SIG')}", str(pid)], check=True)
+    _, errors = process.communicate(timeout=120)
+    assert b"stopped: stopped on request" in errors
+    return process.returncode
+
+
+def _a_worker(launcher: int) -> int:
+    workers = [child.pid for child in psutil.Process(launcher).children() if "pretrain" in child.cmdline()]
+    assert len(workers) == 2
+    return workers[-1]
+
+
+@pytest.mark.slow
+def test_stopped_runs_go_on_to_the_same_bits(runs: Runs) -> None:
+    """SIGTERM to torchrun, SIGUSR1 to one worker, SIGINT to our launcher: each stops alike, and the run goes on."""
+    straight, stopped = runs.config("straight"), runs.config("stopped")
+    assert runs.train(straight, STEPS).returncode == 0
+    ours = [sys.executable, "-m", "launch", "local", str(stopped), STEPS, "evaluation.every_steps=10", "--ranks", "2"]
+    theirs = torchrun(stopped, STEPS, ranks=2)
+    stop(runs, "stopped", theirs, signal.SIGTERM, "launcher")
+    first = read_attempts(runs.run_folder("stopped"))[-1]
+    assert (first.reason, first.signal, first.exit_code) == ("stopped", "SIGTERM", 75)
+    stop(runs, "stopped", theirs, signal.SIGUSR1, "worker")
+    second = read_attempts(runs.run_folder("stopped"))[-1]
+    assert (second.signal, second.first_step) == ("SIGUSR1", (first.last_step or 0) + 1)
+    assert stop(runs, "stopped", ours, signal.SIGINT, "launcher") == 75
+    assert read_attempts(runs.run_folder("stopped"))[-1].signal == "SIGINT"
+    assert subprocess.run(ours, env=environment(), check=False, capture_output=True).returncode == 0
+    assert [attempt.reason for attempt in read_attempts(runs.run_folder("stopped"))] == [*["stopped"] * 3, "done"]
+    assert runs.state_hashes("straight", 200) == runs.state_hashes("stopped", 200)
+    assert runs.metrics("straight") == runs.metrics("stopped")
+
+
+@pytest.mark.slow
+def test_a_finished_run_started_again_changes_nothing(runs: Runs) -> None:
+    config = runs.config("finished")
+    assert runs.train(config, ranks=1).returncode == 0
+    before, hashes = runs.metrics("finished"), runs.state_hashes("finished", 20)
+    assert runs.train(config, ranks=1).returncode == 0
+    assert runs.metrics("finished") == before
+    assert runs.state_hashes("finished", 20) == hashes
+    assert read_attempts(runs.run_folder("finished"))[-1].trained is False
