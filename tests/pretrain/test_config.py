@@ -39,7 +39,7 @@ def refusal(*overrides: str, path: Path = DEMO) -> str:
         ("training.precision=bf61", ["'training.precision' = 'bf61'", "did you mean 'bf16'?"]),
         ("objective.reweighting.strategy=linuper", ["did you mean 'linupper'?"]),
         ("objective.reweighting.temperature=0", ["objective.reweighting.temperature", "greater than 0"]),
-        ("training.micro_batch=5", ["global_batch 32 is not a multiple of micro_batch 5", "30 and 35"]),
+        ("training.micro_batch=5", ["global_batch 16 is not a multiple of micro_batch 5", "15 and 20"]),
         ("training.tokens=5", ["exactly one of training.steps and training.tokens"]),
         ("model.heads=5", ["hidden_size 192 is not a multiple of heads 5"]),
         ("data.phases=[{start: 5, weights: {code: 1}}]", ["the phase at 5", "['code', 'docs']"]),

@@ -18,12 +18,13 @@ STEPS = "training.steps=200"
 
 
 def stop(runs: Runs, name: str, command: list[str], number: signal.Signals, target: str) -> int:
-    """Start ``command``, send ``number`` after its 10th step to the launcher or to one worker; the exit code."""
-    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    """Start ``command``, send ``number`` after some 10 steps to the launcher or to one worker; the exit code."""
     metrics = runs.run_folder(name) / "metrics.jsonl"
+    enough = 10 + (len(runs.metrics(name)) if metrics.exists() else 0)
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     deadline = time.monotonic() + 120
     while process.poll() is None and time.monotonic() < deadline:
-        if metrics.exists() and metrics.read_bytes().count(b"\n") >= 10:
+        if metrics.exists() and metrics.read_bytes().count(b"\n") >= enough:
             break
         time.sleep(0.02)
     pid = process.pid if target == "launcher" else _a_worker(process.pid)

@@ -135,4 +135,4 @@ def test_a_checkpoint_that_does_not_fit(runs: Runs, tmp_path: Path) -> None:
     assert damaged.returncode == 2
     assert f"{victim} has other content than when it was saved" in damaged.stderr
     assert train(config, "training.steps=8", "resume=never").returncode == 0
-    assert (runs.run_folder("run") / "before_attempt_9" / "metrics.jsonl").exists()
+    assert (runs.run_folder("run") / "before_attempt_10" / "metrics.jsonl").exists()
