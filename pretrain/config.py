@@ -113,8 +113,9 @@ class EngineSettings(Settings):
     """``cpu`` keeps the optimizer's state and step in host memory (stages 1 to 3)."""
     overlap_communication: bool = False
     """Reduce gradients while the backward pass goes on (stages 1 to 3)."""
-    bucket_elements: int = Field(default=50_000_000, ge=1)
-    """Gradient elements reduced in one collective."""
+    bucket_elements: int | None = Field(default=None, ge=1)
+    """Gradient elements reduced in one collective (stages 1 to 3); ``null``: 50,000,000 on GPUs, and on CPUs 500,000,
+    which stay in the cache on their way."""
     persistence_threshold: int = Field(default=100_000, ge=0)
     """Stage 3: parameters with fewer elements stay whole on every rank."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)

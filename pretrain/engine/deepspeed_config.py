@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from data_pipeline.errors import UserError
 from pretrain.config import Config
 
@@ -14,11 +16,15 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     Raises:
         UserError: the batch does not divide, or ``engine.deepspeed`` sets a key that Headrace sets itself.
     """
-    settings, training = config.engine, config.training
+    settings, training, on_gpu = config.engine, config.training, torch.cuda.is_available()
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.zero_stage:
         zero["overlap_comm"] = settings.overlap_communication
-        zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = settings.bucket_elements
+        bucket = settings.bucket_elements or (50_000_000 if on_gpu else 500_000)
+        zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = bucket
+    if settings.zero_stage in (1, 2):
+        # one more copy of every gradient, against the fragmentation of a GPU's memory: a CPU only pays for it
+        zero["contiguous_gradients"] = on_gpu
     if settings.zero_stage == 3:
         zero["stage3_param_persistence_threshold"] = settings.persistence_threshold
     if settings.offload_optimizer == "cpu":

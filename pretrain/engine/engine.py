@@ -74,6 +74,8 @@ class Engine:
             config=settings,
             dist_init_required=False,
         )
+        if self._stage == 0 and ranks.world_size == 1:
+            self._engine.enable_backward_allreduce = False  # copies every gradient twice to reduce it with nobody
         from .files import CheckpointFiles  # imports DeepSpeed, which has to find its accelerator chosen
 
         self._engine.checkpoint_engine = CheckpointFiles(self._engine.checkpoint_engine)
