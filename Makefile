@@ -1,15 +1,44 @@
-# Everything sets itself up: only Python >= 3.11 and a C++ compiler are needed beforehand.
+# Everything sets itself up: only Python 3.11 or newer with its venv module is needed beforehand.
 PYTHON ?= python3
-VENV := .venv
-BIN := $(VENV)/bin
-READY := $(VENV)/.ready
+BIN := .venv/bin
+READY := .venv/.ready
+WORKERS ?= 2
 
-.PHONY: demo test lint setup
+.PHONY: setup browser demo demo-short test test-fast lint campaign
 
 setup: $(READY)
 
+# torch first and by its exact version: asked for in any other way, it brings gigabytes of CUDA packages along
 $(READY): pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(VENV)
+	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --constraint constraints.txt "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --constraint constraints.txt --editable '.[dev,hf]'
 	touch $(READY)
+
+# the report's tests look at it in a real browser; without one (no apt, no root) they are skipped and say so
+browser:
+	@command -v chromium >/dev/null || command -v google-chrome >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } \
+	>/dev/null 2>&1 || echo "no chromium: the report's browser tests will be skipped"
+
+demo: setup
+	$(BIN)/python demo/demo.py
+
+demo-short: setup
+	$(BIN)/python demo/demo.py --short
+
+test: setup browser
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not campaign"
+
+test-fast: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not campaign and not slow"
+
+lint: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+# minutes to hours: what `make test` leaves out
+campaign: setup
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign

@@ -41,16 +41,16 @@ def main() -> None:
 
     entropy = read_json(BIN / "pretrain-data", "inspect", DATA, "--entropy", "--json")["entropy"]
     baseline = entropy["heldout"]["all"]
-    scores = [line for line in metrics() if "evaluation" in line]
+    score = [line for line in metrics() if "evaluation" in line][-1]
     resumed = attempts()[-1]["resumed_from"]
     print(f"""
 stopped on request after step {stopped_at}, resumed from {resumed}
 unigram entropy of the training text      {entropy["train"]["all"]:.3f} nats/token
 held-out text under these unigrams        {baseline:.3f} nats/token
-held-out loss of the model                {scores[-1]["loss"]:.3f} nats/token, {scores[-1]["bits_per_byte"]:.3f} bits/byte
+held-out loss of the model                {score["loss"]:.3f} nats/token, {score["bits_per_byte"]:.3f} bits/byte
 report                                    {(RUN / "report.html").resolve().as_uri()}
 took                                      {time.monotonic() - started:.0f} s""")
-    if resumed is None or scores[-1]["loss"] > entropy["train"]["all"] - (0.2 if short else 0.8):
+    if resumed is None or score["loss"] > entropy["train"]["all"] - (0.2 if short else 0.8):
         sys.exit("error: the demo did not resume, or its model has not learned: look at the report")
 
 
