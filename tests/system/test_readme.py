@@ -1,0 +1,53 @@
+"""What the README says runs: every command of the tour, in order, and every YAML block through its schema."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from data_pipeline.prepare import PrepareSettings
+from data_pipeline.settings import build_settings
+from pretrain.config import DataSettings
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+TOUR = re.findall(r"<!-- tour -->\n```\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_the_tour(tmp_path: Path) -> None:
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    commands = [line for block in TOUR for line in block.splitlines()]
+    assert len(commands) >= 10
+    for command in commands:
+        ended = subprocess.run(
+            command.split(),
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path, "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert ended.returncode == 0, f"{command}\n{ended.stdout}\n{ended.stderr}"
+    assert (tmp_path / "runs/tour/report.html").stat().st_size > 100_000
+
+
+def test_the_yaml_blocks_fit_their_schemas() -> None:
+    prepare, run = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
+    assert set(build_settings(PrepareSettings, prepare, "README").sources) == {"web", "books", "notes", "hub"}
+    assert build_settings(DataSettings, run["data"], "README").sources["books"].max_epochs == 4
+
+
+def test_every_named_file_exists() -> None:
+    for name in re.findall(r"`((?:configs|tests|docs|benchmarks)/[\w./]+)`", README) + re.findall(
+        r"\]\(([^)]+)\)", README
+    ):
+        assert (ROOT / name).exists(), name
