@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .check import check_run
 from .config import load_config
-from .data import open_data
-from .engine import accumulation_steps, deepspeed_config
+from .engine import accumulation_steps
 from .model import count_parameters, flops_per_token
 
 
@@ -19,9 +19,7 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
         UserError: whatever would stop the run before its first step.
     """
     config = load_config(path, overrides)
-    accumulation = accumulation_steps(config, ranks)
-    deepspeed_config(config, ranks)
-    data = open_data(config)
+    data = check_run(config, ranks)
     vocabulary = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
     parameters = count_parameters(config.model, vocabulary)
     sequences = config.total_steps * config.training.global_batch
@@ -39,7 +37,7 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
         "sequences": sequences,
         "tokens": tokens,
         "tokens_per_step": config.tokens_per_step,
-        "accumulation_steps": accumulation,
+        "accumulation_steps": accumulation_steps(config, ranks),
         "sources": {
             name: {"sequences": source.sequences, "drawn": drawn, "epochs": drawn / source.sequences}
             for name, source, drawn in zip(data.names, data.sources, needed, strict=True)

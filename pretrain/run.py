@@ -11,14 +11,13 @@ from typing import NoReturn, TypeVar
 
 from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, HeadraceError, UserError
 
+from .check import check_run
 from .checkpoint import CheckpointError, CheckpointStore, intact, seed_generators
 from .config import Config, load_config
-from .data import RunData, open_data
 from .distributed import Distributed, finish, start
-from .engine import Engine, accumulation_steps
+from .engine import Engine
 from .monitor import AttemptsLog, Monitor, Reason, read_attempts
-from .optimizer import check_schedule
-from .run_folder import CHECKPOINTS, open_run_folder, set_aside, versions, write_config
+from .run_folder import CHECKPOINTS, lock_run_folder, open_run_folder, set_aside, versions, write_config
 from .signals import StopRequest
 from .state import TrainState, resume_state
 from .train import NonFiniteError, StoppedError, Trainer
@@ -76,10 +75,12 @@ class Session:
     def run(self, config: Config, stop: StopRequest) -> None:
         """Check, start or resume, train. Raises what :meth:`Trainer.train` raises, and UserError before any work."""
         ranks = self._ranks
-        self._folder = folder = together(ranks, lambda: open_run_folder(config))
+        folder = together(ranks, lambda: open_run_folder(config))
+        together(ranks, lambda: lock_run_folder(folder) if ranks.rank == 0 else 0)
+        self._folder = folder
         attempts = AttemptsLog(folder) if ranks.rank == 0 else None
         self._attempt = ranks.broadcast_object(len(read_attempts(folder)) + 1 if attempts else 0)
-        data = together(ranks, lambda: _check(config, ranks))
+        data = together(ranks, lambda: check_run(config, ranks.world_size))
         if config.resume == "never" and ranks.rank == 0:
             set_aside(folder, self._attempt)
         ranks.barrier()
@@ -149,19 +150,6 @@ class Session:
             log.stop(self._attempt, last_step=step, reason=reason, exit_code=code, message=message, signal=signal)
         except (OSError, UserError) as error:
             print(f"error: {self._folder / 'attempts.jsonl'} could not be written: {error}", file=sys.stderr)
-
-
-def _check(config: Config, ranks: Distributed) -> RunData:
-    accumulation_steps(config, ranks.world_size)
-    check_schedule(config.schedule, config.total_steps)
-    group = config.training.micro_batch * ranks.world_size
-    if config.objective.reweighting.strategy != "uniform" and group == 1:
-        raise UserError(
-            "objective.reweighting.strategy = "
-            f"{config.objective.reweighting.strategy!r} weighs the samples of a micro-step against each other, but "
-            "training.micro_batch x ranks = 1: every weight would be 1. Raise training.micro_batch."
-        )
-    return open_data(config)
 
 
 def _attempt(action: Callable[[], T]) -> tuple[T | None, HeadraceError | None]:

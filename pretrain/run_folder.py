@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import socket
 import subprocess
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,7 @@ from .config import Config
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
+LOCK_FILE = ".lock"
 
 
 def open_run_folder(config: Config) -> Path:
@@ -37,6 +40,27 @@ def open_run_folder(config: Config) -> Path:
             "mend its permissions."
         ) from error
     return folder
+
+
+def lock_run_folder(folder: Path) -> int:
+    """Take the run folder for this process, until it ends however it ends; returns the lock's descriptor.
+
+    Raises:
+        UserError: another process trains here; two would write into each other's checkpoints.
+    """
+    lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = os.read(lock, 1000).decode(errors="replace").strip() or "unknown"
+        os.close(lock)
+        raise UserError(
+            f"the run folder {folder} is in use by another run ({holder}). Wait for it or stop it, or choose another "
+            "run.name."
+        ) from error
+    os.ftruncate(lock, 0)
+    os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return lock
 
 
 def write_config(folder: Path, config: Config, identity: dict[str, Any]) -> None:

@@ -6,7 +6,7 @@ import math
 import socket
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -45,6 +45,24 @@ class StoppedError(HeadraceError):
 
 
 @dataclass
+class Pace:
+    """Seconds of the steps since the last line of metrics.jsonl, and the part of them spent waiting for data."""
+
+    steps: int = 0
+    seconds: float = 0.0
+    waited: float = 0.0
+
+    def add(self, seconds: float, waited: float) -> None:
+        self.steps, self.seconds, self.waited = self.steps + 1, self.seconds + seconds, self.waited + waited
+
+    def take(self) -> tuple[float, float]:
+        """The means per step; the next line begins anew."""
+        means = self.seconds / self.steps, self.waited / self.steps
+        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+        return means
+
+
+@dataclass
 class Trainer:
     """One attempt at a run, on one rank.
 
@@ -59,6 +77,7 @@ class Trainer:
     monitor: Monitor | None
     """On rank 0."""
     state: TrainState
+    _pace: Pace = field(default_factory=Pace)
 
     def train(self, stop: StopRequest) -> None:
         """Train to the configured end.
@@ -82,7 +101,8 @@ class Trainer:
                 statistics = objective.end_step(stop.flags)
                 self._refuse_non_finite(statistics, float(grad_norm), step)
                 self.state = self.state.advance(config.training.global_batch, statistics.holes)
-                self._log(statistics, rate, float(grad_norm), time.perf_counter() - started, loader.waited)
+                self._pace.add(time.perf_counter() - started, loader.waited)
+                self._log(statistics, rate, float(grad_norm))
                 finished = self.state.step == total
                 signals = [] if finished else names(statistics.flags)
                 if self._due(config.evaluation.every_steps) and not signals:
@@ -155,10 +175,11 @@ class Trainer:
             "these samples, or resume with a lower optimizer.lr or a smaller optimizer.clip_norm."
         )
 
-    def _log(self, statistics: StepStatistics, rate: float, norm: float, seconds: float, waited: float) -> None:
+    def _log(self, statistics: StepStatistics, rate: float, norm: float) -> None:
         step, settings = self.state.step, self.config.monitor
         if not self.monitor or (step % settings.log_every and step != self.config.total_steps):
             return
+        seconds, waited = self._pace.take()
         tokens_per_second = self.config.tokens_per_step / seconds
         fields = step_metrics(statistics, self.data.names)
         fields |= {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +15,7 @@ from data_pipeline.testing import tiny_tokenizer
 from pretrain.config import load_config
 from pretrain.data import open_data
 from pretrain.monitor import read_attempts
-from pretrain.run_folder import open_run_folder
+from pretrain.run_folder import lock_run_folder, open_run_folder
 
 from .runs import Runs, environment, write_tiny_data
 
@@ -72,6 +73,18 @@ def test_unwritable_run_folder(runs: Runs, tmp_path: Path) -> None:
     config = load_config(runs.config("wrong"), [f"run.folder={tmp_path / 'file'}"])
     with pytest.raises(UserError, match=rf"the run folder {tmp_path}/file/wrong can't be written: Not a directory"):
         open_run_folder(config)
+
+
+def test_a_run_folder_in_use(runs: Runs) -> None:
+    """Two runs would write into each other's checkpoints; a lock ends with its process, however that ends."""
+    folder = open_run_folder(load_config(runs.config("wrong")))
+    lock = lock_run_folder(folder)
+    with pytest.raises(
+        UserError, match=rf"the run folder {folder} is in use by another run \(process {os.getpid()} on"
+    ):
+        lock_run_folder(folder)
+    os.close(lock)
+    os.close(lock_run_folder(folder))
 
 
 def test_the_command_ends_with_2_and_one_paragraph(runs: Runs) -> None:
