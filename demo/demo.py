@@ -28,7 +28,7 @@ def main() -> None:
     started = time.monotonic()
     config = ROOT / "configs/demo.yaml"
     overrides = ["training.steps=60", "checkpoint.every_steps=20"] if short else []
-    train = [BIN / "torchrun", "--standalone", "--nproc-per-node", 2, "-m", "pretrain", "train", config, *overrides]
+    train = [BIN / "pretrain-launch", "local", "--ranks", 2, config, *overrides]
 
     run(BIN / "pretrain-data", "tokenizer", ROOT / "configs/data/stdlib.yaml")
     run(BIN / "pretrain-data", "prepare", ROOT / "configs/data/stdlib.yaml")
@@ -57,18 +57,15 @@ took                                      {time.monotonic() - started:.0f} s""")
 def train_and_stop(command: list[Any], after: int) -> int:
     """Start the run, ask it to stop once ``after`` steps are done, and return the step it saved."""
     show(command)
-    # a session of its own, so that torchrun alone gets the signal and hands it on
     process = subprocess.Popen([str(part) for part in command], env=environment())
     while process.poll() is None and last_step() < after:
         time.sleep(0.2)
     if process.poll() is None:
         print(f"\n$ kill -TERM {process.pid}   # as a cluster does before it takes the machine back", flush=True)
         process.send_signal(signal.SIGTERM)
-    process.wait()
-    end = attempts()[-1]
-    if end.get("exit_code") != 75:
-        sys.exit(f"error: the run should have stopped with exit code 75, but attempts.jsonl says {end}")
-    return int(end["last_step"])
+    if process.wait() != 75:
+        sys.exit(f"error: the run should have stopped with exit code 75, not {process.returncode}: {attempts()[-1]}")
+    return int(attempts()[-1]["last_step"])
 
 
 def run(*command: Any) -> None:

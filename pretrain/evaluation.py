@@ -28,8 +28,8 @@ class Score:
 
     @property
     def loss(self) -> float:
-        """Mean −log p of a label, nats."""
-        return self.nats / self.labels
+        """Mean −log p of a label, nats; NaN where the evaluated sequences hold no label."""
+        return self.nats / self.labels if self.labels else math.nan
 
     @property
     def perplexity(self) -> float:

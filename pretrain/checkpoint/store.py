@@ -74,22 +74,24 @@ class CheckpointStore:
                 draft.mkdir()
         except OSError as error:
             failure = _reason(error)
-        self._agree(failure, name, draft)
+        self._agree(failure, f"checkpoint {name} could not be saved", draft)
         try:
             written = engine.save(draft)
             written += self._write_own(draft, state)
             files = [record_file(draft, path) for path in written]
         except OSError as error:
             failure = _reason(error)
-        self._agree(failure, name, draft)
+        self._agree(failure, f"checkpoint {name} could not be saved", draft)
         everything = [file for part in self._ranks.gather_objects(files) for file in part]
+        failed = f"checkpoint {name} could not be saved"
         if self._ranks.rank == 0:
             try:
                 self._publish(draft, final, everything)
+                failed = "a checkpoint that is no longer kept could not be removed"
                 self._remove_old(final)
             except OSError as error:
                 failure = _reason(error)
-        self._agree(failure, name, draft)
+        self._agree(failure, self._ranks.broadcast_object(failed), draft)
         return final
 
     def _write_own(self, draft: Path, state: Mapping[str, Any]) -> list[Path]:
@@ -101,7 +103,7 @@ class CheckpointStore:
         publish_json(draft / "state.json", dict(state))
         return [own, draft / "state.json"]
 
-    def _agree(self, failure: str | None, name: str, draft: Path) -> None:
+    def _agree(self, failure: str | None, what: str, draft: Path) -> None:
         """Raise on all ranks when one of them failed, so that none waits for it in the next collective."""
         failures = self._ranks.gather_objects(failure)
         if not any(failures):
@@ -111,7 +113,7 @@ class CheckpointStore:
         reasons = "; ".join(f"rank {rank}: {reason}" for rank, reason in enumerate(failures) if reason)
         kept = [path.name for path in complete_checkpoints(self._folder)]
         raise CheckpointError(
-            f"checkpoint {name} could not be saved below {self._folder}: {reasons}. "
+            f"{what} below {self._folder}: {reasons}. "
             f"{'The complete checkpoint ' + kept[-1] + ' is untouched' if kept else 'There is no earlier checkpoint'}; "
             "mend the disk, then start the same command again."
         )
@@ -138,14 +140,16 @@ class CheckpointStore:
     def find(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose every byte is as it was saved, and what was wrong with newer ones.
 
-        The hashes are checked by all ranks together, each a share of the files.
+        A folder with a manifest was complete once: whatever it lacks now is damage, which is told. One without was
+        never finished, or its removal was interrupted. The hashes are checked by all ranks together, each a share of
+        the files.
 
         Raises:
-            DataError: there are complete checkpoints but every one of them is damaged.
+            DataError: there are checkpoints but every one of them is damaged.
         """
         found: list[str] = []
         damaged: list[Path] = []
-        candidates = self._ranks.broadcast_object(complete_checkpoints(self._folder))
+        candidates = self._ranks.broadcast_object([path for path in _folders(self._folder) if (path / NAME).exists()])
         for path in reversed(candidates):
             damage = self._damage(path)
             if not damage:
@@ -164,11 +168,14 @@ class CheckpointStore:
         """Rename damaged checkpoints, so that no clean-up counts one as kept."""
         if self._ranks.rank == 0:
             for path in damaged:
-                os.rename(path, path.with_name(f"damaged_{path.name}"))
+                count = len(list(self._folder.glob(f"damaged_{path.name}*")))
+                os.rename(path, path.with_name(f"damaged_{path.name}{f'_{count + 1}' if count else ''}"))
         self._ranks.barrier()
 
     def _damage(self, path: Path) -> list[str]:
-        files = read_manifest(path) or []
+        files = self._ranks.broadcast_object(read_manifest(path))
+        if files is None:
+            return [f"{path / NAME} can't be read as it was saved"]
         share = files[self._ranks.rank :: self._ranks.world_size]
         return [problem for part in self._ranks.gather_objects(problems(path, share, hashes=True)) for problem in part]
 
@@ -189,10 +196,15 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
+def _folders(folder: Path) -> list[Path]:
+    """Whatever has the name of a checkpoint below ``folder``, by rising step."""
+    return sorted(folder.glob("step_" + "[0-9]" * 9))
+
+
 def complete_checkpoints(folder: Path) -> list[Path]:
     """The folders below ``folder`` that hold a manifest and every file in its size, by rising step. Not collective."""
     complete = []
-    for path in sorted(folder.glob("step_" + "[0-9]" * 9)):
+    for path in _folders(folder):
         files = read_manifest(path)
         if files is not None and not problems(path, files, hashes=False):
             complete.append(path)

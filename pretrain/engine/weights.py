@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import sys
+from contextlib import redirect_stdout
 from pathlib import Path
 
 import torch
@@ -20,7 +22,8 @@ def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     import_deepspeed()
     if any((checkpoint / TAG).glob("*optim_states.pt")):
         tool = importlib.import_module("deepspeed.utils.zero_to_fp32")
-        weights: dict[str, Tensor] = tool.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
+        with redirect_stdout(sys.stderr):  # the tool prints, and stdout belongs to the command's answer
+            weights: dict[str, Tensor] = tool.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG)
         return weights
     # stage 0 shards nothing: the module lies whole in the one file
     state = torch.load(checkpoint / TAG / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=False)
