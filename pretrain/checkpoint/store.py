@@ -68,22 +68,22 @@ class CheckpointStore:
         name = checkpoint_name(state["step"])
         draft, final = self._folder / f"{_SAVING}{name}", self._folder / name
         failure: str | None = None
+        failed = f"checkpoint {name} could not be saved"
         files: list[FileRecord] = []
         try:
             if self._ranks.rank == 0:
                 draft.mkdir()
         except OSError as error:
             failure = _reason(error)
-        self._agree(failure, f"checkpoint {name} could not be saved", draft)
+        self._agree(failure, failed, draft)
         try:
             written = engine.save(draft)
             written += self._write_own(draft, state)
             files = [record_file(draft, path) for path in written]
         except OSError as error:
             failure = _reason(error)
-        self._agree(failure, f"checkpoint {name} could not be saved", draft)
+        self._agree(failure, failed, draft)
         everything = [file for part in self._ranks.gather_objects(files) for file in part]
-        failed = f"checkpoint {name} could not be saved"
         if self._ranks.rank == 0:
             try:
                 self._publish(draft, final, everything)
