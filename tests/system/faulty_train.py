@@ -2,7 +2,7 @@
 
 Places: ``step:N`` in the forward pass of optimizer step N + 1; ``write:N``, ``manifest:N``, ``rename:N``, ``remove:N``
 at the N-th time (from 1) that a rank has written a checkpoint's first tensors, rank 0 is about to write a manifest, to
-rename a finished checkpoint, or to remove an old one.
+rename a finished checkpoint, or to remove an old one. A worker that torchrun has restarted has no fault.
 """
 
 from __future__ import annotations
@@ -46,7 +46,9 @@ def die_in_step(begin_step: Callable[..., None]) -> Callable[..., None]:
     return dying
 
 
-if PLACE == "step":
+if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
+    pass
+elif PLACE == "step":
     Objective.begin_step = die_in_step(Objective.begin_step)  # type: ignore[method-assign]
 elif PLACE == "write":
     save = torch.save

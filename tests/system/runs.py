@@ -75,11 +75,11 @@ class Runs:
         return self.folder / "runs" / name
 
     def train(
-        self, config: Path, *overrides: str, ranks: int = 2, fault: str = "", timeout: float = 240
+        self, config: Path, *overrides: str, ranks: int = 2, fault: str = "", restarts: int = 0, timeout: float = 240
     ) -> subprocess.CompletedProcess[str]:
         """Train to the end (or to the ``fault``, see faulty_train.py) under torchrun."""
         return subprocess.run(
-            torchrun(config, *overrides, ranks=ranks, fault=fault),
+            torchrun(config, *overrides, ranks=ranks, fault=fault, restarts=restarts),
             env=environment(fault),
             capture_output=True,
             text=True,
@@ -99,11 +99,11 @@ class Runs:
         return {file.path: file.sha256 for file in files if file.path.endswith(".pt")}
 
 
-def torchrun(config: Path, *overrides: str, ranks: int, fault: str = "") -> list[str]:
+def torchrun(config: Path, *overrides: str, ranks: int, fault: str = "", restarts: int = 0) -> list[str]:
     """The command line a user types, or the same with a fault built in."""
     program = [str(FAULTY)] if fault else ["-m", "pretrain"]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    return [*launcher, *program, "train", str(config), *overrides]
+    return [*launcher, "--max-restarts", str(restarts), *program, "train", str(config), *overrides]
 
 
 def environment(fault: str = "") -> dict[str, str]:
