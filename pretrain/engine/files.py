@@ -30,6 +30,10 @@ class CheckpointFiles(_base.CheckpointEngine):  # type: ignore[misc, name-define
         self._files, self._error = [], None
 
     def save(self, state_dict: Any, path: str) -> None:
+        optimizer = state_dict.get("optimizer_state_dict") or {}
+        if "single_partition_of_fp32_groups" in optimizer:
+            # DeepSpeed's bf16 optimizer of stage 1 leaves this out, without which DeepSpeed's own tool refuses the file
+            optimizer.setdefault("zero_stage", 1)
         try:
             with open(path, "wb") as handle:
                 torch.save(state_dict, handle)
