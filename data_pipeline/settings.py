@@ -27,7 +27,9 @@ SettingsType = TypeVar("SettingsType", bound="Settings")
 class Settings(BaseModel):
     """Base of every configuration section: closed, immutable, and strict about types (no "1" for 1)."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, validate_default=True)
+    model_config = ConfigDict(
+        extra="forbid", frozen=True, strict=True, validate_default=True, ser_json_inf_nan="constants"
+    )
 
 
 def load_settings(schema: type[SettingsType], path: Path | str, overrides: Sequence[str] = ()) -> SettingsType:

@@ -51,7 +51,10 @@ def launch_local(path: Path, overrides: Sequence[str], ranks: int) -> int:
     try:
         elastic_launch(config, sys.executable)("-m", "pretrain", "train", str(path), *overrides)
         code = EXIT_DONE
-    except (ChildFailedError, SignalException):
+    except ChildFailedError as error:
+        # before a run folder is there to record a reason, the first rank to fail is all that tells it
+        code = max(min(error.failures.values(), key=lambda failure: failure.timestamp).exitcode, EXIT_CRASH)
+    except SignalException:
         code = EXIT_CRASH
     finally:
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):

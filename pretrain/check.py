@@ -6,7 +6,7 @@ from data_pipeline.errors import UserError
 
 from .config import Config
 from .data import RunData, open_data
-from .engine import deepspeed_config
+from .engine import check_zero_settings, deepspeed_config
 from .optimizer import check_schedule
 
 
@@ -17,8 +17,9 @@ def check_run(config: Config, world_size: int) -> RunData:
         UserError: the batch does not divide, ``engine.deepspeed`` contradicts other settings, the schedule is longer
             than the run, a group of one sample would be reweighted, or :func:`open_data` refuses the data.
     """
-    deepspeed_config(config, world_size)
+    check_zero_settings(deepspeed_config(config, world_size))
     check_schedule(config.schedule, config.total_steps)
+    _check_reached(config)
     strategy = config.objective.reweighting.strategy
     if strategy != "uniform" and config.training.micro_batch * world_size == 1:
         raise UserError(
@@ -26,3 +27,20 @@ def check_run(config: Config, world_size: int) -> RunData:
             "training.micro_batch x ranks = 1: every weight would be 1. Raise training.micro_batch."
         )
     return open_data(config)
+
+
+def _check_reached(config: Config) -> None:
+    """Refuse what would come only after the end of the run, and so never."""
+    start = config.objective.reweighting.start_step
+    if start >= config.total_steps and config.objective.reweighting.strategy != "uniform":
+        raise UserError(
+            f"objective.reweighting.start_step = {start} is not before the run's end at {config.total_steps} steps: no "
+            "sample would be reweighted. Lower it, or set strategy=uniform."
+        )
+    end = config.total_steps * config.training.global_batch
+    for phase in config.data.phases:
+        if phase.start >= end:
+            raise UserError(
+                f"data.phases: the phase at position {phase.start} begins after the run's end at {end} "
+                f"({config.total_steps} steps of {config.training.global_batch} sequences). Leave it out."
+            )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,7 +42,7 @@ class SourceSettings(Settings):
 class PhaseSettings(Settings):
     start: int = Field(ge=1)
     """Position (sequences since the beginning of the run) at which these weights begin."""
-    weights: dict[str, float]
+    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
     """A weight for every source, by name."""
 
 
@@ -116,8 +116,8 @@ class EngineSettings(Settings):
     bucket_elements: int | None = Field(default=None, ge=1)
     """Gradient elements reduced in one collective (stages 1 to 3); ``null``: 50,000,000 on GPUs, and on CPUs 500,000,
     which stay in the cache on their way."""
-    persistence_threshold: int = Field(default=100_000, ge=0)
-    """Stage 3: parameters with fewer elements stay whole on every rank."""
+    persistence_threshold: int | None = Field(default=None, ge=0)
+    """Stage 3: parameters with fewer elements stay whole on every rank; ``null``: 100,000."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Further DeepSpeed configuration keys, passed through; a key that Headrace sets itself is refused."""
 
@@ -127,6 +127,10 @@ class EngineSettings(Settings):
             raise ValueError("offload_optimizer=cpu needs zero_stage 1, 2 or 3; stage 0 can't offload")
         if self.zero_stage == 0 and self.overlap_communication:
             raise ValueError("overlap_communication needs zero_stage 1, 2 or 3; stage 0 does not overlap")
+        if self.zero_stage == 0 and self.bucket_elements is not None:
+            raise ValueError("bucket_elements needs zero_stage 1, 2 or 3; leave it out at stage 0")
+        if self.zero_stage != 3 and self.persistence_threshold is not None:
+            raise ValueError(f"persistence_threshold needs zero_stage 3; leave it out at stage {self.zero_stage}")
         return self
 
 
@@ -136,7 +140,13 @@ class CheckpointSettings(Settings):
     keep_last: int = Field(default=2, ge=1)
     """How many of the newest complete checkpoints to keep."""
     keep_every: int | None = Field(default=None, ge=1)
-    """Checkpoints at multiples of this many steps are kept for good."""
+    """Checkpoints at multiples of this many steps are kept for good; a multiple of ``every_steps``."""
+
+    @model_validator(mode="after")
+    def _check(self) -> CheckpointSettings:
+        if self.keep_every and (self.every_steps is None or self.keep_every % self.every_steps):
+            raise ValueError(f"keep_every {self.keep_every} is not a multiple of every_steps {self.every_steps}")
+        return self
 
 
 class EvaluationSettings(Settings):
@@ -144,6 +154,12 @@ class EvaluationSettings(Settings):
     """Optimizer steps between evaluations on the held-out split, and one at the end; ``null`` evaluates never."""
     sequences: int | None = Field(default=None, ge=1)
     """Held-out sequences of each source (the first of the split); ``null`` takes all."""
+
+    @model_validator(mode="after")
+    def _check(self) -> EvaluationSettings:
+        if self.every_steps is None and self.sequences is not None:
+            raise ValueError(f"sequences {self.sequences} has no meaning without every_steps; leave it out")
+        return self
 
 
 class MonitorSettings(Settings):

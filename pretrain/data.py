@@ -10,7 +10,7 @@ from data_pipeline import Manifest, Order, OrderSource, Phase, Tokenizer, TokenS
 from data_pipeline.errors import UserError
 from data_pipeline.files import sha256_file
 
-from .config import Config
+from .config import Config, SourceSettings
 
 TOKENIZER = "tokenizer.model"
 
@@ -22,8 +22,8 @@ class RunData:
     order: Order
     sources: tuple[TokenSource, ...]
     """The training split, in the order of the configuration; ``names`` are theirs."""
-    heldout: tuple[TokenSource, ...]
-    """The held-out split of each source; empty where no evaluation is asked for."""
+    heldout: dict[str, TokenSource]
+    """The held-out split of each source that is ever drawn, by name; empty where no evaluation is asked for."""
     names: tuple[str, ...]
     tokenizer: Tokenizer
     identity: dict[str, Any]
@@ -44,12 +44,13 @@ def open_data(config: Config) -> RunData:
     sources = tuple(
         TokenSource(Path(source.path), source.domain, "train", settings.seq_len) for source in settings.sources.values()
     )
-    heldout: tuple[TokenSource, ...] = ()
+    heldout: dict[str, TokenSource] = {}
     if config.evaluation.every_steps is not None:
-        heldout = tuple(
-            TokenSource(Path(source.path), source.domain, "heldout", settings.seq_len)
-            for source in settings.sources.values()
-        )
+        drawn = [{name: source.weight for name, source in settings.sources.items()}]
+        drawn += [phase.weights for phase in settings.phases]
+        for name, source in settings.sources.items():
+            if any(weights[name] for weights in drawn):
+                heldout[name] = _heldout(name, source, settings.seq_len)
     order = Order(
         config.run.seed,
         [
@@ -58,10 +59,7 @@ def open_data(config: Config) -> RunData:
         ],
         phases=[Phase(phase.start, phase.weights) for phase in settings.phases],
     )
-    order.check_epochs(
-        config.total_steps * config.training.global_batch,
-        {name: source.max_epochs for name, source in settings.sources.items()},
-    )
+    check_epochs(config, order, config.total_steps * config.training.global_batch)
     identity = {
         "order": order.identity(),
         "seq_len": settings.seq_len,
@@ -70,6 +68,21 @@ def open_data(config: Config) -> RunData:
         "domains": {name: source.domain for name, source in settings.sources.items()},
     }
     return RunData(order, sources, heldout, names, tokenizer, identity)
+
+
+def check_epochs(config: Config, order: Order, end_position: int) -> None:
+    """Raise UserError when a source would be drawn more often than allowed before ``end_position``."""
+    order.check_epochs(end_position, {name: source.max_epochs for name, source in config.data.sources.items()})
+
+
+def _heldout(name: str, source: SourceSettings, seq_len: int) -> TokenSource:
+    try:
+        return TokenSource(Path(source.path), source.domain, "heldout", seq_len)
+    except UserError as error:
+        raise UserError(
+            f"data.sources.{name}: {error} An evaluation needs held-out text: raise heldout_fraction when "
+            "preparing, or set evaluation.every_steps=null."
+        ) from error
 
 
 def _common_tokenizer(config: Config, manifests: dict[str, Manifest]) -> Tokenizer:

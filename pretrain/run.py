@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar
+from typing import NoReturn, TypeVar, cast
 
-from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_STOPPED, EXIT_USER_ERROR, HeadraceError, UserError
+from data_pipeline.errors import (
+    EXIT_CRASH,
+    EXIT_DONE,
+    EXIT_STOPPED,
+    EXIT_USER_ERROR,
+    DataError,
+    HeadraceError,
+    UserError,
+)
 
 from .check import check_run
-from .checkpoint import CheckpointError, CheckpointStore, intact, seed_generators
+from .checkpoint import CheckpointError, CheckpointStore, seed_generators
 from .config import Config, load_config
+from .data import RunData
 from .distributed import Distributed, finish, start
 from .engine import Engine
 from .monitor import AttemptsLog, Monitor, Reason, read_attempts
@@ -23,6 +33,12 @@ from .state import TrainState, resume_state
 from .train import NonFiniteError, StoppedError, Trainer
 
 T = TypeVar("T")
+
+
+def restarts() -> int:
+    """How often a launcher has started this program again by itself: ``resume=never`` is meant once."""
+    return sum(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
 
 START_TIMEOUT_SECONDS = 300
 """For the ranks to find each other when the configuration, which holds the real one, could not be read."""
@@ -56,7 +72,7 @@ def run_training(path: Path, overrides: Sequence[str]) -> NoReturn:
     except HeadraceError as error:
         code = session.end("user_error" if error.exit_code == EXIT_USER_ERROR else "crash", error.exit_code, error)
         finish(code, together=isinstance(error, TOGETHER))
-    except Exception as error:  # noqa: BLE001  # the last line of defence: the traceback is printed, the reason recorded
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the last line of defence: the traceback is printed, the reason recorded
         traceback.print_exc()
         finish(session.end("crash", EXIT_CRASH, error), together=False)
     finish(code, together=True)
@@ -78,44 +94,72 @@ class Session:
         folder = together(ranks, lambda: open_run_folder(config))
         together(ranks, lambda: lock_run_folder(folder) if ranks.rank == 0 else 0)
         self._folder = folder
-        attempts = AttemptsLog(folder) if ranks.rank == 0 else None
+        attempts = together(ranks, lambda: AttemptsLog(folder) if ranks.rank == 0 else None)
         self._attempt = ranks.broadcast_object(len(read_attempts(folder)) + 1 if attempts else 0)
         data = together(ranks, lambda: check_run(config, ranks.world_size))
-        if config.resume == "never" and ranks.rank == 0:
-            set_aside(folder, self._attempt)
-        ranks.barrier()
-        store = CheckpointStore(folder / CHECKPOINTS, config.checkpoint, ranks)
-        origin, damage = store.find()
-        if origin is None and config.resume not in ("auto", "never"):
-            given = Path(config.resume)
-            together(ranks, lambda: intact(given))
-            origin = given
+        if config.resume == "never" and restarts() == 0:
+            together(ranks, lambda: set_aside(folder, self._attempt) if ranks.rank == 0 else None)
+        store = together(ranks, lambda: CheckpointStore(folder / CHECKPOINTS, config.checkpoint, ranks))
+        origin, damage = self._origin(config, store)
         state = TrainState()
         if origin is not None:
             found = origin
             state = together(ranks, lambda: resume_state(found, config, data, ranks))
         hosts = ranks.gather_objects(socket.gethostname())
-        if attempts:
-            write_config(folder, config, data.identity)
-            # a run that starts from another run's checkpoint has no lines of its own to keep or to cut
-            self._monitor = Monitor(folder, state.step, config.total_steps, config.monitor.tensorboard)
-            attempts.start(
-                hosts=sorted(set(hosts)),
-                world_size=ranks.world_size,
-                versions=versions(),
-                first_step=state.step + 1,
-                resumed_from=str(origin) if origin else None,
-                superseded_lines=self._monitor.superseded,
-                lost_steps=self._monitor.lost_steps,
-            )
-            for problem in damage:
-                self._monitor.event({"event": "damaged_checkpoint", "step": state.step, "message": problem})
+        together(ranks, lambda: self._begin(config, data, attempts, state, origin, hosts, damage))
         engine = Engine(config, config.model.resolve_vocab_size(data.tokenizer.vocab_size), ranks)
         seed_generators(config.run.seed, ranks.rank)
         if origin is not None:
             store.load(origin, engine)
         self._trainer = Trainer(config, data, ranks, engine, store, self._monitor, state)
         self._trainer.train(stop)
+
+    def _origin(self, config: Config, store: CheckpointStore) -> tuple[Path | None, list[str]]:
+        """The checkpoint to go on from, and what was wrong with newer ones. Collective."""
+        try:
+            origin, damage = store.find()
+        except DataError as error:
+            raise AgreedError(str(error), error.exit_code) from error
+        if origin is not None or config.resume in ("auto", "never"):
+            return origin, damage
+        given = Path(config.resume)
+        if problems := store.damage(given):
+            raise AgreedError(
+                f"resume = {config.resume!r} is no complete checkpoint: {'; '.join(problems)}. Give the path of a "
+                "step_... folder, auto, or never.",
+                EXIT_USER_ERROR,
+            )
+        return given, damage
+
+    def _begin(
+        self,
+        config: Config,
+        data: RunData,
+        attempts: AttemptsLog | None,
+        state: TrainState,
+        origin: Path | None,
+        hosts: list[str],
+        damage: list[str],
+    ) -> None:
+        """On rank 0: write the configuration, open the metrics at the step to go on from, record the start."""
+        if attempts is None:
+            return
+        assert self._folder is not None
+        write_config(self._folder, config, data.identity)
+        self._monitor = Monitor(
+            self._folder, state.step, config.total_steps, config.monitor.tensorboard, state.evaluated
+        )
+        attempts.start(
+            hosts=sorted(set(hosts)),
+            world_size=self._ranks.world_size,
+            versions=versions(),
+            first_step=state.step + 1,
+            resumed_from=str(origin) if origin else None,
+            superseded_lines=self._monitor.superseded,
+            lost_steps=self._monitor.lost_steps,
+        )
+        for problem in damage:
+            self._monitor.event({"event": "damaged_checkpoint", "step": state.step, "message": problem})
 
     def end(self, reason: Reason, code: int, error: BaseException | None = None, signal: str | None = None) -> int:
         """Print why this rank ends, record it in attempts.jsonl; returns ``code``."""
@@ -157,6 +201,8 @@ def _attempt(action: Callable[[], T]) -> tuple[T | None, HeadraceError | None]:
         return action(), None
     except HeadraceError as error:
         return None, error
+    except OSError as error:
+        return None, UserError(f"{error.strerror or error} ({error.filename or 'no file named'}). Mend that first.")
 
 
 def together(ranks: Distributed, action: Callable[[], T]) -> T:
@@ -176,5 +222,4 @@ def _agreed(ranks: Distributed, value: T | None, failure: HeadraceError | None) 
             for (message, _), who in by_message.items()
         ]
         raise AgreedError(" ".join(parts), max(code for _, code in by_message))
-    assert value is not None
-    return value
+    return cast(T, value)  # nobody failed, so the action's value is there (it may be None)

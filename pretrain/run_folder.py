@@ -10,6 +10,9 @@ import os
 import platform
 import socket
 import subprocess
+import sys
+import time
+import uuid
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -24,12 +27,14 @@ from .config import Config
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 LOCK_FILE = ".lock"
+LOCK_PATIENCE_SECONDS = 120
+"""Longer than the lease of an NFSv4 server, 90 s by default."""
 
 
 def open_run_folder(config: Config) -> Path:
     """Make the run folder and see that files can be written there. Raises UserError when not."""
     folder = config.run_folder
-    probe = folder / f".probe.{os.getpid()}"
+    probe = folder / f".probe.{uuid.uuid4().hex}"  # ranks on several hosts may have the same process id
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch()
@@ -45,12 +50,17 @@ def open_run_folder(config: Config) -> Path:
 def lock_run_folder(folder: Path) -> int:
     """Take the run folder for this process, until it ends however it ends; returns the lock's descriptor.
 
+    A file system without locks is told and used without one.
+
     Raises:
         UserError: another process trains here; two would write into each other's checkpoints.
     """
-    lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        lock = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+    except OSError as error:
+        raise UserError(f"{folder / LOCK_FILE} can't be written: {error.strerror}. Mend its permissions.") from error
+    try:
+        _flock_patiently(lock)
     except BlockingIOError as error:
         holder = os.read(lock, 1000).decode(errors="replace").strip() or "unknown"
         os.close(lock)
@@ -58,9 +68,24 @@ def lock_run_folder(folder: Path) -> int:
             f"the run folder {folder} is in use by another run ({holder}). Wait for it or stop it, or choose another "
             "run.name."
         ) from error
+    except OSError as error:
+        print(f"warning: {folder} lies on a file system without locks ({error.strerror})", file=sys.stderr)
     os.ftruncate(lock, 0)
     os.write(lock, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
     return lock
+
+
+def _flock_patiently(lock: int) -> None:
+    """Lock, waiting for a holder on another host: a network file system keeps a dead node's locks for a while."""
+    deadline = time.monotonic() + LOCK_PATIENCE_SECONDS
+    while True:
+        try:
+            return fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            elsewhere = f" on {socket.gethostname()}\n".encode() not in os.pread(lock, 1000, 0)
+            if not elsewhere or time.monotonic() > deadline:
+                raise
+            time.sleep(1.0)
 
 
 def write_config(folder: Path, config: Config, identity: dict[str, Any]) -> None:
@@ -81,10 +106,16 @@ def set_aside(folder: Path, attempt: int) -> Path | None:
     present = [folder / name for name in (CHECKPOINTS, "metrics.jsonl", "tensorboard") if (folder / name).exists()]
     if not present:
         return None
-    target = folder / f"before_attempt_{attempt}"
-    target.mkdir()
-    for path in present:
-        os.rename(path, target / path.name)
+    names = (f"before_attempt_{attempt}{suffix}" for suffix in ("", *(f"_{number}" for number in range(2, 1000))))
+    target = next(folder / name for name in names if not (folder / name).exists())
+    try:
+        target.mkdir()
+        for path in present:
+            os.rename(path, target / path.name)
+    except OSError as error:
+        raise UserError(
+            f"{folder}: what it holds can't be set aside ({error}). Mend that, or take a new run.name."
+        ) from error
     return target
 
 

@@ -11,7 +11,7 @@ from data_pipeline.errors import UserError
 
 from .checkpoint import read_state
 from .config import Config
-from .data import RunData
+from .data import RunData, check_epochs
 from .distributed import Distributed
 from .run_folder import plain, versions
 
@@ -69,17 +69,45 @@ def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) 
             f"{path} has the checkpoint format {saved.get('format')!r}, this version reads {FORMAT}. Resume with the "
             f"version that wrote it ({saved.get('versions', {}).get('headrace', 'unknown')})."
         )
-    _same("the model", path, saved["model"], _model(config, data), "Give its settings back, or choose another run.name")
+    _same(
+        "the model or its optimizer",
+        path,
+        saved["model"],
+        _model(config, data),
+        "Give its settings back, or choose another run.name",
+    )
     _same_data(path, saved["data"], data.identity)
     there, here = saved["topology"], _topology(config, ranks)
     if there["zero_stage"] == here["zero_stage"] == 0:
         there = {**there, "world_size": here["world_size"]}  # stage 0 shards nothing
     _same("the topology", path, there, here, "This version resumes on the topology that saved; start that one again")
-    return TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
+    state = TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
+    _check_end(path, config, data, state)
+    return state
+
+
+def end_position(config: Config, state: TrainState) -> int:
+    """The position at which the run will be done: another global batch may have been in force so far."""
+    return state.position + max(0, config.total_steps - state.step) * config.training.global_batch
+
+
+def _check_end(path: Path, config: Config, data: RunData, state: TrainState) -> None:
+    check_epochs(config, data.order, end_position(config, state))
+    if config.training.tokens is not None and state.position != state.step * config.training.global_batch:
+        raise UserError(
+            f"{path} has consumed {state.position} sequences in {state.step} steps, not training.global_batch = "
+            f"{config.training.global_batch} a step, so training.tokens does not say how many steps are left. Give "
+            "training.steps instead."
+        )
 
 
 def _model(config: Config, data: RunData) -> dict[str, Any]:
-    return {**plain(config)["model"], "vocab_size": config.model.resolve_vocab_size(data.tokenizer.vocab_size)}
+    layout = {
+        "optimizer.name": config.optimizer.name,
+        "optimizer.decay_norms_and_embeddings": config.optimizer.decay_norms_and_embeddings,
+    }
+    vocabulary = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
+    return {**plain(config)["model"], "vocab_size": vocabulary, **layout}
 
 
 def _topology(config: Config, ranks: Distributed) -> dict[str, Any]:

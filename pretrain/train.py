@@ -26,7 +26,7 @@ from .monitor import Monitor, peak_flops
 from .objective import Objective, StepStatistics
 from .optimizer import learning_rate
 from .signals import StopRequest, names
-from .state import TrainState, checkpoint_state
+from .state import TrainState, checkpoint_state, end_position
 from .step_metrics import step_metrics
 
 
@@ -131,7 +131,7 @@ class Trainer:
             global_batch=training.global_batch,
             seq_len=self.config.data.seq_len,
             start_position=self.state.position,
-            end_position=self.state.position + (self.config.total_steps - self.state.step) * training.global_batch,
+            end_position=end_position(self.config, self.state),
             prefetch=self.config.data.prefetch,
             pin_memory=self.ranks.device.type == "cuda",
         )
@@ -146,7 +146,7 @@ class Trainer:
         self.engine.evaluating(True)
         scores = evaluate(
             self.engine.forward,
-            self.data.heldout,
+            list(self.data.heldout.values()),
             torch.from_numpy(self.data.tokenizer.piece_bytes),
             self.config.training.micro_batch,
             self.config.evaluation.sequences,
@@ -155,12 +155,14 @@ class Trainer:
         self.engine.evaluating(False)
         self.state = replace(self.state, evaluated=True)
         if self.monitor:
-            fields = evaluation_metrics(self.data.names, scores)
+            fields = evaluation_metrics(list(self.data.heldout), scores)
             where = {"step": self.state.step, "position": self.state.position}
             self.monitor.evaluation({**fields, **where, "seconds": time.perf_counter() - started})
 
     def save(self) -> Path:
         """Publish a checkpoint of the state as it is."""
+        if self.monitor:
+            self.monitor.flush()
         return self.store.save(self.engine, checkpoint_state(self.state, self.config, self.data, self.ranks))
 
     def _refuse_non_finite(self, statistics: StepStatistics, grad_norm: float, step: Step) -> None:

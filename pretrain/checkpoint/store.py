@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 
-from data_pipeline.errors import DataError, HeadraceError
+from data_pipeline.errors import DataError, HeadraceError, UserError
 from data_pipeline.files import fsync_folder, publish, publish_json
 from pretrain.config import CheckpointSettings
 from pretrain.distributed import Distributed
@@ -41,7 +41,7 @@ class CheckpointError(HeadraceError):
 
 
 class CheckpointStore:
-    """The checkpoints below one folder. All methods are collective unless they say otherwise.
+    """The checkpoints below one folder. All methods but the constructor are collective.
 
     Args:
         folder: the run's ``checkpoints`` folder; made if missing.
@@ -54,10 +54,14 @@ class CheckpointStore:
         self._settings = settings
         self._ranks = ranks
         if ranks.rank == 0:
-            folder.mkdir(parents=True, exist_ok=True)
-            for leftover in [*folder.glob(f"{_SAVING}*"), *folder.glob(f"{_DELETING}*")]:
-                shutil.rmtree(leftover)
-        ranks.barrier()
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                for leftover in [*folder.glob(f"{_SAVING}*"), *folder.glob(f"{_DELETING}*")]:
+                    shutil.rmtree(leftover)
+            except OSError as error:
+                raise UserError(
+                    f"{folder} can't be written or cleared of an unfinished save: {_reason(error)}. Mend that."
+                ) from error
 
     def save(self, engine: Engine, state: Mapping[str, Any]) -> Path:
         """Write and publish the checkpoint of ``state["step"]``, then remove what the rules no longer keep.
@@ -151,7 +155,7 @@ class CheckpointStore:
         damaged: list[Path] = []
         candidates = self._ranks.broadcast_object([path for path in _folders(self._folder) if (path / NAME).exists()])
         for path in reversed(candidates):
-            damage = self._damage(path)
+            damage = self.damage(path)
             if not damage:
                 self._set_aside(damaged)
                 return path, found
@@ -172,7 +176,8 @@ class CheckpointStore:
                 os.rename(path, path.with_name(f"damaged_{path.name}{f'_{count + 1}' if count else ''}"))
         self._ranks.barrier()
 
-    def _damage(self, path: Path) -> list[str]:
+    def damage(self, path: Path) -> list[str]:
+        """What is wrong with a checkpoint, the same on every rank; each reads a share of the files."""
         files = self._ranks.broadcast_object(read_manifest(path))
         if files is None:
             return [f"{path / NAME} can't be read as it was saved"]

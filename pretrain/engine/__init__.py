@@ -1,6 +1,7 @@
 """The engine: the only room that knows DeepSpeed."""
 
-from .deepspeed_config import accumulation_steps, deepspeed_config
-from .engine import TAG, Engine, import_deepspeed
+from .deepspeed_config import accumulation_steps, check_zero_settings, deepspeed_config
+from .deepspeed_module import import_deepspeed
+from .engine import TAG, Engine
 
-__all__ = ["TAG", "Engine", "accumulation_steps", "deepspeed_config", "import_deepspeed"]
+__all__ = ["TAG", "Engine", "accumulation_steps", "check_zero_settings", "deepspeed_config", "import_deepspeed"]

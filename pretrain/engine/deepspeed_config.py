@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
 
 from data_pipeline.errors import UserError
+from data_pipeline.settings import nearest
 from pretrain.config import Config
+
+from .deepspeed_module import import_deepspeed
 
 
 def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
@@ -26,7 +30,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         # one more copy of every gradient, against the fragmentation of a GPU's memory: a CPU only pays for it
         zero["contiguous_gradients"] = on_gpu
     if settings.zero_stage == 3:
-        zero["stage3_param_persistence_threshold"] = settings.persistence_threshold
+        threshold = settings.persistence_threshold
+        zero["stage3_param_persistence_threshold"] = 100_000 if threshold is None else threshold
     if settings.offload_optimizer == "cpu":
         zero["offload_optimizer"] = {"device": "cpu"}
     ours: dict[str, Any] = {
@@ -43,6 +48,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         ours["bf16"] = {"enabled": True}
         if settings.zero_stage:
             ours["data_types"] = {"grad_accum_dtype": "fp32"}
+    for key in settings.deepspeed:
+        if key not in ours and key not in PASSED and key not in _DERIVED:
+            raise UserError(f"engine.deepspeed.{key} is not passed through{nearest(key, PASSED)}")
     return _pass_through(ours, settings.deepspeed)
 
 
@@ -88,6 +96,34 @@ def _lists(value: Any) -> Any:
         return {key: _lists(item) for key, item in value.items()}
     return [_lists(item) for item in value] if isinstance(value, tuple) else value
 
+
+def check_zero_settings(made: dict[str, Any]) -> None:
+    """Let DeepSpeed look at the ``zero_optimization`` block. Raises UserError for a key or value it does not take."""
+    import_deepspeed()
+    zero: Any = importlib.import_module("deepspeed.runtime.zero.config")
+    try:
+        zero.DeepSpeedZeroConfig(**made["zero_optimization"])
+    except ValueError as error:  # pydantic's ValidationError is one
+        raise UserError(f"engine.deepspeed.zero_optimization: {' '.join(str(error).split())}") from error
+
+
+PASSED = (
+    "aio",
+    "bf16",
+    "comms_logger",
+    "communication_data_type",
+    "csv_monitor",
+    "dump_state",
+    "flops_profiler",
+    "gradient_predivide_factor",
+    "memory_breakdown",
+    "prescale_gradients",
+    "timers",
+    "wall_clock_breakdown",
+    "zero_optimization",
+)
+"""DeepSpeed keys that may be given. The others are ours to set, change what a step computes, or are not for training;
+DeepSpeed itself ignores a key that it does not know."""
 
 _DERIVED = {
     "train_batch_size": "training.global_batch",

@@ -2,45 +2,27 @@
 
 from __future__ import annotations
 
-import importlib
-import logging
-import os
-import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from data_pipeline import Batch
 from data_pipeline.errors import HeadraceError
 from pretrain.config import Config
-from pretrain.distributed import Distributed
+from pretrain.distributed import Distributed, set_timeout_of_all_groups
 from pretrain.model import Decoder, fill
 from pretrain.optimizer import build_optimizer, parameter_groups
 
 from .deepspeed_config import clips_itself, deepspeed_config
+from .deepspeed_module import import_deepspeed
 
 if TYPE_CHECKING:
     from .files import CheckpointFiles
 
 TAG = "deepspeed"
 """Name of DeepSpeed's folder inside a checkpoint."""
-
-
-def import_deepspeed() -> Any:
-    """DeepSpeed, quiet and without the compilation of a kernel that only its inference uses."""
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    deepspeed = importlib.import_module("deepspeed")
-    deepspeed.utils.logger.setLevel(logging.ERROR)
-    # `deepspeed.comm` rebinds the name `torch`, so the module has to be fetched by its full name
-    # DeepSpeed still calls the collectives by the names that torch has given up
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
-    communication: Any = importlib.import_module("deepspeed.comm.torch")
-    communication.build_shm_op = lambda: None
-    return deepspeed
 
 
 class Engine:
@@ -61,6 +43,7 @@ class Engine:
         self._clip_norm = config.optimizer.clip_norm
         self._clips_itself = clips_itself(config)
         self._stage = config.engine.zero_stage
+        self._keeps_own_masters = self._stage == 0 and config.training.precision == "bf16"
         self.ranks = ranks
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
         model = self._build(deepspeed, config, vocab_size, settings)
@@ -68,12 +51,17 @@ class Engine:
             for block in model.blocks:
                 block.compile()
         groups = parameter_groups(model.named_parameters(), config.optimizer)
+        optimizer = build_optimizer(groups, config.optimizer)
+        for group in optimizer.param_groups:
+            group["lr"] = (
+                0.0  # every step sets it; some of DeepSpeed's optimizers take a first step while they are made
+            )
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model,
-            optimizer=build_optimizer(groups, config.optimizer),
-            config=settings,
-            dist_init_required=False,
+            model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
+        if self._keeps_own_masters:
+            optimizer.state.clear()  # that first step, on zero gradients, would count in Adam's bias correction
+        set_timeout_of_all_groups(config.resilience.collective_timeout_seconds)
         if self._stage == 0 and ranks.world_size == 1:
             self._engine.enable_backward_allreduce = False  # copies every gradient twice to reduce it with nobody
         from .files import CheckpointFiles  # imports DeepSpeed, which has to find its accelerator chosen
@@ -165,11 +153,15 @@ class Engine:
 
     def load(self, folder: Path) -> None:
         """Restore what :meth:`save` wrote on the same number of ranks and ZeRO stage. Collective."""
+        groups = self._optimizer.param_groups
+        configured = [{key: value for key, value in group.items() if key != "params"} for group in groups]
         path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
         if path is None:
             raise HeadraceError(
                 f"DeepSpeed found no state to load below {folder / TAG}, though its files are complete."
             )
+        for group, settings in zip(self._optimizer.param_groups, configured, strict=True):
+            group.update(settings)  # the configuration decides, not what it was when the checkpoint was saved
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Every parameter, whole, in fp32 from the optimizer's own copy, on the CPU. Collective."""
@@ -181,6 +173,10 @@ class Engine:
 
     def _whole(self, getter: str, plain: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
         read = plain if self._stage == 0 else getattr(import_deepspeed().utils, getter)
+        if self._keeps_own_masters and getter == "safe_get_full_fp32_param":
+            pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
+            masters = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+            read = lambda parameter: masters[id(parameter)]  # noqa: E731  # one expression, used once below
         whole: dict[str, Tensor] = {}
         for name, parameter in self._engine.module.named_parameters():
             value = read(parameter)

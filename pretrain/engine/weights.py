@@ -10,7 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .engine import TAG, import_deepspeed
+from .deepspeed_module import import_deepspeed
+from .engine import TAG
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:

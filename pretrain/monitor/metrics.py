@@ -21,6 +21,7 @@ size, 0 to 1) and ``weights/histogram`` (:func:`weight_histogram`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -64,18 +65,23 @@ class MetricsLog:
 
     ``resume_step`` is the number of optimizer steps the checkpoint holds; 0 is a fresh start and keeps nothing (a start
     that died before its first checkpoint may have left an evaluation of step 0, which is now repeated).
-    ``superseded`` counts the lines cut off, a half-written last one included; ``lost_steps`` how many steps beyond the
-    checkpoint they reached.
+    ``evaluated`` says whether the checkpoint was saved after the evaluation of its step; if not, that one will be made
+    again. ``superseded`` counts the lines cut off, a half-written last one included; ``lost_steps`` how many steps
+    beyond the checkpoint they reached.
 
     Raises:
         UserError: the folder can't be written, or the file holds a damaged line (with its number).
     """
 
-    def __init__(self, folder: Path, resume_step: int) -> None:
+    def __init__(self, folder: Path, resume_step: int, evaluated: bool = True) -> None:
         self.path = folder / METRICS_FILE
         found = lines.read(self.path)
         steps = [_step_of(self.path, number, line) for number, line in enumerate(found.objects, start=1)]
-        kept = [text for step, text in zip(steps, found.texts, strict=True) if resume_step > 0 and step <= resume_step]
+        kept = [
+            text
+            for step, line, text in zip(steps, found.objects, found.texts, strict=True)
+            if 0 < resume_step >= step and (evaluated or step < resume_step or "evaluation" not in line)
+        ]
         self.superseded = len(found.texts) + found.interrupted - len(kept)
         self.lost_steps = max([0, *(step - resume_step for step in steps)])
         content = b"".join(kept)
@@ -86,6 +92,11 @@ class MetricsLog:
             raise UserError(
                 f"{self.path} can't be written: {error.strerror or error}. Choose another run.folder or mend it."
             ) from error
+
+    def flush(self) -> None:
+        """Put what was written on the disk, before a checkpoint that counts on it."""
+        with open(self.path, "rb") as handle:
+            os.fsync(handle.fileno())
 
     def write(self, line: MetricLine) -> None:
         """Append one line and hand it to the operating system, so that it survives the death of this process.

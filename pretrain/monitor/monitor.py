@@ -28,9 +28,10 @@ class Monitor:
         resume_step: int,
         total_steps: int,
         tensorboard: bool,
+        evaluated: bool = True,
         print: Callable[[str], object] = print,
     ) -> None:
-        self._metrics = MetricsLog(run_folder, resume_step)
+        self._metrics = MetricsLog(run_folder, resume_step, evaluated)
         self._tensorboard = TensorBoardWriter(run_folder, resume_step) if tensorboard else None
         self._total_steps = total_steps
         self._print = print
@@ -57,6 +58,10 @@ class Monitor:
         details = [f"{key}={value}" for key, value in line.items() if key not in ("event", "step", "message")]
         message = [str(line["message"])] if line.get("message") else []
         self._print(f"step {line['step']:,}: {line['event']}: {' '.join(message + details)}".rstrip(": "))
+
+    def flush(self) -> None:
+        """Put the metrics on the disk, before a checkpoint that counts on them."""
+        self._metrics.flush()
 
     def close(self) -> None:
         """Flush TensorBoard; the metrics file is always flushed."""

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline import Batch
@@ -28,7 +29,7 @@ class StepStatistics:
     source_labels: tuple[int, ...]
     """Number of labels of each source."""
     holes: int
-    """Sequences without a single label."""
+    """Positions whose sequence is missing."""
     weights: tuple[Tensor, ...]
     """The relative weights of each group [M], where samples were reweighted."""
     flags: tuple[bool, ...]
@@ -77,7 +78,8 @@ class Objective:
     def begin_step(self, step: int, micro_batches: Sequence[Batch]) -> None:
         """Agree on the denominators of optimizer step ``step`` (0-based) from this rank's micro-batches on the CPU."""
         labels = torch.cat([batch.loss_mask.sum(dim=1) for batch in micro_batches])
-        counts = torch.stack([labels.sum(), (labels > 0).sum(), (labels == 0).sum()]).to(self._ranks.device)
+        missing = torch.cat([batch.sample_ids < 0 for batch in micro_batches])
+        counts = torch.stack([labels.sum(), (labels > 0).sum(), missing.sum()]).to(self._ranks.device)
         total, sequences, holes = self._ranks.all_reduce(counts).tolist()
         settings = self._settings
         zeros = torch.zeros(2 * self._sources + 1, dtype=torch.float64, device=self._ranks.device)
@@ -111,8 +113,10 @@ class Objective:
             terms.append(Term(squares, step.denominators[1], self._settings.z_loss))
         loss = engine_loss(terms, self._ranks.world_size)
         step.objective += loss.detach() / self._ranks.world_size
-        step.losses.index_add_(0, batch.source_ids, losses.detach().double())
-        step.labels.index_add_(0, batch.source_ids, labels.double())
+        # a product, for index_add_ on a GPU adds in no fixed order and two equal runs would log different losses
+        by_source = F.one_hot(batch.source_ids, self._sources).double()
+        step.losses += losses.detach().double() @ by_source
+        step.labels += labels.double() @ by_source
         return loss
 
     def _weights(self, mean_losses: Tensor, counts: Tensor) -> Tensor:

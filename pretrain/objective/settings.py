@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from data_pipeline.settings import Settings
 
@@ -19,6 +19,16 @@ class ReweightingSettings(Settings):
     """r of the paper: the largest weight over the smallest is exp(1/r); ``.inf`` is exactly uniform."""
     start_step: int = Field(default=0, ge=0)
     """Optimizer steps at the beginning that weigh uniformly (the paper's code: 1000)."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ReweightingSettings:
+        given = sorted(self.model_fields_set - {"strategy"})
+        if self.strategy == "uniform" and any(getattr(self, name) != _DEFAULTS[name] for name in given):
+            raise ValueError(f"{' and '.join(given)} has no meaning with strategy uniform; leave it out")
+        return self
+
+
+_DEFAULTS = {name: field.default for name, field in ReweightingSettings.model_fields.items()}
 
 
 class ObjectiveSettings(Settings):

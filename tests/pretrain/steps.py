@@ -37,7 +37,7 @@ def tiny_config(**sections: dict[str, Any]) -> Config:
         },
         "optimizer": {"weight_decay": 0.1, "clip_norm": 0.5},
         "training": {"steps": STEPS, "global_batch": GLOBAL_BATCH, "micro_batch": 1, "precision": "fp32"},
-        "engine": {"zero_stage": 0, "persistence_threshold": 0},
+        "engine": {"zero_stage": 0},
     }
     for name, content in sections.items():
         plain[name] = {**plain.get(name, {}), **content}
@@ -60,7 +60,8 @@ def batch_of(step: int, positions: np.ndarray) -> Batch:
     """The batch that holds these rows of step ``step``; the first half of the rows is of source 0."""
     rows = ragged_rows(step)[positions]
     sources = (positions >= GLOBAL_BATCH // 2).astype(np.int64)
-    return make_batch(rows, EOS, sources, positions.astype(np.int64), positions.astype(np.int64))
+    samples = np.where((rows == EOS).all(axis=1), -1, positions).astype(np.int64)
+    return make_batch(rows, EOS, sources, samples, positions.astype(np.int64))
 
 
 def micro_batches(step: int, ranks: Distributed, micro_batch: int) -> list[Batch]:

@@ -146,7 +146,7 @@ class Bench:
         self.objective = Objective(config.objective, 2, self.ranks)
 
     def store(self, name: str, keep_last: int = 2, keep_every: int | None = None) -> CheckpointStore:
-        settings = CheckpointSettings(keep_last=keep_last, keep_every=keep_every)
+        settings = CheckpointSettings(every_steps=1, keep_last=keep_last, keep_every=keep_every)
         return CheckpointStore(self.root / name, settings, self.ranks)
 
     def step(self, number: int) -> None:

@@ -40,7 +40,7 @@ def compare_all(precision: str) -> list[dict[str, Any]]:
             model={"tied_embeddings": tied},
             objective=OBJECTIVES[name],
             training={"steps": 3, "global_batch": GLOBAL_BATCH, "micro_batch": b, "precision": precision},
-            engine={"zero_stage": stage, "persistence_threshold": 0},
+            engine={"zero_stage": stage, **({"persistence_threshold": 0} if stage == 3 else {})},
         )
 
     # the plain loop first: ZeRO-3 replaces torch's linear function for the whole process
@@ -77,4 +77,5 @@ def test_update_equals_one_process_fp32(world_size: int) -> None:
 def test_update_equals_one_process_bf16(world_size: int) -> None:
     for result in run_on_ranks(compare_all, world_size, "bf16")[0]:
         assert result["gradient"] < 1e-2, result
-        assert result["parameters"] < 1e-2, result
+        # every stage differs by the same 2.4e-4 from the plain loop: gradients rounded to bf16, through Adam
+        assert result["parameters"] < 5e-4, result

@@ -60,13 +60,15 @@ class Runs:
             "objective": {"reweighting": {"strategy": "linupper", "temperature": 1.0}},
             "optimizer": {"lr": 3e-3},
             "training": {"steps": 20, "global_batch": 8, "micro_batch": 2, "precision": "fp32"},
-            "engine": {"zero_stage": 1, "persistence_threshold": 0},
+            "engine": {"zero_stage": 1},
             "checkpoint": {"every_steps": 4},
             "evaluation": {"every_steps": 10},
             "monitor": {"tensorboard": False},
         }
         for section, values in sections.items():
             content[section] = {**content.get(section, {}), **values}
+        if content["engine"].get("zero_stage") == 3:
+            content["engine"].setdefault("persistence_threshold", 0)  # really partition a model this small
         path = self.folder / f"{name}.yaml"
         path.write_text(yaml.safe_dump(content))
         return path

@@ -114,7 +114,7 @@ def test_a_checkpoint_that_does_not_fit(runs: Runs, tmp_path: Path) -> None:
     assert train(config).returncode == 0
     checkpoint = runs.run_folder("run") / "checkpoints" / "step_000000004"
     for override, parts in {
-        "model.layers=3": ["the model differs (layers: 2 in the checkpoint, 3 now)"],
+        "model.layers=3": ["the model or its optimizer differs (layers: 2 in the checkpoint, 3 now)"],
         "run.seed=5": ["the order of the data differs", "seed"],
         "data.sources.b.weight=0.7": ["the order of the data differs"],
         "data.seq_len=16": ["the order of the data differs", "had 411 sequences"],

@@ -1,0 +1,25 @@
+"""DeepSpeed as a module: imported late, for it costs seconds, and made quiet."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import os
+import warnings
+from typing import Any
+
+import torch
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet and without the compilation of a kernel that only its inference uses."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    deepspeed = importlib.import_module("deepspeed")
+    deepspeed.utils.logger.setLevel(logging.ERROR)
+    # `deepspeed.comm` rebinds the name `torch`, so the module has to be fetched by its full name
+    # DeepSpeed still calls the collectives by the names that torch has given up
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    communication: Any = importlib.import_module("deepspeed.comm.torch")
+    communication.build_shm_op = lambda: None
+    return deepspeed
