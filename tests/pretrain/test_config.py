@@ -44,6 +44,12 @@ def refusal(*overrides: str, path: Path = DEMO) -> str:
         ("model.heads=5", ["hidden_size 192 is not a multiple of heads 5"]),
         ("data.phases=[{start: 5, weights: {code: 1}}]", ["the phase at 5", "['code', 'docs']"]),
         ("run.name=a/b", ["'run.name' = 'a/b'"]),
+        ("data.phases=[{start: 5, weights: {code: 1, docs: -1}}]", ["greater than or equal to 0"]),
+        ("objective.reweighting.strategy=uniform", ["start_step", "has no meaning with strategy uniform"]),
+        ("checkpoint.keep_every=70", ["keep_every 70 is not a multiple of every_steps 50"]),
+        ("engine.persistence_threshold=5", ["persistence_threshold needs zero_stage 3"]),
+        ("engine={zero_stage: 0, bucket_elements: 5}", ["bucket_elements needs zero_stage 1, 2 or 3"]),
+        ("evaluation={every_steps: null, sequences: 5}", ["sequences 5 has no meaning without every_steps"]),
     ],
 )
 def test_refusals_name_key_value_and_nearest(override: str, parts: list[str]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from data_pipeline.errors import UserError
 from pretrain.config import load_config
-from pretrain.engine import accumulation_steps, deepspeed_config
+from pretrain.engine import accumulation_steps, check_zero_settings, deepspeed_config
 from pretrain.model import Decoder
 from pretrain.optimizer import check_schedule, parameter_groups
 
@@ -49,6 +49,8 @@ def test_deepspeed_keys_pass_through_and_contradictions_are_refused() -> None:
         ("{gradient_clipping: 2.0}", "engine.deepspeed.gradient_clipping = 2.0"),
         ("{fp16: {enabled: true}}", "engine.deepspeed.fp16"),
         ("{train_batch_size: 8}", "engine.deepspeed.train_batch_size = 8"),
+        ("{managed_gradient_accumulation: false}", "engine.deepspeed.managed_gradient_accumulation is not passed"),
+        ("{wall_clock_breakdwn: true}", "did you mean 'wall_clock_breakdown'"),
     ]:
         with pytest.raises(UserError, match=key.replace(".", r"\.")):
             deepspeed_config(load_config(demo, [f"engine.deepspeed={contradiction}"]), 2)
@@ -58,3 +60,10 @@ def test_a_batch_that_does_not_divide_names_the_ranks_that_fit() -> None:
     config = load_config(Path(__file__).parents[2] / "configs/demo.yaml", ["training.global_batch=24"])
     with pytest.raises(UserError, match=r"global_batch = 24 .* micro_batch 8 x 2 ranks = 16.*these.* 1, 3"):
         accumulation_steps(config, 2)
+
+
+def test_a_misspelt_zero_key_is_refused_before_the_run() -> None:
+    demo = Path(__file__).parents[2] / "configs/demo.yaml"
+    config = load_config(demo, ["engine.deepspeed={zero_optimization: {reduce_scater: true}}"])
+    with pytest.raises(UserError, match="reduce_scater"):
+        check_zero_settings(deepspeed_config(config, 2))
