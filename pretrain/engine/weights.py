@@ -17,7 +17,7 @@ from .engine import TAG
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:
     """Every parameter of a checkpoint in fp32, by name, whatever ZeRO stage and number of ranks saved it.
 
-    From stages 1 to 3 it is the optimizer's copy, from stage 0 what the model computed with: in bf16 the rounded values.
+    Stages 1 to 3 give the optimizer's copy; stage 0 what the model computed with: in bf16 the rounded values.
 
     Args:
         checkpoint: a complete checkpoint folder.
