@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from .errors import EXIT_STOPPED, EXIT_USER_ERROR, run_command
+from .errors import EXIT_STOPPED, EXIT_USER_ERROR, HeadraceError, run_command
 
 app = typer.Typer(
     help="Text to WebDataset shards, and looking at them.",
@@ -34,7 +36,8 @@ def tokenizer(config: Config, overrides: Overrides = None) -> None:
     from .settings import load_settings
 
     settings = load_settings(PrepareSettings, config, overrides or ())
-    made = make_tokenizer(settings)
+    with _continues_after_interrupt():
+        made = make_tokenizer(settings)
     print(f"{settings.output}/tokenizer.model: {made.vocab_size:,} pieces, SHA-256 {made.sha256}")
 
 
@@ -47,7 +50,8 @@ def prepare(config: Config, overrides: Overrides = None) -> None:
     from .settings import load_settings
 
     settings = load_settings(PrepareSettings, config, overrides or ())
-    write(settings)
+    with _continues_after_interrupt():
+        write(settings)
     print(render(inspect_dataset(Path(settings.output))))
 
 
@@ -91,13 +95,23 @@ def verify(
         raise typer.Exit(EXIT_USER_ERROR)
 
 
+class InterruptedPrepareError(HeadraceError):
+    """Ctrl-C: what is published stays."""
+
+    exit_code = EXIT_STOPPED
+
+
+@contextmanager
+def _continues_after_interrupt() -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt as error:
+        raise InterruptedPrepareError("interrupted; start the same command again, it continues") from error
+
+
 def main() -> int:
     """The console script."""
-    try:
-        return run_command(app)
-    except KeyboardInterrupt:
-        print("stopped: start the same command again, it continues", file=sys.stderr)
-        return EXIT_STOPPED
+    return run_command(app)
 
 
 if __name__ == "__main__":

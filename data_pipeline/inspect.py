@@ -18,6 +18,10 @@ from .tokenizer import Tokenizer
 ALL = "all"
 
 
+SAMPLE_CHARACTERS = 600
+"""Of a sample, in the table for people; the JSON form has it whole."""
+
+
 def inspect_dataset(folder: Path, samples: int = 0, entropy: bool = False) -> dict[str, Any]:
     """Everything `inspect` prints, as JSON-able values.
 
@@ -116,7 +120,7 @@ def render(report: dict[str, Any]) -> str:
         lines += [f"  {domain:<14}{value:>8.4f}" for domain, value in values.items()]
     for sample in report.get("samples", ()):
         lines += ["", f"--- {sample['domain']}/{sample['split']} {sample['id']} {sample['url']} "
-                      f"({sample['tokens']:,} tokens)", sample["text"]]  # fmt: skip
+                      f"({sample['tokens']:,} tokens)", _shortened(sample["text"])]  # fmt: skip
     return "\n".join(lines)
 
 
@@ -144,6 +148,10 @@ def _count(folder: Path, manifest: Manifest, shards: Sequence[Shard]) -> npt.NDA
 def _entropy(counts: npt.NDArray[np.int64]) -> float:
     p = counts[counts > 0] / counts.sum()
     return float(-(p * np.log(p)).sum())
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= SAMPLE_CHARACTERS else f"{text[:SAMPLE_CHARACTERS]}\n[... {len(text):,} characters]"
 
 
 def _decoded(

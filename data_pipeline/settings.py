@@ -36,7 +36,8 @@ def load_settings(schema: type[SettingsType], path: Path | str, overrides: Seque
     """Read ``path``, merge what it extends, apply ``a.b=c`` overrides, and check the result against ``schema``.
 
     ``extends:`` names one file or a list of files, relative to the file that says so; later ones win, the file
-    itself wins over all, and overrides win over the file. Values of overrides are YAML.
+    itself wins over all, and overrides win over the file. Mappings are merged key by key; ``key: null`` takes an
+    inherited mapping away. Values of overrides are YAML.
 
     Raises:
         UserError: the file is missing, is not YAML, extends itself, or does not fit the schema.
@@ -86,11 +87,25 @@ def _read_with_extends(path: Path, chain: tuple[Path, ...]) -> DictConfig:
 
 def _merge(base: DictConfig, top: DictConfig, origin: str) -> DictConfig:
     try:
-        merged = OmegaConf.merge(base, top)
+        merged = OmegaConf.merge(_without_removed(base, top), top)
     except OmegaConfBaseException as error:
         raise UserError(f"{origin}: can't be merged: {str(error).splitlines()[0]}") from error
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _without_removed(base: DictConfig, top: DictConfig) -> DictConfig:
+    """``base`` without the mappings that ``top`` sets to null: their keys would have nothing to say any more."""
+    kept = OmegaConf.create({})
+    for key in base:
+        below, above = base[key], top.get(key)
+        if key in top and above is None and isinstance(below, DictConfig):
+            top.pop(key)
+        elif isinstance(below, DictConfig) and isinstance(above, DictConfig):
+            kept[key] = _without_removed(below, above)
+        else:
+            kept[key] = below
+    return kept
 
 
 def _parse_override(override: str) -> DictConfig:

@@ -53,7 +53,16 @@ def launch_local(path: Path, overrides: Sequence[str], ranks: int) -> int:
         code = EXIT_DONE
     except ChildFailedError as error:
         # before a run folder is there to record a reason, the first rank to fail is all that tells it
-        code = max(min(error.failures.values(), key=lambda failure: failure.timestamp).exitcode, EXIT_CRASH)
+        rank, first = min(error.failures.items(), key=lambda failure: failure[1].timestamp)
+        code = max(first.exitcode, EXIT_CRASH)
+        if first.exitcode < 0:
+            name = signal.Signals(-first.exitcode).name
+            print(
+                f"error: rank {rank} (process {first.pid}) was killed by {name}"
+                f"{', often for lack of memory' if name == 'SIGKILL' else ''}; what other ranks say follows from that. "
+                "Start the same command again: it goes on from the newest checkpoint.",
+                file=sys.stderr,
+            )
     except SignalException:
         code = EXIT_CRASH
     finally:

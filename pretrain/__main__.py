@@ -11,7 +11,13 @@ import typer
 
 from data_pipeline.errors import run_command
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+app = typer.Typer(
+    help="Train language models, and look at what was trained.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
 
 ConfigFile = Annotated[Path, typer.Argument(help="YAML file of the run")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="section.key=value, over the file")]
@@ -39,9 +45,10 @@ def evaluate(
     """Score a checkpoint on the held-out split, in this process alone."""
     from .evaluate_run import evaluate_run
     from .monitor import evaluation_line
+    from .monitor.lines import encode
 
     line = evaluate_run(run, checkpoint, sequences)
-    print(json.dumps(line) if as_json else evaluation_line(line))
+    print(encode(line).decode().rstrip() if as_json else evaluation_line(line))
 
 
 @app.command()

@@ -86,7 +86,8 @@ class TrainingSettings(Settings):
     micro_batch: int = Field(ge=1)
     """Sequences of one rank in one forward pass."""
     precision: Literal["fp32", "bf16"] = "bf16"
-    """Of parameters, activations and gradients in forward and backward; the optimizer's copy is always fp32."""
+    """Of parameters, activations and gradients in forward and backward; the optimizer's copy is always fp32. Over the
+    micro-steps of a step, bf16 gradients are summed in fp32 at ZeRO stages 1 to 3, at stage 0 in bf16."""
     activation_checkpointing: Literal["none", "full"] = "none"
     """``full`` recomputes every block in the backward pass."""
     compile: bool = False

@@ -29,7 +29,7 @@ from .engine import Engine
 from .monitor import AttemptsLog, Monitor, Reason, read_attempts
 from .run_folder import CHECKPOINTS, lock_run_folder, open_run_folder, set_aside, versions, write_config
 from .signals import StopRequest
-from .state import TrainState, resume_state
+from .state import TrainState, config_changes, resume_state
 from .train import NonFiniteError, StoppedError, Trainer
 
 T = TypeVar("T")
@@ -158,6 +158,8 @@ class Session:
             superseded_lines=self._monitor.superseded,
             lost_steps=self._monitor.lost_steps,
         )
+        for line in _where_it_stands(self._folder, config, state, origin, self._monitor.lost_steps):
+            print(line, flush=True)
         for problem in damage:
             self._monitor.event({"event": "damaged_checkpoint", "step": state.step, "message": problem})
 
@@ -196,6 +198,18 @@ class Session:
             print(f"error: {self._folder / 'attempts.jsonl'} could not be written: {error}", file=sys.stderr)
 
 
+def _where_it_stands(folder: Path, config: Config, state: TrainState, origin: Path | None, lost: int) -> list[str]:
+    """What a start says to its user: where, from which step, and what has changed since that checkpoint."""
+    if origin is None:
+        return [f"{folder}: a new run of {config.total_steps:,} steps"]
+    said = [f"{folder}: resumes from {origin} at step {state.step:,} of {config.total_steps:,}"]
+    if lost:
+        said.append(f"{lost:,} steps done after that checkpoint are done again")
+    if state.step >= config.total_steps:
+        said.append("the run is complete; raise training.steps (or training.tokens) to go on")
+    return said + [f"changed since that checkpoint: {change}" for change in config_changes(origin, config)]
+
+
 def _attempt(action: Callable[[], T]) -> tuple[T | None, HeadraceError | None]:
     try:
         return action(), None
@@ -218,7 +232,7 @@ def _agreed(ranks: Distributed, value: T | None, failure: HeadraceError | None) 
             by_message.setdefault(item, []).append(rank)
     if by_message:
         parts = [
-            message if len(who) == ranks.world_size else f"{message} (ranks {', '.join(map(str, who))})"
+            message if len(who) == ranks.world_size or who == [0] else f"{message} (ranks {', '.join(map(str, who))})"
             for (message, _), who in by_message.items()
         ]
         raise AgreedError(" ".join(parts), max(code for _, code in by_message))

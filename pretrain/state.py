@@ -86,6 +86,20 @@ def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) 
     return state
 
 
+def config_changes(path: Path, config: Config) -> list[str]:
+    """The settings of the run that differ from those a checkpoint was saved with, as ``key: old -> new``."""
+    there, here = (_flat(content) for content in (read_state(path)["config"], plain(config)))
+    keys = sorted(key for key in there.keys() | here.keys() if not key.startswith(("run.", "resume")))
+    return [f"{key}: {there.get(key)!r} -> {here.get(key)!r}" for key in keys if there.get(key) != here.get(key)]
+
+
+def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in content.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
 def end_position(config: Config, state: TrainState) -> int:
     """The position at which the run will be done: another global batch may have been in force so far."""
     return state.position + max(0, config.total_steps - state.step) * config.training.global_batch

@@ -40,7 +40,7 @@ class StoppedError(HeadraceError):
     exit_code = EXIT_STOPPED
 
     def __init__(self, signals: Sequence[str], step: int) -> None:
-        super().__init__(f"stopped on request ({', '.join(signals)}) after saving step {step}; start the same command")
+        super().__init__(f"on request ({', '.join(signals)}), saved at step {step}; start the same command to go on")
         self.signals = tuple(signals)
 
 
@@ -163,7 +163,10 @@ class Trainer:
         """Publish a checkpoint of the state as it is."""
         if self.monitor:
             self.monitor.flush()
-        return self.store.save(self.engine, checkpoint_state(self.state, self.config, self.data, self.ranks))
+        path = self.store.save(self.engine, checkpoint_state(self.state, self.config, self.data, self.ranks))
+        if self.monitor:
+            print(f"saved {path}", flush=True)
+        return path
 
     def _refuse_non_finite(self, statistics: StepStatistics, grad_norm: float, step: Step) -> None:
         """Stop before anything of a poisoned step is saved; every rank sees the same numbers and decides the same."""

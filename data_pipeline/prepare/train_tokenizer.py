@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping
 
 import sentencepiece
 
-from ..errors import UserError
+from ..errors import HeadraceError, UserError
 from ..sources import Source
 from ..tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer
 from .parts import content_id, is_heldout
@@ -30,7 +30,8 @@ def train_tokenizer(settings: TokenizerTraining, sources: Mapping[str, Source], 
             it does.
     """
     model = io.BytesIO()
-    sentences = _sentences(sample_text(sources, settings.sample_bytes, heldout_fraction))
+    failures: list[HeadraceError] = []
+    sentences = _keep_error(_sentences(sample_text(sources, settings.sample_bytes, heldout_fraction)), failures)
     first = next(sentences, None)
     if first is None:
         raise UserError(f"the sources ({', '.join(sources)}) hold no text to train a tokenizer on. Check `sources`.")
@@ -56,6 +57,8 @@ def train_tokenizer(settings: TokenizerTraining, sources: Mapping[str, Source], 
             minloglevel=2,
         )
     except RuntimeError as error:
+        if failures:
+            raise failures[0] from None
         raise _explain(settings, str(error)) from error
     return Tokenizer(model.getvalue(), "the trained tokenizer")
 
@@ -91,6 +94,15 @@ def _sentences(texts: Iterator[str]) -> Iterator[str]:
         for piece in _RESERVED.split(text):
             for start in range(0, len(piece), _SENTENCE_CHARACTERS):
                 yield piece[start : start + _SENTENCE_CHARACTERS]
+
+
+def _keep_error(texts: Iterator[str], failures: list[HeadraceError]) -> Iterator[str]:
+    """``texts``; an error among them is kept in ``failures``, for SentencePiece passes on only its words."""
+    try:
+        yield from texts
+    except HeadraceError as error:
+        failures.append(error)
+        raise
 
 
 def _chain(first: str, rest: Iterator[str]) -> Iterator[str]:

@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -68,7 +69,8 @@ def _in_processes(
     try:
         while True:
             while len(running) < 2 * processes and (item := next(waiting, None)):
-                running[pool.submit(function, item[1])] = item[0]
+                with _interrupts_ignored():
+                    running[pool.submit(function, item[1])] = item[0]
             if not running:
                 return
             for future in wait(running, return_when=FIRST_COMPLETED).done:
@@ -80,6 +82,16 @@ def _in_processes(
         ) from error
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+@contextmanager
+def _interrupts_ignored() -> Iterator[None]:
+    """A process started inside ignores Ctrl-C from its first instruction on: it is for the parent."""
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
 
 
 def _start_worker() -> None:

@@ -20,6 +20,9 @@ def import_deepspeed() -> Any:
     # `deepspeed.comm` rebinds the name `torch`, so the module has to be fetched by its full name
     # DeepSpeed still calls the collectives by the names that torch has given up
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    # its bf16 optimizer prints the memory in use at every turn of its construction
+    optimizer: Any = importlib.import_module("deepspeed.runtime.bf16_optimizer")
+    optimizer.see_memory_usage = lambda *arguments, **options: None
     communication: Any = importlib.import_module("deepspeed.comm.torch")
     communication.build_shm_op = lambda: None
     return deepspeed

@@ -90,6 +90,16 @@ def test_extends_and_overrides_win_in_order(tmp_path: Path) -> None:
     assert config.model == load_config(DEMO).model
 
 
+def test_null_takes_an_inherited_mapping_away(tmp_path: Path) -> None:
+    """Another file's sources can be replaced, not only joined."""
+    (tmp_path / "base.yaml").write_text(DEMO.read_text())
+    top = tmp_path / "top.yaml"
+    top.write_text("extends: base.yaml\ndata: {sources: {code: null, web: {path: data/web}}}\n")
+    assert set(load_config(top).data.sources) == {"docs", "web"}
+    assert set(load_config(top, ["data.sources.docs=null"]).data.sources) == {"web"}
+    assert load_config(top, ["training.steps=null", "training.tokens=9"]).training.steps is None
+
+
 def test_extending_in_a_circle_is_refused(tmp_path: Path) -> None:
     (tmp_path / "a.yaml").write_text("extends: b.yaml\n")
     (tmp_path / "b.yaml").write_text("extends: a.yaml\n")

@@ -13,7 +13,7 @@ import yaml
 
 from data_pipeline.prepare import PrepareSettings
 from data_pipeline.settings import build_settings
-from pretrain.config import DataSettings
+from pretrain.config import load_config
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -40,10 +40,15 @@ def test_the_tour(tmp_path: Path) -> None:
     assert (tmp_path / "runs/tour/report.html").stat().st_size > 100_000
 
 
-def test_the_yaml_blocks_fit_their_schemas() -> None:
-    prepare, run = (yaml.safe_load(block) for block in re.findall(r"```yaml\n(.*?)```", README, re.DOTALL))
-    assert set(build_settings(PrepareSettings, prepare, "README").sources) == {"web", "books", "notes", "hub"}
-    assert build_settings(DataSettings, run["data"], "README").sources["books"].max_epochs == 4
+def test_the_yaml_blocks_fit_their_schemas(tmp_path: Path) -> None:
+    prepare, run = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    sources = build_settings(PrepareSettings, yaml.safe_load(prepare), "README").sources
+    assert set(sources) == {"web", "books", "notes", "hub"}
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    (tmp_path / "mine.yaml").write_text(run)
+    config = load_config(tmp_path / "mine.yaml")
+    assert set(config.data.sources) == {"web", "books"}
+    assert config.data.sources["books"].max_epochs == 4
 
 
 def test_every_named_file_exists() -> None:
