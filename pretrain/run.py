@@ -6,9 +6,9 @@ import os
 import socket
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NoReturn, TypeVar, cast
+from typing import NoReturn
 
 from data_pipeline.errors import (
     EXIT_CRASH,
@@ -20,6 +20,7 @@ from data_pipeline.errors import (
     UserError,
 )
 
+from .agreement import AgreedError, agreed, attempt, together
 from .check import check_run
 from .checkpoint import CheckpointError, CheckpointStore, seed_generators
 from .config import Config, load_config
@@ -32,8 +33,6 @@ from .signals import StopRequest
 from .state import TrainState, config_changes, resume_state
 from .train import NonFiniteError, StoppedError, Trainer
 
-T = TypeVar("T")
-
 
 def restarts() -> int:
     """How often a launcher has started this program again by itself: ``resume=never`` is meant once."""
@@ -44,14 +43,6 @@ START_TIMEOUT_SECONDS = 300
 """For the ranks to find each other when the configuration, which holds the real one, could not be read."""
 
 
-class AgreedError(HeadraceError):
-    """Every rank raises it together, with the exit code of the error that a rank had."""
-
-    def __init__(self, message: str, exit_code: int) -> None:
-        super().__init__(message)
-        self.exit_code = exit_code
-
-
 TOGETHER = (AgreedError, CheckpointError, NonFiniteError, StoppedError)
 """Errors that all ranks raise at the same place, so that they can still wait for each other."""
 
@@ -59,11 +50,11 @@ TOGETHER = (AgreedError, CheckpointError, NonFiniteError, StoppedError)
 def run_training(path: Path, overrides: Sequence[str]) -> NoReturn:
     """Train the run that ``path`` and ``overrides`` describe, and end the process with the exit code of the reason."""
     stop = StopRequest()
-    config, failure = _attempt(lambda: load_config(path, overrides))
+    config, failure = attempt(lambda: load_config(path, overrides))
     ranks = start(config.resilience.collective_timeout_seconds if config else START_TIMEOUT_SECONDS)
     session = Session(ranks)
     try:
-        session.run(_agreed(ranks, config, failure), stop)
+        session.run(agreed(ranks, config, failure), stop)
         code = session.end("done", EXIT_DONE)
     except StoppedError as error:
         code = session.end("stopped", EXIT_STOPPED, error, signal="+".join(error.signals))
@@ -72,7 +63,7 @@ def run_training(path: Path, overrides: Sequence[str]) -> NoReturn:
     except HeadraceError as error:
         code = session.end("user_error" if error.exit_code == EXIT_USER_ERROR else "crash", error.exit_code, error)
         finish(code, together=isinstance(error, TOGETHER))
-    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # the last line of defence: the traceback is printed, the reason recorded
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # printed with its traceback, and recorded
         traceback.print_exc()
         finish(session.end("crash", EXIT_CRASH, error), together=False)
     finish(code, together=True)
@@ -166,14 +157,18 @@ class Session:
     def end(self, reason: Reason, code: int, error: BaseException | None = None, signal: str | None = None) -> int:
         """Print why this rank ends, record it in attempts.jsonl; returns ``code``."""
         ranks = self._ranks
-        agreed = error is None or isinstance(error, TOGETHER)
-        if error is not None and (ranks.rank == 0 or not agreed):
-            where = "" if agreed else f"rank {ranks.rank} on {socket.gethostname()}: "
+        by_all = error is None or isinstance(error, TOGETHER)
+        if error is not None and (ranks.rank == 0 or not by_all):
+            where = "" if by_all else f"rank {ranks.rank} on {socket.gethostname()}: "
             label = "stopped" if reason == "stopped" else "error"
             print(f"{label}: {where}{error}", file=sys.stderr, flush=True)
         if self._monitor:
             self._monitor.close()
-        if self._folder is None or (agreed and ranks.rank != 0):
+        if reason == "done" and self._trainer and ranks.rank == 0:
+            print(
+                f"done at step {self._trainer.state.step:,}; `pretrain report {self._folder}` shows the run", flush=True
+            )
+        if self._folder is None or (by_all and ranks.rank != 0):
             return code
         self._record(reason, code, "" if error is None else str(error), signal)
         return code
@@ -208,32 +203,3 @@ def _where_it_stands(folder: Path, config: Config, state: TrainState, origin: Pa
     if state.step >= config.total_steps:
         said.append("the run is complete; raise training.steps (or training.tokens) to go on")
     return said + [f"changed since that checkpoint: {change}" for change in config_changes(origin, config)]
-
-
-def _attempt(action: Callable[[], T]) -> tuple[T | None, HeadraceError | None]:
-    try:
-        return action(), None
-    except HeadraceError as error:
-        return None, error
-    except OSError as error:
-        return None, UserError(f"{error.strerror or error} ({error.filename or 'no file named'}). Mend that first.")
-
-
-def together(ranks: Distributed, action: Callable[[], T]) -> T:
-    """``action`` (which communicates with nobody) on every rank; if it fails on any, all raise the same error."""
-    return _agreed(ranks, *_attempt(action))
-
-
-def _agreed(ranks: Distributed, value: T | None, failure: HeadraceError | None) -> T:
-    failures = ranks.gather_objects((str(failure), failure.exit_code) if failure else None)
-    by_message: dict[tuple[str, int], list[int]] = {}
-    for rank, item in enumerate(failures):
-        if item:
-            by_message.setdefault(item, []).append(rank)
-    if by_message:
-        parts = [
-            message if len(who) == ranks.world_size or who == [0] else f"{message} (ranks {', '.join(map(str, who))})"
-            for (message, _), who in by_message.items()
-        ]
-        raise AgreedError(" ".join(parts), max(code for _, code in by_message))
-    return cast(T, value)  # nobody failed, so the action's value is there (it may be None)
