@@ -53,9 +53,8 @@ class Engine:
         groups = parameter_groups(model.named_parameters(), config.optimizer)
         optimizer = build_optimizer(groups, config.optimizer)
         for group in optimizer.param_groups:
-            group["lr"] = (
-                0.0  # every step sets it; some of DeepSpeed's optimizers take a first step while they are made
-            )
+            # every step sets it; some of DeepSpeed's optimizers take a first step while they are made
+            group["lr"] = 0.0
         self._engine, self._optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=optimizer, config=settings, dist_init_required=False
         )
