@@ -70,3 +70,31 @@ def test_a_finished_run_started_again_changes_nothing(runs: Runs) -> None:
     assert runs.metrics("finished") == before
     assert runs.state_hashes("finished", 20) == hashes
     assert read_attempts(runs.run_folder("finished"))[-1].trained is False
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_named(runs: Runs) -> None:
+    """The launcher says which rank was killed; what the others print is only what follows from it."""
+    config = runs.config("killed")
+    command = [
+        sys.executable,
+        "-m",
+        "launch",
+        "local",
+        str(config),
+        STEPS,
+        "evaluation.every_steps=null",
+        "--ranks",
+        "2",
+    ]
+    process = subprocess.Popen(command, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    psutil.Process(_a_worker(process.pid)).kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert "error: rank 1 (process " in errors
+    assert "was killed by SIGKILL" in errors
+    assert read_attempts(runs.run_folder("killed"))[-1].reason == "crash"
