@@ -32,6 +32,7 @@ def test_fifty_runs_of_the_demo_in_a_row_exit_with_0(tmp_path: Path) -> None:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
         command += ["-m", "pretrain", "train", str(ROOT / "configs/demo.yaml")]
         command += [f"run.name=demo{number}", "training.steps=3", "schedule.warmup_steps=0", "evaluation.sequences=4"]
+        command += ["objective.reweighting.start_step=0"]
         ended = subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, check=False)
         codes.append(ended.returncode)
     assert codes == [0] * 50, codes
