@@ -18,7 +18,7 @@ def open_bytes(path: str) -> BinaryIO:
         UserError: the file can't be opened.
     """
     try:
-        return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]
+        return gzip.open(path, "rb") if path.endswith(".gz") else open(path, "rb")  # type: ignore[return-value]  # GzipFile
     except OSError as error:
         raise UserError(f"input file {path} can't be read: {error.strerror}. Mend its path or its rights.") from error
 
