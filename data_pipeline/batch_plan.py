@@ -80,8 +80,17 @@ class BatchPlan:
 
     def start_of(self, step: int) -> int:
         """Where step ``step`` begins, for a run that began with step 0 at position 0."""
-        sequences = self._sequences_of(step)
-        return self._position_of(sequences - 1) + 1 if sequences else 0
+        return self.advance(0, 0, step)
+
+    def advance(self, step: int, position: int, to_step: int) -> int:
+        """Where step ``to_step`` begins, for a run whose earlier step ``step`` begins at ``position``.
+
+        Not ``start_of(to_step)`` where the run's first steps were taken under another plan.
+        """
+        if to_step <= step:
+            return position
+        taken = self._sequences_of(to_step) - self._sequences_of(step)
+        return self._position_of(self.sequences_before(position) + taken - 1) + 1
 
     def step_of(self, position: int) -> int:
         """The step s with ``start_of(s) <= position < start_of(s + 1)``; a skipped position has one too."""

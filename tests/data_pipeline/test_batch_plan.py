@@ -131,3 +131,14 @@ def test_a_plan_that_makes_no_steps_is_refused(
     with pytest.raises(UserError) as refusal:
         BatchPlan(global_batch, ramp, skip_ranges)
     assert message in str(refusal.value)
+
+
+def test_a_run_whose_batch_was_changed_goes_on_from_where_it_stands() -> None:
+    plan = BatchPlan(8, ((5, 4),), ((300, 310),))
+    positions, step = [256], 4  # four steps of 64 under another plan
+    while step < 12:
+        positions.append(plan.after(positions[-1], plan.batch(step)))
+        step += 1
+    assert [plan.advance(4, 256, to_step) for to_step in range(4, 13)] == positions
+    assert positions[-1] == 256 + 4 + 7 * 8 + 10
+    assert plan.advance(4, 256, 3) == 256, "an end that lies behind is where the run stands"
