@@ -1,10 +1,15 @@
-"""Rows of tokens -> what the model and the loss need, documents kept apart."""
+"""Rows of tokens -> what the model and the loss need, documents kept apart.
+
+A batch holds its tokens once and crosses to the device as one tensor; whatever can be computed from them is computed
+where it is used, when it is first used.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -13,35 +18,77 @@ import torch
 
 from .permutation import IntArray
 
+HOLE = -1
+"""The sample id of a row that holds no sample."""
+
 
 @dataclass(frozen=True, eq=False)
 class Batch:
     """``b`` sequences of ``T`` tokens of one micro-batch of one rank.
 
     Attributes:
-        tokens: int64 [b, T].
-        labels: int64 [b, T]; the token that follows each token.
-        loss_mask: bool [b, T]; False where the token is EOS, for its label would belong to another document (this
-            leaves out EOS filling too), and in holes.
-        positions: int64 [b, T]; counted from the start of the document, or of the row where the document began earlier.
-        document_ids: int32 [b, T]; 0, 1, 2, ... along the row, one more after each EOS.
+        rows: int64 [b, T + 1], contiguous; each sequence and the token that follows it.
+        eos_id: the token that ends a document.
         source_ids: int64 [b]; the index of the row's source.
         sample_ids: int64 [b]; one number per sequence of the whole mixture, the same in every epoch; -1 in a hole, a
-            row of EOS that fills up the last batch of an evaluation.
-        run_positions: int64 [b]; the position in the run (the index, in an evaluation); -1 in a hole.
+            row of EOS in the place of a damaged sequence, or one that fills up the last batch of an evaluation.
+        run_positions: int64 [b]; the position in the run, of a hole too; in an evaluation the index, -1 in a hole.
+        document_ends: int32 [k], ascending, always on the host: where ``tokens``, seen as one flat row of ``b T``, is
+            EOS. Found on the host's copy, so that nobody has to wait for the device to know the boundaries.
         single_document: known on the host: no row that is no hole has a document boundary inside, so that attention
             may be plain causal.
     """
 
-    tokens: torch.Tensor
-    labels: torch.Tensor
-    loss_mask: torch.Tensor
-    positions: torch.Tensor
-    document_ids: torch.Tensor
+    rows: torch.Tensor
+    eos_id: int
     source_ids: torch.Tensor
     sample_ids: torch.Tensor
     run_positions: torch.Tensor
+    document_ends: npt.NDArray[np.int32]
     single_document: bool
+
+    @property
+    def tokens(self) -> torch.Tensor:
+        """int64 [b, T], a view of ``rows``."""
+        return self.rows[:, :-1]
+
+    @property
+    def labels(self) -> torch.Tensor:
+        """int64 [b, T], a view of ``rows``; the token that follows each token."""
+        return self.rows[:, 1:]
+
+    @cached_property
+    def loss_mask(self) -> torch.Tensor:
+        """bool [b, T]; False where the token is EOS, for its label would belong to another document (this leaves out
+        EOS filling too), and in holes."""
+        return self.tokens != self.eos_id
+
+    @cached_property
+    def label_counts(self) -> torch.Tensor:
+        """int64 [b]; the labels that count in each row, ``loss_mask.sum(dim=1)``, from the host's scan."""
+        rows, length = len(self.rows), self.rows.shape[1] - 1
+        counts = length - np.bincount(self.document_ends // length, minlength=rows)
+        return torch.from_numpy(counts).to(self.rows.device, non_blocking=True)
+
+    @cached_property
+    def positions(self) -> torch.Tensor:
+        """int64 [b, T]; counted from the start of the document, or of the row where the document began earlier."""
+        index = torch.arange(self.rows.shape[1] - 1, device=self.rows.device)
+        first = torch.zeros_like(self.loss_mask, dtype=torch.int64)
+        torch.mul(self._ends_before, index[1:], out=first[:, 1:])
+        return index - first.cummax(dim=1).values
+
+    @cached_property
+    def document_ids(self) -> torch.Tensor:
+        """int32 [b, T]; 0, 1, 2, ... along the row, one more after each EOS."""
+        ids = torch.zeros_like(self.loss_mask, dtype=torch.int32)
+        torch.cumsum(self._ends_before, dim=1, dtype=torch.int32, out=ids[:, 1:])
+        return ids
+
+    @property
+    def _ends_before(self) -> torch.Tensor:
+        """bool [b, T - 1]: whether the token before token 1, 2, ... is EOS."""
+        return ~self.loss_mask[:, :-1]
 
     def to(self, device: torch.device | str) -> Batch:
         """The batch on ``device``; copies from pinned memory overlap with what runs there."""
@@ -76,23 +123,19 @@ def make_batch(
         run_positions: [b].
     """
     holes = sample_ids < 0
-    tokens, labels = rows[:, :-1].astype(np.int64), rows[:, 1:].astype(np.int64)
-    tokens[holes] = labels[holes] = eos_id
-    inside = tokens != eos_id
-    length = tokens.shape[1]
-    document_ids = np.zeros(tokens.shape, np.int32)
-    np.cumsum(~inside[:, :-1], axis=1, dtype=np.int32, out=document_ids[:, 1:])
-    first = np.zeros(tokens.shape, np.int64)
-    np.multiply(~inside[:, :-1], np.arange(1, length), out=first[:, 1:])
-    np.maximum.accumulate(first, axis=1, out=first)
+    if holes.any():
+        rows = np.where(holes[:, None], rows.dtype.type(eos_id), rows)
+    stride = rows.shape[1]
+    ends = np.flatnonzero(rows == eos_id)
+    in_row, place = np.divmod(ends, stride)
+    inside = place < stride - 1
+    ends, in_row, place = ends[inside], in_row[inside], place[inside]
     return Batch(
-        tokens=torch.from_numpy(tokens),
-        labels=torch.from_numpy(labels),
-        loss_mask=torch.from_numpy(inside),
-        positions=torch.from_numpy(np.subtract(np.arange(length), first, out=first)),
-        document_ids=torch.from_numpy(document_ids),
+        rows=torch.from_numpy(rows.astype(np.int64)),
+        eos_id=eos_id,
         source_ids=torch.tensor(source_ids),
         sample_ids=torch.tensor(sample_ids),
         run_positions=torch.tensor(run_positions),
-        single_document=bool((inside[:, :-1].all(axis=1) | holes).all()),
+        document_ends=(ends - in_row).astype(np.int32),
+        single_document=not ((place < stride - 2) & ~holes[in_row]).any(),
     )

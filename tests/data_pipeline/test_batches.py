@@ -55,6 +55,8 @@ def test_a_batch_is_what_a_loop_over_its_tokens_gives(rows: list[list[int]]) -> 
     assert batch.positions.tolist() == list(positions)
     assert batch.document_ids.tolist() == list(documents)
     assert batch.single_document == all(document[-1] == 0 for document in documents)
+    assert batch.document_ends.tolist() == np.flatnonzero(~np.array(masks).reshape(-1)).tolist()
+    assert batch.label_counts.tolist() == [sum(mask) for mask in masks]
 
 
 def test_a_hand_written_row() -> None:
@@ -85,7 +87,9 @@ def test_dtypes_shapes_and_ids() -> None:
     assert batch.loss_mask.dtype == torch.bool
     for name in ("tokens", "labels", "loss_mask", "positions", "document_ids"):
         assert getattr(batch, name).shape == (3, 8)
-        assert getattr(batch, name).is_contiguous()
+    assert batch.rows.is_contiguous()
+    assert batch.label_counts.dtype == torch.int64
+    assert batch.document_ends.dtype == np.int32
     assert batch.source_ids.tolist() == [0, 4, 4]
     assert batch.sample_ids.tolist() == [11, 12, 1 << 40]
     assert batch.run_positions.tolist() == [5, 6, 1 << 41]
@@ -110,6 +114,8 @@ def test_a_hole_counts_for_nothing() -> None:
     assert batch.tokens.tolist() == [[5, 6, 7], [EOS, EOS, EOS]]
     assert batch.labels.tolist() == [[6, 7, 7], [EOS, EOS, EOS]]
     assert batch.loss_mask.tolist() == [[True, True, True], [False, False, False]]
+    assert batch.label_counts.tolist() == [3, 0]
+    assert batch.document_ends.tolist() == [3, 4, 5]
     assert batch.single_document
 
 
@@ -124,22 +130,35 @@ def test_no_tensor_shares_memory_with_what_it_was_made_from() -> None:
     assert len({tensor.untyped_storage().data_ptr() for tensor in tensors}) == len(tensors)
 
 
-def test_to_moves_every_tensor() -> None:
-    moved = batch_of([[5, EOS, 7, 7]]).to("meta")
+def test_a_batch_crosses_to_the_device_as_its_rows_and_ids_and_makes_the_rest_there() -> None:
+    batch = batch_of([[5, EOS, 7, 7]])
+    assert batch.positions.tolist() == [[0, 1, 0]]
+    moved = batch.to("meta")
     tensors = [getattr(moved, field.name) for field in dataclasses.fields(moved)]
-    assert all(tensor.device.type == "meta" for tensor in tensors if isinstance(tensor, torch.Tensor))
+    tensors = [tensor for tensor in tensors if isinstance(tensor, torch.Tensor)]
+    assert [tensor.shape for tensor in tensors] == [(1, 4), (1,), (1,), (1,)]
+    made = [moved.tokens, moved.labels, moved.loss_mask, moved.positions, moved.document_ids, moved.label_counts]
+    assert all(tensor.device.type == "meta" for tensor in tensors + made)
     assert moved.single_document is False
+    assert moved.document_ends.tolist() == [1]
+
+
+def test_what_is_computed_is_computed_once() -> None:
+    batch = batch_of([[5, EOS, 7, 7]])
+    for name in ("loss_mask", "positions", "document_ids", "label_counts"):
+        assert getattr(batch, name) is getattr(batch, name)
+    assert batch.tokens.untyped_storage().data_ptr() == batch.labels.untyped_storage().data_ptr()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
 def test_pinned_batches_are_page_locked_and_equal() -> None:
     batch = batch_of([[5, EOS, 7, 7]])
-    assert batch.pin_memory().tokens.is_pinned()
+    assert batch.pin_memory().rows.is_pinned()
     assert torch.equal(batch.pin_memory().to("cuda").positions.cpu(), batch.positions)
 
 
 def test_speed() -> None:
-    """Measured at 180 million tokens a second on one core; a loop over tokens makes 5."""
+    """Measured at 1800 million tokens a second on one core."""
     rows = np.random.default_rng(0).integers(0, 300, (16, 4097)).astype(np.uint16)
     ids = np.arange(16)
     best = 1e9
@@ -147,4 +166,4 @@ def test_speed() -> None:
         began = time.perf_counter()
         make_batch(rows, EOS, ids, ids, ids)
         best = min(best, time.perf_counter() - began)
-    assert 16 * 4096 / best > 20e6
+    assert 16 * 4096 / best > 200e6
