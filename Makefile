@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 WORKERS ?= 2
 
-.PHONY: setup browser demo demo-short test test-fast lint campaign
+.PHONY: setup browser slurm demo demo-short test test-fast lint campaign
 
 setup: $(READY)
 
@@ -22,13 +22,20 @@ browser:
 	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends chromium; } \
 	>/dev/null 2>&1 || echo "no chromium: the report's browser tests will be skipped"
 
+# the cluster tests start a real Slurm of their own; without the packages (no apt, no root) they are skipped and say so
+slurm:
+	@{ command -v slurmctld && command -v slurmd && command -v munged; } >/dev/null || \
+	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
+	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends slurm-wlm munge; } \
+	>/dev/null 2>&1 || echo "no Slurm: the cluster tests will be skipped"
+
 demo: setup
 	$(BIN)/python demo/demo.py
 
 demo-short: setup
 	$(BIN)/python demo/demo.py --short
 
-test: setup browser
+test: setup browser slurm
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m "not campaign"
 
 test-fast: setup
