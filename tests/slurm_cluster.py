@@ -13,9 +13,9 @@ import os
 import re
 import secrets
 import shutil
-import signal
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -25,20 +25,10 @@ from pathlib import Path
 
 import psutil
 
-PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "sinfo", "setpriv")
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch", "scontrol", "scancel", "sinfo")
 SEARCH_PATH = os.pathsep.join([os.environ.get("PATH", os.defpath), "/usr/local/sbin", "/usr/sbin", "/sbin"])
 POLL_SECONDS = 0.05
-ENDED = {
-    "BOOT_FAIL",
-    "CANCELLED",
-    "COMPLETED",
-    "DEADLINE",
-    "FAILED",
-    "NODE_FAIL",
-    "OUT_OF_MEMORY",
-    "PREEMPTED",
-    "TIMEOUT",
-}
+ENDED = re.compile("BOOT_FAIL|CANCELLED|COMPLETED|DEADLINE|FAILED|NODE_FAIL|OUT_OF_MEMORY|PREEMPTED|TIMEOUT")
 
 
 def missing_programs() -> list[str]:
@@ -65,7 +55,7 @@ class Task:
 
     @property
     def ended(self) -> bool:
-        return self.state in ENDED
+        return ENDED.fullmatch(self.state) is not None
 
     @property
     def name(self) -> str:
@@ -170,9 +160,7 @@ def slurm_cluster(
     folder = Path(tempfile.mkdtemp(prefix="slurm-"))  # short: the path of a unix socket has at most 107 bytes
     folder.chmod(0o755)  # munged wants its socket to be reachable for everybody
     cluster = SlurmCluster(folder, _environment(folder))
-    with ExitStack() as stack:
-        stack.callback(shutil.rmtree, folder, ignore_errors=True)
-        stack.callback(_stop, cluster)
+    with _guarded(cluster):
         names = [f"n{number + 1}" for number in range(nodes)]
         ports = _free_ports(nodes + 1)
         (folder / "munge.key").write_bytes(secrets.token_bytes(128))
@@ -197,13 +185,14 @@ def _environment(folder: Path) -> dict[str, str]:
 def _configuration(
     folder: Path, names: Sequence[str], cpus: int, ports: Sequence[int], partitions: Sequence[str], extra: str
 ) -> str:
+    host = socket.gethostname().split(".")[0]
     nodes = "\n".join(
-        f"NodeName={name} NodeHostname={socket.gethostname()} NodeAddr=127.0.0.1 Port={port} CPUs={cpus}"
+        f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={port} CPUs={cpus} RealMemory=65536"
         for name, port in zip(names, ports[1:], strict=True)
     )
     return f"""\
 ClusterName=test
-SlurmctldHost={socket.gethostname().split(".")[0]}(127.0.0.1)
+SlurmctldHost={host}(127.0.0.1)
 SlurmctldPort={ports[0]}
 CommunicationParameters=NoCtldInAddrAny,NoInAddrAny
 SlurmUser={getpass.getuser()}
@@ -253,16 +242,10 @@ def _free_ports(count: int) -> list[int]:
 
 
 def _start(cluster: SlurmCluster, *command: str, log: str = "") -> None:
-    """Start a daemon that stays our child and ends with us, even if we are killed."""
     name = command[-1] if log else command[0]
     with open(cluster.folder / (log or f"{name}.out"), "wb") as output:
         cluster.daemons[name] = subprocess.Popen(
-            ["setpriv", "--pdeathsig", "SIGKILL", *command],
-            env=cluster.env,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
+            command, env=cluster.env, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
         )
 
 
@@ -296,31 +279,44 @@ def _parse_task(line: str) -> Task:
     )
 
 
-def _stop(cluster: SlurmCluster) -> None:
-    """End all daemons and whatever their jobs left running.
+@contextmanager
+def _guarded(cluster: SlurmCluster) -> Iterator[None]:
+    """Have a process at hand that removes the cluster when the body ends, or when we are killed."""
+    guard = subprocess.Popen(
+        [sys.executable, __file__, cluster.folder],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        guard.communicate()
+        for daemon in cluster.daemons.values():
+            daemon.wait()
 
-    The job processes are found while the daemons still run and again afterwards: their environment names our
-    slurm.conf, and slurmstepd, which overwrites its own, has the node's log open.
-    """
-    daemons = list(cluster.daemons.values())
-    for signal_number in (signal.SIGTERM, signal.SIGKILL):
-        for daemon in daemons:
-            if daemon.poll() is None:
-                daemon.send_signal(signal_number)
-        psutil.wait_procs([psutil.Process(d.pid) for d in daemons if d.poll() is None], timeout=3)
-    while leftovers := list(_leftovers(cluster.folder)):
+
+def _remove(folder: Path) -> None:
+    """Kill the daemons and whatever their jobs left running, and delete the folder."""
+    while leftovers := list(_processes(folder)):
         for process in leftovers:
             with suppress(psutil.NoSuchProcess):
                 process.kill()
-        psutil.wait_procs(leftovers, timeout=3)
+        time.sleep(POLL_SECONDS)
+    shutil.rmtree(folder, ignore_errors=True)
 
 
-def _leftovers(folder: Path) -> Iterator[psutil.Process]:
+def _processes(folder: Path) -> Iterator[psutil.Process]:
+    """The cluster's processes: they have its slurm.conf in their environment, or (slurmstepd) a log of it open."""
     for process in psutil.process_iter():
         try:
             ours = process.environ().get("SLURM_CONF") == str(folder / "slurm.conf")
-            ours = ours or any(Path(opened.path).is_relative_to(folder) for opened in process.open_files())
+            if ours or any(Path(opened.path).is_relative_to(folder) for opened in process.open_files()):
+                yield process
         except (psutil.NoSuchProcess, psutil.AccessDenied):
             continue
-        if ours and process.status() != psutil.STATUS_ZOMBIE:
-            yield process
+
+
+if __name__ == "__main__":
+    sys.stdin.read()  # ends with the process that holds the other end
+    _remove(Path(sys.argv[1]))
