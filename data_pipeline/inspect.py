@@ -42,7 +42,7 @@ def inspect_dataset(folder: Path, samples: int = 0, entropy: bool = False) -> di
         "block_tokens": manifest.block_tokens,
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "shards": len(manifest.shards),
-        "groups": _groups(manifest),
+        "groups": manifest.shards.totals(),
         "sources": manifest.sources,
     }
     if samples:
@@ -61,9 +61,10 @@ def unigram_entropy(folder: Path, manifest: Manifest) -> dict[str, dict[str, flo
         distribution of all training tokens with one count added to every id (Laplace), so that it is finite. A model
         that has learnt anything beyond token frequencies has a lower held-out loss.
     """
+    held = {(group["domain"], group["split"]) for group in manifest.shards.totals()}
     counts = {
         split: {
-            domain: _count(folder, manifest, [s for s in manifest.shards if (s.domain, s.split) == (domain, split)])
+            domain: _count(folder, manifest, manifest.select(domain, split) if (domain, split) in held else ())
             for domain in manifest.domains
         }
         for split in SPLITS
@@ -83,7 +84,7 @@ def sample_documents(folder: Path, manifest: Manifest, samples: int) -> list[dic
     if tokenizer.sha256 != manifest.tokenizer_sha256:
         raise DataError(f"{folder / TOKENIZER_FILE} is not the tokenizer of this data set. Restore it from a copy.")
     found: list[dict[str, Any]] = []
-    for group in _groups(manifest):
+    for group in manifest.shards.totals():
         shards = manifest.select(group["domain"], group["split"])
         count = min(samples, group["documents"])
         wanted = [group["documents"] * i // count for i in range(count)]
@@ -122,17 +123,6 @@ def render(report: dict[str, Any]) -> str:
         lines += ["", f"--- {sample['domain']}/{sample['split']} {sample['id']} {sample['url']} "
                       f"({sample['tokens']:,} tokens)", _shortened(sample["text"])]  # fmt: skip
     return "\n".join(lines)
-
-
-def _groups(manifest: Manifest) -> list[dict[str, Any]]:
-    groups: list[dict[str, Any]] = []
-    for domain in manifest.domains:
-        for split in SPLITS:
-            shards = [shard for shard in manifest.shards if (shard.domain, shard.split) == (domain, split)]
-            if shards:
-                sums = {key: sum(getattr(s, key) for s in shards) for key in ("documents", "tokens", "text_bytes")}
-                groups.append({"domain": domain, "split": split, "shards": len(shards), **sums})
-    return groups
 
 
 def _count(folder: Path, manifest: Manifest, shards: Sequence[Shard]) -> npt.NDArray[np.int64]:

@@ -20,6 +20,7 @@ import numpy.typing as npt
 from .errors import DataError
 
 MANIFEST_FILE = "manifest.json"
+SHARD_TABLE_FILE = "shards.parquet"
 TOKENIZER_FILE = "tokenizer.model"
 SHARD_FOLDER = "shards"
 

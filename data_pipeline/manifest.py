@@ -1,60 +1,54 @@
 """The manifest: what a data set holds, and the hash that is its identity.
 
-``manifest.json`` is written last, so a folder that has one is complete. It carries two hashes. ``identity`` covers
-what a training run can see: the format, the tokenizer and, per shard, domain, split, token count and the SHA-256 of
-the archive. It does not cover sidecars (they can be rebuilt), provenance, or settings, so the same data prepared
-elsewhere is the same data set. ``checksum`` covers every other field of the file and only guards it against damage.
+Two files. ``shards.parquet`` has one row per shard; ``manifest.json`` has all the rest and is written last, so a folder
+that has one is complete. It carries three hashes. ``identity`` covers what a training run can see: the format, the
+tokenizer and, per shard, name, domain, split, blocks, tokens and the SHA-256 of the archive. It does not cover sidecars
+(they can be rebuilt), provenance, or settings, so the same data prepared elsewhere is the same data set.
+``shards.sha256`` is that of ``shards.parquet``, and ``checksum`` covers every other field of the file; these two only
+guard against damage.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import BeforeValidator, ConfigDict, Field, InstanceOf
 
 from .errors import DataError, UserError
-from .files import publish_json
-from .layout import MANIFEST_FILE, BlockLayout
+from .files import publish_bytes, publish_json
+from .layout import MANIFEST_FILE, SHARD_TABLE_FILE, BlockLayout
 from .settings import Settings, build_settings
+from .shard_table import HELDOUT, SPLITS, TRAIN, Shard, ShardTable, read_table, table_bytes
 
-FORMAT_VERSION = 1
+__all__ = [
+    "FORMAT_VERSION", "HELDOUT", "SPLITS", "TRAIN", "Manifest", "Shard", "ShardTable", "load_manifest",
+    "read_manifest", "write_manifest",
+]  # fmt: skip
 
-TRAIN = "train"
-HELDOUT = "heldout"
-SPLITS = (TRAIN, HELDOUT)
-
-
-class Shard(Settings):
-    """One archive: documents of one domain and one split."""
-
-    name: str = Field(pattern=r"^\d{6}$", description="Six digits; the archive is shards/NAME.tar.")
-    domain: str
-    split: Literal["train", "heldout"]
-    bytes: int = Field(gt=0, description="Size of the archive in bytes.")
-    blocks: int = Field(gt=0, description="Members of the archive.")
-    tokens: int = Field(gt=0, description="Valid tokens, the EOS of each document included, the filling left out.")
-    documents: int = Field(gt=0)
-    text_bytes: int = Field(ge=0, description="UTF-8 bytes of the documents' text.")
-    sha256: str = Field(description="Of the archive.")
-    idx_sha256: str = Field(description="Of the block index.")
-    docs_sha256: str = Field(description="Of the document table.")
+FORMAT_VERSION = 2
 
 
 class Manifest(Settings):
-    """The content of ``manifest.json``; :attr:`identity` is computed from the other fields."""
+    """The content of the two files; :attr:`identity` is computed from it."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
 
     format_version: int = FORMAT_VERSION
     block_tokens: int = Field(gt=0, description="Tokens per block, without the look-ahead token.")
+    pack_tokens: int | None = Field(
+        default=None, gt=0, description="Tokens per row of best-fit packing; null: documents end to end."
+    )
     dtype: Literal["uint16", "uint32"]
     vocab_size: int = Field(gt=0)
     eos_id: int = Field(ge=0)
     bos_id: int
     pad_id: int
     tokenizer_sha256: str = Field(description="Of tokenizer.model.")
-    shards: tuple[Shard, ...] = Field(description="In name order.")
+    shards: Annotated[InstanceOf[ShardTable], BeforeValidator(ShardTable.of)] = Field(description="In name order.")
     sources: dict[str, dict[str, Any]] = Field(description="Per source: domain and counts.")
     settings: dict[str, Any] = Field(description="The settings that decide the content.")
 
@@ -66,53 +60,82 @@ class Manifest(Settings):
     @property
     def identity(self) -> str:
         """Hex SHA-256 over everything a training run can see (the module's docstring says what that is)."""
-        seen = self.model_dump(mode="json", exclude={"shards", "sources", "settings"})
-        fields = {"name", "domain", "split", "blocks", "tokens", "sha256"}
-        seen["shards"] = [shard.model_dump(mode="json", include=fields) for shard in self.shards]
-        return _hash(seen)
+        digest = hashlib.sha256(_canonical(self.model_dump(mode="json", exclude={"shards", "sources", "settings"})))
+        self.shards.update_digest(digest)
+        return digest.hexdigest()
 
     @property
     def domains(self) -> tuple[str, ...]:
         """The names of the domains, sorted."""
-        return tuple(sorted({shard.domain for shard in self.shards}))
+        return self.shards.domains
 
-    def select(self, domain: str | None, split: str) -> tuple[Shard, ...]:
+    def select(self, domain: str | None, split: str) -> ShardTable:
         """The shards of one domain (``None``: of all domains) and one split, in name order.
 
         Raises:
             UserError: no shard fits; names the domains and splits that exist.
         """
-        chosen = tuple(shard for shard in self.shards if domain in (None, shard.domain) and shard.split == split)
-        if not chosen:
-            known = sorted({f"{shard.domain}/{shard.split}" for shard in self.shards})
+        chosen = self.shards.split_codes == (SPLITS.index(split) if split in SPLITS else -1)
+        if domain is not None:
+            code = self.domains.index(domain) if domain in self.domains else -1
+            chosen &= self.shards.domain_codes == code
+        if not chosen.any():
+            known = sorted(f"{group['domain']}/{group['split']}" for group in self.shards.totals())
             wanted = f"{domain or 'any domain'}/{split}"
             raise UserError(f"the data set has no shard of {wanted}. It holds (domain/split): {', '.join(known)}.")
-        return chosen
+        return self.shards.take(chosen)
+
+    def with_shards(self, shards: Sequence[Shard]) -> Manifest:
+        """This manifest with other shards."""
+        return self.model_copy(update={"shards": ShardTable.of(shards)})
 
 
 def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Publish ``manifest.json``, identity and checksum included: the last step of a prepare."""
-    content: dict[str, Any] = {**manifest.model_dump(mode="json"), "identity": manifest.identity}
+    """Publish ``shards.parquet``, then ``manifest.json``, its hashes included: the last step of a prepare."""
+    table = table_bytes(manifest.shards)
+    publish_bytes(folder / SHARD_TABLE_FILE, table)
+    shards = {
+        "file": SHARD_TABLE_FILE,
+        "sha256": hashlib.sha256(table).hexdigest(),
+        "rows": len(manifest.shards),
+        "groups": manifest.shards.totals(),
+    }
+    content = {
+        **manifest.model_dump(mode="json", exclude={"shards"}), "shards": shards, "identity": manifest.identity,
+    }  # fmt: skip
     publish_json(folder / MANIFEST_FILE, {**content, "checksum": _hash(content)})
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read and check ``manifest.json`` of the data set ``folder``.
+    """Read and check the manifest of the data set ``folder``.
 
     Raises:
         UserError: the folder or the file is missing, or the format version is another.
-        DataError: the file is damaged, or its identity is not the one its content gives.
+        DataError: a file is damaged, or the identity is not the one the content gives.
     """
-    path = folder / MANIFEST_FILE
-    if not path.is_file():
+    if not (folder / MANIFEST_FILE).is_file():
         what = "holds no manifest.json" if folder.is_dir() else "does not exist"
         raise UserError(
             f"data set folder {folder} {what}. Give the folder that `pretrain-data prepare` wrote; "
             "if that command was interrupted, run it again: it continues."
         )
-    advice = "Restore it from a copy, or prepare the data set again in a new folder."
+    return load_manifest(lambda name: (folder / name).read_bytes(), str(folder))
+
+
+def load_manifest(read: Callable[[str], bytes], where: str) -> Manifest:
+    """Read and check the manifest of a data set on any storage.
+
+    Args:
+        read: the whole content of a file of the data set, by name; what it raises passes through.
+        where: the data set, for messages.
+
+    Raises:
+        UserError: the format version is another.
+        DataError: a file is damaged, or the identity is not the one the content gives.
+    """
+    path, advice = f"{where}/{MANIFEST_FILE}", "Restore it from a copy, or prepare the data set again in a new folder."
     try:
-        content = json.loads(path.read_bytes())
+        content = json.loads(read(MANIFEST_FILE))
     except ValueError as error:
         raise DataError(f"{path} is damaged: it is not valid JSON ({error}). {advice}") from error
     if not isinstance(content, dict) or not {"checksum", "identity", "format_version"} <= content.keys():
@@ -126,11 +149,34 @@ def read_manifest(folder: Path) -> Manifest:
     if _hash(content) != checksum:
         raise DataError(f"{path} is damaged or was edited: its checksum does not fit its content. {advice}")
     del content["identity"]
-    manifest = build_settings(Manifest, content, str(path))
+    content["shards"] = _read_shards(read, where, content["shards"], advice)
+    manifest = build_settings(Manifest, content, path)
     if manifest.identity != identity:
         raise DataError(f"{path}: the root hash {identity} is not that of its content, {manifest.identity}. {advice}")
     return manifest
 
 
+def _read_shards(read: Callable[[str], bytes], where: str, expected: dict[str, Any], advice: str) -> ShardTable:
+    path = f"{where}/{SHARD_TABLE_FILE}"
+    try:
+        content = read(SHARD_TABLE_FILE)
+    except FileNotFoundError as error:
+        raise DataError(f"{path} is missing: it lists the shards of the data set. {advice}") from error
+    found = hashlib.sha256(content).hexdigest()
+    if found != expected["sha256"]:
+        raise DataError(
+            f"{path} is damaged or belongs to another data set: its SHA-256 is {found}, manifest.json says "
+            f"{expected['sha256']}. {advice}"
+        )
+    try:
+        return read_table(content)
+    except ValueError as error:
+        raise DataError(f"{path} does not hold a list of shards: {error}. {advice}") from error
+
+
 def _hash(content: Any) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True, separators=(",", ":")).encode()).hexdigest()
+    return hashlib.sha256(_canonical(content)).hexdigest()
+
+
+def _canonical(content: Any) -> bytes:
+    return json.dumps(content, sort_keys=True, separators=(",", ":")).encode()

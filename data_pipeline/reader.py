@@ -4,23 +4,23 @@ from __future__ import annotations
 
 import os
 import threading
-from collections import OrderedDict
-from io import FileIO
+import weakref
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
 
-import crc32c
 import numpy as np
 import numpy.typing as npt
 
+from .damage import DamagedBlockError, OnDamage
 from .errors import DataError, UserError
-from .files import sha256_file
-from .layout import index_path, read_index, shard_path
-from .manifest import Manifest, Shard, read_manifest
+from .manifest import Manifest, read_manifest
 from .permutation import IntArray
+from .shard_files import LocalShards, ShardFiles
+from .shard_table import ShardTable
 
-_OPEN_SHARDS = 256
+_WHOLE_BLOCK = 0.5
+"""From this part of a block's sequences on, the block is read as a whole and cut up in memory."""
 
 
 class Place(NamedTuple):
@@ -34,39 +34,62 @@ class Place(NamedTuple):
 class TokenSource:
     """The sequences of one domain and split of a data set, by index.
 
-    Every shard is cut into ``ceil(valid tokens / seq_len)`` sequences, shard after shard in name order, so that no
-    token is dropped: the last sequence of a shard is filled up with EOS. Memory does not grow with the number of
-    sequences. Threads may share a source.
+    Every shard is cut into ``ceil(tokens / seq_len)`` sequences, shard after shard in name order, so that no token is
+    dropped: the last sequence of a shard is filled up with EOS. Memory does not grow with the number of sequences.
+    Threads may share a source, processes may inherit or pickle it.
 
     Args:
-        folder: the data set.
+        root: the data set.
         domain: one of its domains; ``None`` for all.
         split: ``"train"`` or ``"heldout"``.
         seq_len: tokens per sequence; must divide the data set's ``block_tokens``, so that none straddles two blocks.
+        manifest: that of ``root`` where it has been read already.
+        share: (rank, world size): this process checks that each world-size-th shard is there and has its size; all
+            ranks together check all.
+        on_damage: ``"hole"`` lets shards be missing or cut off, and :meth:`read_into` tells of damage instead of
+            raising.
 
     Raises:
         UserError: no such data set, domain or split, or ``seq_len`` does not divide a block.
-        DataError: a shard is missing or has another size than the manifest says.
+        DataError: under ``"stop"``: shards of this share are missing or have another size than the manifest says.
     """
 
-    def __init__(self, folder: Path, domain: str | None, split: str, seq_len: int) -> None:
-        self.folder, self.domain, self.split, self.seq_len = folder, domain, split, seq_len
-        self.manifest: Manifest = read_manifest(folder)
+    def __init__(
+        self,
+        root: str | Path,
+        domain: str | None,
+        split: str,
+        seq_len: int,
+        *,
+        manifest: Manifest | None = None,
+        share: tuple[int, int] = (0, 1),
+        on_damage: OnDamage = "stop",
+    ) -> None:
+        self._arguments: dict[str, Any] = {
+            "root": root, "domain": domain, "split": split, "seq_len": seq_len, "share": share, "on_damage": on_damage,
+        }  # fmt: skip
+        self.root, self.domain, self.split, self.seq_len, self.on_damage = str(root), domain, split, seq_len, on_damage
+        self.manifest: Manifest = manifest or read_manifest(Path(root))
         try:
-            self.shards = self.manifest.select(domain, split)
+            self.shards: ShardTable = self.manifest.select(domain, split)
         except UserError as error:
-            raise UserError(f"{folder}: {error}") from error
+            raise UserError(f"{root}: {error}") from error
         self._layout = self.manifest.layout
-        _check_divides(folder, seq_len, self._layout.block_tokens)
-        for shard in self.shards:
-            _check_file(shard_path(folder, shard.name), shard)
-        tokens = np.array([shard.tokens for shard in self.shards], np.int64)
-        self._ends = np.cumsum(-(-tokens // seq_len))
-        self._first_blocks = np.cumsum([0, *(shard.blocks for shard in self.shards)], dtype=np.int64)
+        _check_divides(self.root, seq_len, self._layout.block_tokens)
+        self._files: ShardFiles = LocalShards(Path(root), self.shards, self._layout)
+        self.unusable = self._check_shards(*share)
+        """How many shards of this process's share were missing or of another size; not 0 only under ``"hole"``."""
+        self._ends = np.cumsum(-(-self.shards.tokens // seq_len))
+        self._first_blocks = np.cumsum(np.concatenate([[0], self.shards.blocks]), dtype=np.int64)
+        self._per_block = self._layout.block_tokens // seq_len
         # one bit a block: 19 MB for the 10^13 tokens of 10^5 shards
         self._checked = np.zeros((int(self._first_blocks[-1]) + 7) // 8, np.uint8)
-        self._files: OrderedDict[int, _ShardFile] = OrderedDict()
+        self._damaged: dict[int, DamagedBlockError] = {}
+        self._block = np.empty(self._layout.block_tokens + 1, self._layout.token_dtype)
+        self.reading: tuple[int, int] | None = None
+        """(row of the shard, block) that a read is at; a new tuple for each, for a watchdog to look at."""
         self._lock = threading.Lock()
+        _ALIVE.add(self)
 
     @property
     def sequences(self) -> int:
@@ -75,16 +98,20 @@ class TokenSource:
 
     @property
     def tokens(self) -> int:
-        """The number of valid tokens, EOS filling left out."""
-        return sum(shard.tokens for shard in self.shards)
+        """The number of tokens, the filling of the last blocks left out."""
+        return int(self.shards.tokens.sum())
 
     @property
     def eos_id(self) -> int:
         """The token that ends every document."""
         return self.manifest.eos_id
 
-    def read(self, indices: npt.ArrayLike) -> npt.NDArray[np.unsignedinteger[Any]]:
+    def read(self, indices: npt.ArrayLike, windows: IntArray | None = None) -> npt.NDArray[np.unsignedinteger[Any]]:
         """The tokens of the sequences ``indices`` [n], in that order, each with the token that follows it.
+
+        Args:
+            indices: of the sequences.
+            windows: as in :meth:`read_into`.
 
         Returns:
             [n, seq_len + 1], in the data set's dtype (uint16 or uint32); a new array at every call.
@@ -93,33 +120,84 @@ class TokenSource:
             DataError: a block's CRC32C is not the recorded one, a shard ends early, or its index is damaged.
             IndexError: an index lies outside ``range(sequences)``.
         """
+        rows, damage = self.read_or_damage(indices, windows)
+        for error in damage.values():
+            raise error
+        return rows
+
+    def read_or_damage(
+        self, indices: npt.ArrayLike, windows: IntArray | None = None
+    ) -> tuple[npt.NDArray[np.unsignedinteger[Any]], dict[int, DamagedBlockError]]:
+        """As :meth:`read`, but with what is wrong, by row, in place of an exception; such rows are EOS."""
         wanted = np.asarray(indices, np.int64)
-        if wanted.size and not (wanted.min() >= 0 and wanted.max() < self.sequences):
-            raise IndexError(f"sequences {wanted.min()} to {wanted.max()} of a source that has {self.sequences}")
-        tokens = np.empty((len(wanted), self.seq_len + 1), self._layout.token_dtype)
-        content = tokens.view(np.uint8).reshape(-1).data
-        row_bytes = tokens.strides[0]
-        by_offset = np.argsort(wanted, kind="stable")
-        shards, blocks, starts = self._locate(wanted[by_offset])
+        rows = np.empty((len(wanted), self.seq_len + 1), self._layout.token_dtype)
+        return rows, self.read_into(wanted, rows, np.arange(len(wanted)), windows)
+
+    def read_into(
+        self,
+        indices: IntArray,
+        rows: npt.NDArray[np.unsignedinteger[Any]],
+        places: IntArray,
+        windows: IntArray | None = None,
+    ) -> dict[int, DamagedBlockError]:
+        """Read the sequences ``indices`` [n] into the rows ``places`` [n] of ``rows``.
+
+        Args:
+            indices: of the sequences.
+            rows: [m, seq_len + 1], contiguous, of the data set's dtype.
+            places: row of each sequence.
+            windows: [2, n]: the first sequence, and the one after the last, of what to fetch together with each
+                sequence where the storage is remote; None: whole shards.
+
+        Returns:
+            what is wrong, by row of ``rows``; these rows are EOS.
+
+        Raises:
+            IndexError: an index lies outside ``range(sequences)``.
+            OSError: the disk.
+        """
+        if indices.size and not (indices.min() >= 0 and indices.max() < self.sequences):
+            raise IndexError(f"sequences {indices.min()} to {indices.max()} of a source that has {self.sequences}")
+        if rows.dtype != self._layout.token_dtype or not rows.flags.c_contiguous:
+            raise ValueError(f"rows are {rows.dtype}; they must be contiguous {self._layout.token_dtype}")
+        by_offset = np.argsort(indices, kind="stable")
+        shards, blocks, within = self._locate(indices[by_offset])
+        numbers = self._first_blocks[shards] + blocks
+        edges = np.flatnonzero(np.diff(numbers, prefix=-1, append=-1)).tolist()
+        checked = (self._checked[numbers >> 3] >> (numbers & 7).astype(np.uint8) & 1).tolist()
+        shard_list, block_list, number_list = shards.tolist(), blocks.tolist(), numbers.tolist()
+        within_list, place_list = within.tolist(), places[by_offset].tolist()
+        damage: dict[int, DamagedBlockError] = {}
         with self._lock:
-            for row, shard, block, start in zip(
-                by_offset.tolist(), shards.tolist(), blocks.tolist(), starts.tolist(), strict=True
-            ):
-                self._read_row(content[row * row_bytes : (row + 1) * row_bytes], shard, block, start)
-        return tokens
+            try:
+                for first, stop in zip(edges[:-1], edges[1:], strict=True):
+                    shard, block = shard_list[first], block_list[first]
+                    span = None if windows is None else self._span(shard, windows[:, by_offset[first]])
+                    taken = (rows, place_list[first:stop], within_list[first:stop])
+                    try:
+                        self._read_group(number_list[first], shard, block, span, bool(checked[first]), *taken)
+                    except DamagedBlockError as error:
+                        damage |= dict.fromkeys(place_list[first:stop], error)
+            finally:
+                self.reading = None
+        for row in damage:
+            rows[row] = self.eos_id
+        return damage
 
     def place(self, index: int) -> Place:
         """Where sequence ``index`` lies."""
-        shards, blocks, starts = self._locate(np.array([index]))
-        return Place(
-            self.shards[shards[0]].name, int(blocks[0]), int(blocks[0] * self._layout.block_tokens + starts[0])
-        )
+        shards, blocks, within = self._locate(np.array([index]))
+        token = int(blocks[0]) * self._layout.block_tokens + int(within[0]) * self.seq_len
+        return Place(self.shards.names[shards[0]], int(blocks[0]), token)
+
+    def where(self, shard: int) -> str:
+        """The path or address of a shard, by its row in ``shards``."""
+        return self._files.where(shard)
 
     def close(self) -> None:
         """Close the open shards; a later read opens them again."""
         with self._lock:
-            while self._files:
-                self._files.popitem()[1].handle.close()
+            self._files.close()
 
     def __enter__(self) -> TokenSource:
         return self
@@ -129,126 +207,138 @@ class TokenSource:
     ) -> None:
         self.close()
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _open, (self._arguments,)
+
     def _locate(self, indices: IntArray) -> tuple[IntArray, IntArray, IntArray]:
-        """The number of the shard, the block in it and the first token in the block of each index."""
+        """The row of the shard, the block in it and the place in the block of each index."""
         shards = np.searchsorted(self._ends, indices, side="right")
-        before = np.concatenate([[0], self._ends])[shards]
-        blocks, places = np.divmod(indices - before, self._layout.block_tokens // self.seq_len)
-        return shards, blocks, places * self.seq_len
+        blocks, within = np.divmod(indices - self._start(shards), self._per_block)
+        return shards, blocks, within
 
-    def _read_row(self, row: memoryview, shard: int, block: int, start: int) -> None:
-        file = self._file(shard)
-        offset, skipped = self._layout.data_offset(block), start * self._layout.token_bytes
-        bit = int(self._first_blocks[shard]) + block
-        if self._checked[bit >> 3] >> (bit & 7) & 1:
-            file.read(row, offset + skipped, block)
-            return
-        content = memoryview(bytearray(self._layout.block_bytes))
-        file.read(content, offset, block)
-        file.check(content, offset, block)
-        self._checked[bit >> 3] |= 1 << (bit & 7)
-        row[:] = content[skipped : skipped + len(row)]
+    def _start(self, shards: IntArray) -> IntArray:
+        """The first sequence of each shard."""
+        starts: IntArray = np.where(shards > 0, self._ends[shards - 1], 0)
+        return starts
 
-    def _file(self, shard: int) -> _ShardFile:
-        if shard in self._files:
-            self._files.move_to_end(shard)
-        else:
-            if len(self._files) >= _OPEN_SHARDS:
-                self._files.popitem(last=False)[1].handle.close()
-            self._files[shard] = _ShardFile(self.folder, self.shards[shard])
-        return self._files[shard]
-
-
-class _ShardFile:
-    """One open shard and, once a block must be checked, its recorded CRCs."""
-
-    def __init__(self, folder: Path, shard: Shard) -> None:
-        self.folder, self.shard = folder, shard
-        self.path = shard_path(folder, shard.name)
-        try:
-            self.handle = FileIO(self.path)
-        except FileNotFoundError as error:
-            raise _missing(self.path, shard) from error
-        self._crcs: npt.NDArray[np.uint32] | None = None
-
-    def read(self, into: memoryview, offset: int, block: int) -> None:
-        """Fill ``into`` from byte ``offset`` on.
-
-        Raises:
-            DataError: the file ends first.
-            OSError: the disk failed; names the shard.
-        """
-        done = 0
-        while done < len(into):
+    def _read_group(
+        self,
+        number: int,
+        shard: int,
+        block: int,
+        span: tuple[int, int] | None,
+        checked: bool,
+        rows: npt.NDArray[np.unsignedinteger[Any]],
+        places: list[int],
+        within: list[int],
+    ) -> None:
+        """Read sequences of one block; what is damaged is fetched once more where that can help."""
+        self.reading = (shard, block)
+        if number in self._damaged:
+            raise self._damaged[number]
+        while True:
             try:
-                got = os.preadv(self.handle.fileno(), [into[done:]], offset + done)
-            except OSError as error:
-                raise OSError(
-                    error.errno, f"{error.strerror} (block {block}, byte {offset})", str(self.path)
-                ) from error
-            if got == 0:
-                raise DataError(
-                    f"shard {self.path} ends at byte {offset + done}, inside block {block} (bytes {offset} to "
-                    f"{offset + len(into)}); it was whole when the run began. {_advice(self.folder)}"
-                )
-            done += got
+                if checked and len(places) < _WHOLE_BLOCK * self._per_block:
+                    return self._read_rows(shard, block, span, rows, places, within)
+                self._read_block(shard, block, span, checked)
+            except DamagedBlockError as error:
+                if not self._files.again(shard, span):
+                    self._damaged[number] = error
+                    raise
+                checked = False
+                continue
+            self._checked[number >> 3] |= 1 << (number & 7)
+            for place, part in zip(places, within, strict=True):
+                first = part * self.seq_len
+                rows[place] = self._block[first : first + self.seq_len + 1]
+            return None
 
-    def check(self, content: memoryview, offset: int, block: int) -> None:
-        """Compare the CRC32C of a whole block with the recorded one.
+    def _read_rows(
+        self,
+        shard: int,
+        block: int,
+        span: tuple[int, int] | None,
+        rows: npt.NDArray[np.unsignedinteger[Any]],
+        places: list[int],
+        within: list[int],
+    ) -> None:
+        file = self._files.open(shard, block, span)
+        start, row_bytes = self._layout.data_offset(block), rows.strides[0]
+        content = memoryview(rows).cast("B")
+        for place, part in zip(places, within, strict=True):
+            offset = start + part * (row_bytes - self._layout.token_bytes)
+            into = content[place * row_bytes : (place + 1) * row_bytes]
+            got = file.read(into, offset)
+            if got < row_bytes:
+                raise self._short(shard, block, offset + got)
 
-        Raises:
-            DataError: they differ, or the index that records it is not the manifest's.
-        """
-        if self._crcs is None:
-            self._crcs = self._read_crcs()
-        expected, found = int(self._crcs[block]), crc32c.crc32c(content)
-        if found != expected:
-            raise DataError(
-                f"shard {self.path}, block {block} at byte offset {offset} is damaged: its CRC32C is {found:#010x}, "
-                f"{expected:#010x} was recorded when it was written. {_advice(self.folder)}"
-            )
+    def _read_block(self, shard: int, block: int, span: tuple[int, int] | None, checked: bool) -> None:
+        """Read a block into memory and check it unless that was done before."""
+        offset = self._layout.data_offset(block)
+        content = memoryview(self._block).cast("B")
+        got = self._files.open(shard, block, span).read(content, offset)
+        if got < len(content):
+            raise self._short(shard, block, offset + got)
+        if not checked:
+            self._files.check(shard, block, content)
 
-    def _read_crcs(self) -> npt.NDArray[np.uint32]:
-        path = index_path(self.folder, self.shard.name)
-        entries = read_index(path)
-        if sha256_file(path) != self.shard.idx_sha256:
-            raise DataError(
-                f"the block index {path} is not the one the manifest names (its SHA-256 differs). "
-                f"Run `pretrain-data verify --rebuild-sidecars {self.folder}` to write it again from the shard."
-            )
-        crcs: npt.NDArray[np.uint32] = entries["crc32c"].astype(np.uint32)
-        return crcs
+    def _short(self, shard: int, block: int, end: int) -> DamagedBlockError:
+        first = self._layout.data_offset(block)
+        what = f"ends at byte {end}, inside block {block} (bytes {first} to {first + self._layout.block_bytes})"
+        return self._files.damage(shard, block, "short", what)
+
+    def _span(self, shard: int, window: IntArray) -> tuple[int, int]:
+        """The blocks of a shard that hold the sequences ``[first, stop)`` of the source."""
+        first, stop = (window - self._start(np.array([shard]))[0]).tolist()
+        return max(0, first // self._per_block), min(int(self.shards.blocks[shard]), -(-stop // self._per_block))
+
+    def _check_shards(self, rank: int, world: int) -> int:
+        """Hold the shards of this share against the manifest; returns how many do not fit."""
+        mine = np.arange(rank, len(self.shards), world)
+        sizes, expected = self._files.sizes(mine), self.shards.bytes[mine]
+        missing, wrong = mine[sizes < 0], mine[(sizes >= 0) & (sizes != expected)]
+        if self.on_damage == "stop" and (len(missing) or len(wrong)):
+            advice = f"Run `pretrain-data verify {self.root}` to see all damage, then restore what is wrong from a copy."
+            raise DataError(f"{self._list_wrong(missing, wrong, dict(zip(mine.tolist(), sizes, strict=True)))}. {advice}")
+        return len(missing) + len(wrong)
+
+    def _list_wrong(self, missing: IntArray, wrong: IntArray, sizes: dict[int, int]) -> str:
+        lines = [
+            f"shard {self.where(row)} is missing: the manifest lists it with {self.shards.tokens[row]} tokens"
+            for row in missing[:_NAMED].tolist()
+        ]
+        lines += [
+            f"shard {self.where(row)} has {sizes[row]} bytes where the manifest says {self.shards.bytes[row]}"
+            for row in wrong[: _NAMED - len(lines)].tolist()
+        ]
+        if (more := len(missing) + len(wrong) - len(lines)) > 0:
+            lines.append(f"and {more} more ({len(missing)} are missing in all, {len(wrong)} have another size)")
+        return "; ".join(lines)
+
+    def _after_fork(self) -> None:
+        # another thread of the parent may have held the lock at the moment of the fork
+        self._lock = threading.Lock()
+        self._files.after_fork()
 
 
-def _check_divides(folder: Path, seq_len: int, block_tokens: int) -> None:
+_NAMED = 5
+"""Shards that a message names one by one."""
+
+_ALIVE: weakref.WeakSet[TokenSource] = weakref.WeakSet()
+os.register_at_fork(after_in_child=lambda: [source._after_fork() for source in list(_ALIVE)])
+
+
+def _open(arguments: dict[str, Any]) -> TokenSource:
+    return TokenSource(**arguments)
+
+
+def _check_divides(root: str, seq_len: int, block_tokens: int) -> None:
     if 1 <= seq_len <= block_tokens and block_tokens % seq_len == 0:
         return
     divisors = [length for length in range(1, block_tokens + 1) if block_tokens % length == 0]
     below = [length for length in divisors if length < seq_len][-1:]
     above = [length for length in divisors if length > seq_len][:1]
     raise UserError(
-        f"seq_len {seq_len} does not divide the blocks of {block_tokens} tokens of the data set {folder}. Use "
+        f"seq_len {seq_len} does not divide the blocks of {block_tokens} tokens of the data set {root}. Use "
         f"{' or '.join(map(str, below + above))}, or prepare the data set with other block_tokens."
     )
-
-
-def _check_file(path: Path, shard: Shard) -> None:
-    try:
-        size = path.stat().st_size
-    except FileNotFoundError as error:
-        raise _missing(path, shard) from error
-    if size != shard.bytes:
-        raise DataError(
-            f"shard {path} has {size} bytes where the manifest says {shard.bytes}. {_advice(path.parent.parent)}"
-        )
-
-
-def _missing(path: Path, shard: Shard) -> DataError:
-    return DataError(
-        f"shard {path} is missing: the manifest lists it with {shard.tokens} tokens of {shard.domain}/{shard.split}. "
-        f"{_advice(path.parent.parent)}"
-    )
-
-
-def _advice(folder: Path) -> str:
-    return f"Run `pretrain-data verify {folder}` to see all damage, then restore the shard from a copy."

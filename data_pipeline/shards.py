@@ -25,10 +25,12 @@ DOCUMENT_SCHEMA = pa.schema(
         pa.field("id", pa.string()),
         pa.field("domain", pa.string()),
         pa.field("url", pa.string()),
+        pa.field("metadata", pa.string()),
     ]
 )
-"""One row per document: its first token in the shard, its tokens (EOS included), its text's UTF-8 bytes, the hex hash
-of its text, its domain, and where it came from."""
+"""One row per document, in the order of the stream: its first token in the shard, its tokens (EOS included), its text's
+UTF-8 bytes, the hex hash of its text, its domain, where it came from, and what else its source said of it (a JSON
+object, or empty)."""
 
 
 @dataclass(frozen=True)
@@ -36,24 +38,24 @@ class ShardContent:
     """The documents of one shard, in order.
 
     Attributes:
-        tokens: [tokens] the stream ``doc EOS doc EOS ...`` in the layout's dtype.
+        tokens: [tokens] the stream ``doc EOS doc EOS ...`` in the layout's dtype; between documents more EOS may stand.
+        starts: [documents] the first token of each document, ascending.
         lengths: [documents] tokens of each document, its EOS included.
         text_bytes: [documents] UTF-8 bytes of each document's text.
         ids: hex content hash of each document.
         urls: where each document came from.
+        metadata: what else the source said of each document: a JSON object, or empty.
+        first_key: the smallest shuffle key of the documents.
     """
 
     tokens: npt.NDArray[np.unsignedinteger]
+    starts: npt.NDArray[np.int64]
     lengths: npt.NDArray[np.int64]
     text_bytes: npt.NDArray[np.int64]
     ids: list[str]
     urls: list[str]
-
-    @property
-    def starts(self) -> npt.NDArray[np.int64]:
-        """[documents] the first token of each document."""
-        starts: npt.NDArray[np.int64] = np.cumsum(self.lengths) - self.lengths
-        return starts
+    metadata: list[str]
+    first_key: int
 
 
 def write_shard(
@@ -95,6 +97,8 @@ def write_shard(
             "bytes": layout.shard_bytes(blocks),
             "blocks": blocks,
             "tokens": len(content.tokens),
+            "filling": len(content.tokens) - int(content.lengths.sum()),
+            "first_key": content.first_key,
             "documents": len(content.lengths),
             "text_bytes": int(content.text_bytes.sum()),
             "sha256": digest.hexdigest(),
@@ -117,14 +121,40 @@ def block_bytes(layout: BlockLayout, eos_id: int, tokens: npt.NDArray[np.unsigne
 
 def _check_document_ends(name: str, eos_id: int, content: ShardContent) -> None:
     ends = np.flatnonzero(content.tokens == eos_id)
-    expected = content.starts + content.lengths - 1
-    if not np.array_equal(ends, expected):
-        wrong = sorted(set(ends.tolist()) ^ set(expected.tolist()))[0]
-        document = int(np.searchsorted(content.starts, wrong, side="right")) - 1
+    document = misplaced_document(ends, content.starts, content.lengths, len(content.tokens))
+    if document is not None:
+        begin, end = int(content.starts[document]), int(content.starts[document] + content.lengths[document])
         raise DataError(
-            f"shard {name}: document {content.ids[document]} ({content.urls[document]}) has an EOS inside or none at "
-            f"its end (token {wrong} of the shard), so its boundary could not be found again. Train another tokenizer."
+            f"shard {name}: document {content.ids[document]} ({content.urls[document]}, tokens {begin} to {end} of the "
+            "shard) has an EOS inside or none at its end, so its boundary could not be found again. Train another "
+            "tokenizer."
         )
+
+
+def misplaced_document(
+    eos: npt.NDArray[np.int64], starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64], tokens: int
+) -> int | None:
+    """The first document that does not reach from ``start`` to an EOS without another one inside, or does not follow
+    the one before with nothing but EOS between; ``None`` if all do.
+
+    Args:
+        eos: places of EOS in a stream of ``tokens`` tokens, ascending.
+        starts: [documents] the first token of each document.
+        lengths: [documents] tokens of each, its EOS included.
+    """
+    ends = starts + lengths
+    before = np.concatenate([[0], ends])[:-1]
+    # EOS up to `end` but not at `end - 1` or inside the gap before: none
+    inside = np.searchsorted(eos, ends - 1) - np.searchsorted(eos, starts)
+    last = np.searchsorted(eos, ends) - np.searchsorted(eos, ends - 1)
+    gap = np.searchsorted(eos, starts) - np.searchsorted(eos, before)
+    wrong = (starts < before) | (lengths < 1) | (ends > tokens) | (inside != 0) | (last != 1) | (gap != starts - before)
+    if wrong.any():
+        return int(np.argmax(wrong))
+    rest = tokens - (int(ends[-1]) if len(ends) else 0)
+    if len(eos) == len(ends) + int((starts - before).sum()) + rest:
+        return None
+    return len(ends) - 1
 
 
 def _write_documents(path: Path, domain: str, content: ShardContent) -> None:
@@ -135,6 +165,7 @@ def _write_documents(path: Path, domain: str, content: ShardContent) -> None:
         content.ids,
         [domain] * len(content.ids),
         content.urls,
+        content.metadata,
     ]
     table = pa.table(
         [pa.array(column, field.type) for column, field in zip(columns, DOCUMENT_SCHEMA, strict=True)],

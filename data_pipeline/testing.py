@@ -52,6 +52,8 @@ def write_token_dataset(
 ) -> Manifest:
     """Write a valid data set of given token documents, in the given order, and return its manifest.
 
+    The order is not that of shuffle keys, so `first_key` of every shard is 0.
+
     Args:
         folder: made if missing.
         documents: per (domain, split) the documents as lists of ids without EOS, which is added; an id may be
@@ -92,10 +94,14 @@ def _content(
     group: Sequence[Sequence[int]], tokenizer: Tokenizer, layout: BlockLayout, label: str, first: int
 ) -> ShardContent:
     streams = [np.array([*document, tokenizer.eos_id], layout.token_dtype) for document in group]
+    lengths = np.array([len(stream) for stream in streams], np.int64)
     return ShardContent(
         tokens=np.concatenate(streams),
-        lengths=np.array([len(stream) for stream in streams], np.int64),
+        starts=np.cumsum(lengths) - lengths,
+        lengths=lengths,
         text_bytes=np.array([int(tokenizer.piece_bytes[stream].sum()) for stream in streams], np.int64),
         ids=[hashlib.blake2b(stream.tobytes(), digest_size=16).hexdigest() for stream in streams],
         urls=[f"synthetic:{label}/{first + row}" for row in range(len(group))],
+        metadata=[""] * len(group),
+        first_key=0,
     )

@@ -14,11 +14,21 @@ from crc32c import crc32c
 
 from .errors import DataError
 from .files import publish_bytes, sha256_file
-from .layout import INDEX_DTYPE, SHARD_FOLDER, TOKENIZER_FILE, documents_path, index_bytes, index_path, read_index
+from .layout import (
+    INDEX_DTYPE,
+    SHARD_FOLDER,
+    TOKENIZER_FILE,
+    BlockLayout,
+    documents_path,
+    index_bytes,
+    index_path,
+    read_index,
+)
 from .layout import shard_path as archive_path
 from .manifest import Manifest, Shard, read_manifest
 from .prepare.workers import run_jobs
 from .shard_reading import map_blocks, read_documents
+from .shards import misplaced_document
 
 
 @dataclass(frozen=True)
@@ -40,7 +50,9 @@ class Damage:
 @dataclass(frozen=True)
 class _ShardJob:
     folder: Path
-    manifest: Manifest
+    layout: BlockLayout
+    vocab_size: int
+    eos_id: int
     shard: Shard
 
 
@@ -54,7 +66,9 @@ def verify_dataset(folder: Path, processes: int | None = None) -> list[Damage]:
         UserError: no data set there; DataError: its manifest is damaged.
     """
     manifest = read_manifest(folder)
-    jobs = [_ShardJob(folder, manifest, shard) for shard in manifest.shards]
+    jobs = [
+        _ShardJob(folder, manifest.layout, manifest.vocab_size, manifest.eos_id, shard) for shard in manifest.shards
+    ]
     found = run_jobs(_verify_shard, jobs, processes, "verify", "B", lambda job: job.shard.bytes)
     return [*_stray_files(folder, manifest), *(damage for shard in found for damage in shard)]
 
@@ -90,7 +104,7 @@ def _stray_files(folder: Path, manifest: Manifest) -> Iterator[Damage]:
     elif sha256_file(model) != manifest.tokenizer_sha256:
         yield Damage(TOKENIZER_FILE, "is not the tokenizer the shards were written with")
     known = {
-        path(folder, shard.name) for shard in manifest.shards for path in (archive_path, index_path, documents_path)
+        path(folder, name) for name in manifest.shards.names for path in (archive_path, index_path, documents_path)
     }
     for path in sorted((folder / SHARD_FOLDER).iterdir()):
         if path not in known:
@@ -102,7 +116,7 @@ def _verify_shard(job: _ShardJob) -> list[Damage]:
 
 
 def _archive_damage(job: _ShardJob) -> Iterator[Damage]:
-    shard, layout, path = job.shard, job.manifest.layout, archive_path(job.folder, job.shard.name)
+    shard, layout, path = job.shard, job.layout, archive_path(job.folder, job.shard.name)
     name = f"{SHARD_FOLDER}/{path.name}"
     if not path.is_file():
         yield Damage(name, "missing", shard.name)
@@ -145,7 +159,7 @@ def _archive_damage(job: _ShardJob) -> Iterator[Damage]:
 def _token_damage(
     job: _ShardJob, name: str, block: int, tokens: npt.NDArray[np.unsignedinteger], previous_look_ahead: int | None
 ) -> Iterator[Damage]:
-    manifest, shard, layout = job.manifest, job.shard, job.manifest.layout
+    shard, layout = job.shard, job.layout
     offset = layout.data_offset(block)
 
     def at(token: int) -> int:
@@ -154,12 +168,12 @@ def _token_damage(
     if previous_look_ahead not in (None, int(tokens[0])):
         problem = f"begins with token {tokens[0]}; the block before looks ahead to {previous_look_ahead}"
         yield Damage(name, problem, shard.name, block, offset)
-    beyond = np.flatnonzero(tokens >= manifest.vocab_size)
+    beyond = np.flatnonzero(tokens >= job.vocab_size)
     if len(beyond):
-        problem = f"token {tokens[beyond[0]]} is beyond the vocabulary of {manifest.vocab_size}"
+        problem = f"token {tokens[beyond[0]]} is beyond the vocabulary of {job.vocab_size}"
         yield Damage(name, problem, shard.name, block, at(int(beyond[0])))
     valid = shard.tokens - block * layout.block_tokens
-    filling = np.flatnonzero(tokens[valid:] != manifest.eos_id) if valid < len(tokens) else np.array([], np.int64)
+    filling = np.flatnonzero(tokens[valid:] != job.eos_id) if valid < len(tokens) else np.array([], np.int64)
     if len(filling):
         yield Damage(name, "the filling is not EOS", shard.name, block, at(valid + int(filling[0])))
 
@@ -192,7 +206,7 @@ def _table_damage(job: _ShardJob) -> Iterator[Damage]:
         yield Damage(name, f"SHA-256 is {found}, the manifest says {shard.docs_sha256}", shard.name)
     try:
         table = read_documents(job.folder, shard)
-        blocks = map_blocks(archive_path(job.folder, shard.name), job.manifest.layout, shard.blocks)
+        blocks = map_blocks(archive_path(job.folder, shard.name), job.layout, shard.blocks)
     except DataError as error:
         yield Damage(name, str(error), shard.name)
         return
@@ -202,18 +216,15 @@ def _table_damage(job: _ShardJob) -> Iterator[Damage]:
 
 def _disagreements(job: _ShardJob, table: Any, tokens: npt.NDArray[np.unsignedinteger]) -> Iterator[str]:
     shard = job.shard
-    ends = np.flatnonzero(tokens == job.manifest.eos_id) + 1
-    if len(ends) != shard.documents:
-        yield f"the shard holds {len(ends)} EOS, the manifest says {shard.documents} documents"
+    found = np.flatnonzero(tokens == job.eos_id)
+    if len(found) != shard.documents + shard.filling:
+        filling = f" and {shard.filling} tokens of filling" if shard.filling else ""
+        yield f"the shard holds {len(found)} EOS, the manifest says {shard.documents} documents{filling}"
     if table.num_rows != shard.documents:
         yield f"has {table.num_rows} rows, the manifest says {shard.documents} documents"
-    if table.num_rows == len(ends):
-        starts = np.concatenate([[0], ends[:-1]])
-        wrong = np.flatnonzero((table["start"].to_numpy() != starts) | (table["length"].to_numpy() != ends - starts))
-        if len(wrong):
-            row = int(wrong[0])
-            begin, end = int(starts[row]), int(ends[row])
-            yield f"row {row} says another place than the EOS of the shard, tokens {begin} to {end}"
+    starts, lengths = (table[name].to_numpy().astype(np.int64) for name in ("start", "length"))
+    if (row := misplaced_document(found, starts, lengths, shard.tokens)) is not None:
+        yield f"row {row} says tokens {starts[row]} to {starts[row] + lengths[row]}, which the EOS of the shard do not"
     if (text_bytes := int(table["text_bytes"].to_numpy().sum())) != shard.text_bytes:
         yield f"its text_bytes add up to {text_bytes}, the manifest says {shard.text_bytes}"
     if set(table["domain"].to_pylist()) - {shard.domain}:

@@ -146,12 +146,16 @@ def _content(job: ShardJob) -> ShardContent:
     rows = np.concatenate(tables).astype(RUN_DTYPE, copy=False)
     keys, ids = rows["key"].tolist(), [row.tobytes() for row in rows["id"]]
     order = sorted(range(len(rows)), key=lambda row: (keys[row], ids[row], urls[row]))
+    lengths = rows["length"][order].astype(np.int64)
     return ShardContent(
         tokens=np.concatenate([streams[row] for row in order]),
-        lengths=rows["length"][order].astype(np.int64),
+        starts=np.cumsum(lengths) - lengths,
+        lengths=lengths,
         text_bytes=rows["text_bytes"][order].astype(np.int64),
         ids=[ids[row].hex() for row in order],
         urls=[urls[row].decode() for row in order],
+        metadata=[""] * len(rows),
+        first_key=keys[order[0]],
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import publish_bytes
 from ..layout import MANIFEST_FILE, BlockLayout
-from ..manifest import Manifest, Shard, read_manifest, write_manifest
+from ..manifest import Manifest, Shard, ShardTable, read_manifest, write_manifest
 from ..tokenizer import Tokenizer
 from .gather import gather_shard, plan_shards
 from .parts import PartJob, tokenise_part
@@ -158,7 +158,7 @@ def _manifest(
         bos_id=tokenizer.bos_id,
         pad_id=tokenizer.pad_id,
         tokenizer_sha256=tokenizer.sha256,
-        shards=tuple(shards),
+        shards=ShardTable.of(shards),
         sources=sources,
         settings=settings.content,
     )

@@ -55,11 +55,14 @@ def test_samples_are_decoded_and_evenly_spaced(tmp_path: Path) -> None:
 
 
 def test_the_report(tmp_path: Path, manifest: Manifest) -> None:
+    def rest(shards: int) -> dict[str, int]:
+        return {"filling": 0, "bytes": 10_240 * shards}
+
     report = inspect_dataset(tmp_path, samples=1, entropy=True)
     assert report["groups"] == [
-        {"domain": "a", "split": "train", "shards": 2, "documents": 2, "tokens": 6, "text_bytes": 4},
-        {"domain": "b", "split": "train", "shards": 1, "documents": 1, "tokens": 8, "text_bytes": 7},
-        {"domain": "b", "split": "heldout", "shards": 1, "documents": 1, "tokens": 3, "text_bytes": 2},
+        {"domain": "a", "split": "train", "shards": 2, "documents": 2, "tokens": 6, "text_bytes": 4, **rest(2)},
+        {"domain": "b", "split": "train", "shards": 1, "documents": 1, "tokens": 8, "text_bytes": 7, **rest(1)},
+        {"domain": "b", "split": "heldout", "shards": 1, "documents": 1, "tokens": 3, "text_bytes": 2, **rest(1)},
     ]
     text = render(report)
     assert manifest.identity in text

@@ -273,7 +273,7 @@ def test_sequences_and_offsets_beyond_32_bits(tmp_path: Path) -> None:
             "idx_sha256": sha256_file(index_path(tmp_path, name)),
         }
         shards.append(small.shards[0].model_copy(update=changes))
-    write_manifest(tmp_path, small.model_copy(update={"shards": tuple(shards)}))
+    write_manifest(tmp_path, small.with_shards(shards))
     with TokenSource(tmp_path, "web", "train", 1) as source:
         assert source.sequences == source.tokens == 3 * (2**33 - 3) > 1 << 34
         assert source.place(source.sequences - 1) == Place("000002", blocks - 1, 2**33 - 4)

@@ -21,12 +21,16 @@ EOS = 2
 
 def content(documents: list[list[int]], dtype: str = "uint16") -> ShardContent:
     streams = [[*document, EOS] for document in documents]
+    lengths = np.array([len(stream) for stream in streams])
     return ShardContent(
         tokens=np.array([token for stream in streams for token in stream], dtype),
-        lengths=np.array([len(stream) for stream in streams]),
+        starts=np.cumsum(lengths) - lengths,
+        lengths=lengths,
         text_bytes=np.array([3 * len(document) for document in documents]),
         ids=[f"{row:032x}" for row in range(len(documents))],
         urls=[f"file#{row}" for row in range(len(documents))],
+        metadata=[f'{{"row": {row}}}' if row else "" for row in range(len(documents))],
+        first_key=99,
     )
 
 
@@ -86,16 +90,20 @@ def test_the_format_is_pinned(tmp_path: Path) -> None:
 
 def test_the_document_table(tmp_path: Path) -> None:
     write_shard(tmp_path, "000000", "code", "train", BlockLayout(8, "uint16"), EOS, content(DOCUMENTS))
-    assert pq.read_table(documents_path(tmp_path, "000000")).to_pylist() == [
-        {"start": 0, "length": 4, "text_bytes": 9, "id": "0" * 32, "domain": "code", "url": "file#0"},
-        {"start": 4, "length": 1, "text_bytes": 0, "id": "0" * 31 + "1", "domain": "code", "url": "file#1"},
-        {"start": 5, "length": 21, "text_bytes": 60, "id": "0" * 31 + "2", "domain": "code", "url": "file#2"},
-        {"start": 26, "length": 2, "text_bytes": 3, "id": "0" * 31 + "3", "domain": "code", "url": "file#3"},
-    ]
+    expected = {
+        "start": [0, 4, 5, 26],
+        "length": [4, 1, 21, 2],
+        "text_bytes": [9, 0, 60, 3],
+        "id": ["0" * 32, "0" * 31 + "1", "0" * 31 + "2", "0" * 31 + "3"],
+        "domain": ["code"] * 4,
+        "url": ["file#0", "file#1", "file#2", "file#3"],
+        "metadata": ["", '{"row": 1}', '{"row": 2}', '{"row": 3}'],
+    }
+    assert pq.read_table(documents_path(tmp_path, "000000")).to_pydict() == expected
 
 
 def test_eos_inside_a_document_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"document 0{31}2 \(file#2\) has an EOS inside .* \(token 7 of the shard\)"):
+    with pytest.raises(DataError, match=r"document 0{31}2 \(file#2, tokens 6 to 10 of the shard\) has an EOS inside"):
         write_shard(
             tmp_path, "000000", "a", "train", BlockLayout(8, "uint16"), EOS, content([[5, 6, 7], [8], [9, EOS, 9]])
         )

@@ -102,12 +102,12 @@ def _forge(dataset: Path, at_block: int, at_token: int, token: int) -> list[Dama
     )
     manifest = read_manifest(dataset)
     archive = sha256_file(dataset / "shards" / "000000.tar")
-    mended = manifest.shards[0].model_copy(update={"sha256": archive, "idx_sha256": "to be rebuilt"})
-    write_manifest(dataset, manifest.model_copy(update={"shards": (mended, *manifest.shards[1:])}))
+    mended = manifest.shards[0].model_copy(update={"sha256": archive, "idx_sha256": "0" * 64})
+    write_manifest(dataset, manifest.with_shards([mended, *manifest.shards[1:]]))
     assert rebuild_indexes(dataset) == ["000000"]
     index = sha256_file(dataset / "shards" / "000000.idx")
-    shards = (mended.model_copy(update={"idx_sha256": index}), *manifest.shards[1:])
-    write_manifest(dataset, manifest.model_copy(update={"shards": shards}))
+    shards = [mended.model_copy(update={"idx_sha256": index}), *manifest.shards[1:]]
+    write_manifest(dataset, manifest.with_shards(shards))
     return verify_dataset(dataset, 1)
 
 
@@ -123,7 +123,10 @@ def test_tokens_are_held_against_the_format(dataset: Path) -> None:
     (filling,) = _forge(copies[2], 4, 9, 15)
     assert (filling.problem, filling.block, filling.offset) == ("the filling is not EOS", 4, LAYOUT.data_offset(4) + 18)
     eos = [item.problem for item in _forge(copies[3], 1, 7, 2)]
-    assert eos == ["the shard holds 5 EOS, the manifest says 4 documents"]
+    assert eos == [
+        "the shard holds 5 EOS, the manifest says 4 documents",
+        "row 1 says tokens 16 to 37, which the EOS of the shard do not",
+    ]
 
 
 def test_the_document_table_is_held_against_the_shard(dataset: Path) -> None:
@@ -132,7 +135,7 @@ def test_the_document_table_is_held_against_the_shard(dataset: Path) -> None:
     starts = table["start"].to_numpy() + np.array([0, 0, 1, 0], np.uint64)
     pq.write_table(table.set_column(0, "start", [starts]), path)
     problems = [item.problem for item in verify_dataset(dataset, 1)]
-    assert "row 2 says another place than the EOS of the shard, tokens 37 to 38" in problems
+    assert "row 2 says tokens 38 to 39, which the EOS of the shard do not" in problems
     pq.write_table(table.slice(0, 3), path)
     problems = [item.problem for item in verify_dataset(dataset, 1)]
     assert "has 3 rows, the manifest says 4 documents" in problems
