@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,8 @@ class Phase:
     weights: Mapping[str, float]
 
 
-def quantise_weights(weights: Mapping[str, float]) -> IntArray:
-    """Integer counts int64 [S] that sum to 65,536, nearest to the weights' shares (largest remainder method).
+def quantise_weights(weights: Mapping[str, float], block: int = MIXTURE_BLOCK) -> IntArray:
+    """Integer counts int64 [S] that sum to ``block``, nearest to the weights' shares (largest remainder method).
 
     Raises:
         UserError: a weight is negative or not finite, none is positive, or a positive one would be rounded to nothing.
@@ -46,19 +47,47 @@ def quantise_weights(weights: Mapping[str, float]) -> IntArray:
     total = sum((Fraction(weight) for weight in weights.values()), Fraction(0))
     if total == 0:
         raise UserError(f"no source has a positive weight (sources: {', '.join(weights) or 'none'}). Raise one.")
-    shares = [Fraction(weight) * MIXTURE_BLOCK / total for weight in weights.values()]
+    shares = [Fraction(weight) * block / total for weight in weights.values()]
     counts = [int(share) for share in shares]
     by_remainder = sorted(range(len(shares)), key=lambda source: (counts[source] - shares[source], source))
-    for source in by_remainder[: MIXTURE_BLOCK - sum(counts)]:
+    for source in by_remainder[: block - sum(counts)]:
         counts[source] += 1
     for (name, weight), count in zip(weights.items(), counts, strict=True):
         if weight > 0 and count == 0:
             raise UserError(
                 f"source {name!r} has {weight / float(total):.2e} of the total weight, less than the mixture resolves "
-                f"(1/{MIXTURE_BLOCK}), and would never be drawn. Raise its weight to at least "
-                f"{float(total) / MIXTURE_BLOCK:.3g} or set it to 0."
+                f"(1/{block}), and would never be drawn. Raise its weight to at least "
+                f"{float(total) / block:.3g} or set it to 0."
             )
     return np.array(counts, np.int64)
+
+
+def phase_counts(phases: Sequence[Phase], block: int = MIXTURE_BLOCK) -> tuple[tuple[int, IntArray], ...]:
+    """The start and the counts [S] in ``block`` positions of every phase; sources in the order of the first phase.
+
+    Raises:
+        UserError: weights that :func:`quantise_weights` refuses, phases out of order or over other sources.
+    """
+    if not phases or phases[0].start != 0:
+        raise UserError("the first phase of a mixture starts at position 0.")
+    names = tuple(phases[0].weights)
+    for before, phase in itertools.pairwise(phases):
+        missing = [name for name in names if name not in phase.weights]
+        strange = [name for name in phase.weights if name not in names]
+        if missing or strange:
+            problem = f"gives no weight to {missing}" if missing else f"names {strange}, which is no source"
+            raise UserError(
+                f"the mixture phase that starts at position {phase.start} {problem}. "
+                f"Give each of {', '.join(names)} a weight (0 leaves it out)."
+            )
+        if phase.start <= before.start:
+            raise UserError(
+                f"the mixture phase that starts at position {phase.start} follows one that starts at "
+                f"{before.start}. Order the phases by their starts, each later than the one before."
+            )
+    return tuple(
+        (phase.start, quantise_weights({name: phase.weights[name] for name in names}, block)) for phase in phases
+    )
 
 
 class _Span(NamedTuple):
@@ -86,18 +115,17 @@ class Mixture:
             begin at any position; ordinals go on over it, and its blocks are counted from its start.
 
     Raises:
-        UserError: weights that :func:`quantise_weights` refuses, phases out of order or over other sources.
+        UserError: weights or phases that :func:`phase_counts` refuses.
     """
 
     def __init__(self, seed: int, phases: Sequence[Phase]) -> None:
-        if not phases or phases[0].start != 0:
-            raise UserError("the first phase of a mixture starts at position 0.")
+        counted = phase_counts(phases)
         self.seed = seed
         self.names = tuple(phases[0].weights)
         self._table = functools.lru_cache(maxsize=_CACHED_BLOCKS)(self._build_table)
         self._spans: list[_Span] = []
-        for phase in phases:
-            self._append(phase)
+        for start, counts in counted:
+            self._append(start, counts)
         self._starts = [span.start for span in self._spans]
 
     @property
@@ -147,27 +175,13 @@ class Mixture:
             return np.zeros(len(self.names), np.int64)
         return self._used_before(end, *self._block_at(end - 1))
 
-    def _append(self, phase: Phase) -> None:
-        missing = [name for name in self.names if name not in phase.weights]
-        strange = [name for name in phase.weights if name not in self.names]
-        if missing or strange:
-            problem = f"gives no weight to {missing}" if missing else f"names {strange}, which is no source"
-            raise UserError(
-                f"the mixture phase that starts at position {phase.start} {problem}. "
-                f"Give each of {', '.join(self.names)} a weight (0 leaves it out)."
-            )
-        if self._spans and phase.start <= self._spans[-1].start:
-            raise UserError(
-                f"the mixture phase that starts at position {phase.start} follows one that starts at "
-                f"{self._spans[-1].start}. Order the phases by their starts, each later than the one before."
-            )
-        counts = quantise_weights({name: phase.weights[name] for name in self.names})
+    def _append(self, start: int, counts: IntArray) -> None:
         used = np.zeros(len(self.names), np.int64)
         if self._spans:
             last = len(self._spans) - 1
-            block = (phase.start - 1 - self._spans[last].start) // MIXTURE_BLOCK
-            used = self._used_before(phase.start, last, block)
-        self._spans.append(_Span(phase.start, counts, used))
+            block = (start - 1 - self._spans[last].start) // MIXTURE_BLOCK
+            used = self._used_before(start, last, block)
+        self._spans.append(_Span(start, counts, used))
 
     def _used_before(self, end: int, number: int, block: int) -> IntArray:
         """Ordinals used in ``[0, end)``, where ``end`` lies in this block of this phase, or at its end."""

@@ -12,6 +12,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +38,18 @@ def derive_keys(seed: int, purpose: str, name: str, number: int) -> UIntArray:
     keys = np.frombuffer(hashlib.blake2b(message, digest_size=8 * ROUNDS).digest(), "<u8").astype(np.uint64)
     keys.setflags(write=False)
     return keys
+
+
+def epoch_keys(seed: int, purpose: str, names: Sequence[str], source: IntArray, epoch: IntArray) -> UIntArray:
+    """The keys of each source ``names[source]`` [k] in its epoch [k]; uint64 [k, 8]."""
+    pairs, inverse = np.unique(np.stack([source, epoch]), axis=1, return_inverse=True)
+    keys = [derive_keys(seed, purpose, names[s], e) for s, e in pairs.T.tolist()]
+    return np.stack(keys)[inverse] if keys else np.empty((0, ROUNDS), np.uint64)
+
+
+def stream_keys(keys: UIntArray, number: IntArray) -> UIntArray:
+    """Output ``number`` [k] of the SplitMix64 streams that begin at ``keys`` [k, 8]: many keys from one derivation."""
+    return mix64(keys + number.astype(np.uint64)[:, None] * np.uint64(0x9E3779B97F4A7C15))
 
 
 def mix64(values: UIntArray) -> UIntArray:
