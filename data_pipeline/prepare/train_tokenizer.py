@@ -9,7 +9,7 @@ from collections.abc import Iterator, Mapping
 import sentencepiece
 
 from ..errors import HeadraceError, UserError
-from ..sources import Source
+from ..sources import Rejected, Source
 from ..tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer
 from .parts import content_id, is_heldout
 from .settings import TokenizerTraining
@@ -78,6 +78,8 @@ def sample_text(sources: Mapping[str, Source], sample_bytes: int, heldout_fracti
         for number, part in enumerate(chosen):
             quota = share // (len(chosen) - number)
             for document in source.read(part):
+                if isinstance(document, Rejected):
+                    continue
                 utf8 = document.text.encode()
                 if is_heldout(content_id(utf8), heldout_fraction):
                     continue

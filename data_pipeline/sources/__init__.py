@@ -1,4 +1,4 @@
-"""Where text comes from. A kind is one file: a settings class with its `parts` and `read`, listed in `AnySource`."""
+"""Where text comes from. A kind is one file: a settings class with its `parts` and `records`, listed in `AnySource`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ from typing import Annotated
 
 from pydantic import Field
 
-from .base import Document, Part, Source, Span
+from .base import Document, Part, Rejected, Source, Span
 from .hub import DatasetsSource
 from .jsonl import JsonlSource
 from .parquet import ParquetSource
 from .stdlib import StdlibSource
 from .text import TextSource
+from .webdataset import WebDatasetSource
 
 AnySource = Annotated[
-    StdlibSource | TextSource | JsonlSource | ParquetSource | DatasetsSource, Field(discriminator="kind")
+    StdlibSource | TextSource | JsonlSource | ParquetSource | WebDatasetSource | DatasetsSource,
+    Field(discriminator="kind"),
 ]
 
 __all__ = [
@@ -24,8 +26,10 @@ __all__ = [
     "JsonlSource",
     "ParquetSource",
     "Part",
+    "Rejected",
     "Source",
     "Span",
     "StdlibSource",
     "TextSource",
+    "WebDatasetSource",
 ]

@@ -6,27 +6,50 @@ processes, cuts the same ones.
 
 from __future__ import annotations
 
-import glob
-import os
 import sys
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, Literal
 
 from pydantic import Field
 
-from ..errors import DataError, UserError
+from ..errors import DataError
 from ..settings import Settings
+from .inputs import DEFAULT_STORAGE, StorageSettings, can_be_cut, find_inputs, input_sizes, input_stamp
+from .records import RecordError
 
 
 @dataclass(frozen=True)
 class Document:
-    """One text and where it came from."""
+    """One text and where it came from. ``url`` is UTF-8 whatever it was made from; ``metadata`` holds JSON values."""
 
     text: str
     url: str
+    metadata: dict[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if not self.url.isascii():
+            object.__setattr__(self, "url", encodable(self.url))
+
+
+@dataclass(frozen=True)
+class Rejected:
+    """A record that stood where a document should: ``reason`` in a few words to count by, ``message`` to read."""
+
+    url: str
+    reason: str
+    message: str
+
+    def __post_init__(self) -> None:
+        for name in ("url", "message"):
+            object.__setattr__(self, name, encodable(getattr(self, name)))
+
+    @classmethod
+    def of(cls, url: str, error: RecordError) -> Rejected:
+        """What a reader gives in place of the record at ``url``."""
+        return cls(url, error.reason, str(error))
 
 
 @dataclass(frozen=True)
@@ -54,9 +77,15 @@ class Source(Settings, ABC):
         description="The domain its documents belong to; several sources may share one. "
         "Mixture weights and evaluation are by domain.",
     )
+    on_bad_record: Literal["stop", "drop"] = Field(
+        default="stop",
+        description="What to do with a single record that is no document (broken JSON or UTF-8, a missing field): "
+        "`stop` with an error that names it, or `drop` it, count it by reason and list it among the rejected. A file "
+        "that is cut off or damaged as a whole is an error either way.",
+    )
 
     @abstractmethod
-    def parts(self, part_bytes: int) -> list[Part]:
+    def parts(self, part_bytes: int, storage: StorageSettings = DEFAULT_STORAGE) -> list[Part]:
         """Cut the input into parts of about ``part_bytes`` input bytes.
 
         Raises:
@@ -64,16 +93,30 @@ class Source(Settings, ABC):
         """
 
     @abstractmethod
-    def read(self, part: Part) -> Iterator[Document]:
-        """The documents of a part, in input order, empty ones included.
+    def records(self, part: Part, storage: StorageSettings) -> Iterator[Document | Rejected]:
+        """The documents of a part in input order, empty ones included, with what is none in its place.
 
         Raises:
-            DataError: a record that is no document; names the file and the place in it.
+            DataError: a file is cut off or damaged.
         """
 
     @abstractmethod
-    def stamp(self) -> dict[str, Any]:
+    def stamp(self, storage: StorageSettings = DEFAULT_STORAGE) -> dict[str, Any]:
         """What shows that the input changed between two starts of a `prepare` (JSON)."""
+
+    def read(self, part: Part, storage: StorageSettings = DEFAULT_STORAGE) -> Iterator[Document | Rejected]:
+        """The records of a part; with ``on_bad_record: stop`` all of them are documents.
+
+        Raises:
+            DataError: a record is no document and is not to be dropped; a file is cut off or damaged.
+        """
+        if self.on_bad_record == "drop":
+            yield from self.records(part, storage)
+            return
+        for record in self.records(part, storage):
+            if isinstance(record, Rejected):
+                raise DataError(f"{record.message} Or set `on_bad_record: drop`.")
+            yield record
 
 
 class FileSource(Source):
@@ -81,35 +124,30 @@ class FileSource(Source):
 
     files: tuple[str, ...] = Field(
         min_length=1,
-        description="Paths or globs (`**` included), relative to the working directory. Read in sorted order.",
+        description="Paths or globs (`**` included) relative to the working directory, addresses (`https://`, `s3://`, "
+        "`gs://`), or `pipe:COMMAND`, each with brace patterns (`{000..127}`, `{a,b}`). Read in sorted order.",
     )
 
-    def input_files(self) -> list[str]:
+    def input_files(self, storage: StorageSettings = DEFAULT_STORAGE) -> list[str]:
         """The files that the patterns name, each once, sorted.
 
         Raises:
             UserError: a pattern names no file.
         """
-        found: set[str] = set()
-        for pattern in self.files:
-            matches = [path for path in glob.glob(pattern, recursive=True) if os.path.isfile(path)]
-            if not matches:
-                raise UserError(
-                    f"input {pattern!r} (source of domain {self.domain!r}) names no file, seen from {os.getcwd()}. "
-                    "Mend `files` in the configuration."
-                )
-            found.update(matches)
-        return sorted(found)
+        return find_inputs(self.files, f"source of domain {self.domain!r}", storage)
 
-    def stamp(self) -> dict[str, Any]:
-        """Size and modification time of each file."""
-        return {path: file_stamp(path) for path in self.input_files()}
+    def stamp(self, storage: StorageSettings = DEFAULT_STORAGE) -> dict[str, Any]:
+        """Size and modification time of each file; the size of what is remote."""
+        return {encodable(name): input_stamp(name, size) for name, size in self._sizes(storage)}
+
+    def _sizes(self, storage: StorageSettings) -> list[tuple[str, int]]:
+        names = self.input_files(storage)
+        return list(zip(names, input_sizes(names, storage), strict=True))
 
 
-def file_stamp(path: str) -> str:
-    """Size and modification time of a file, as text."""
-    status = os.stat(path)
-    return f"{status.st_size} bytes, modified at {status.st_mtime_ns} ns"
+def encodable(name: str) -> str:
+    """``name`` with what UTF-8 can't hold (bytes of foreign file names, half surrogate pairs) as ``\\udcff``."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def whole_files(sizes: Iterable[tuple[str, int]], part_bytes: int) -> list[Part]:
@@ -117,11 +155,16 @@ def whole_files(sizes: Iterable[tuple[str, int]], part_bytes: int) -> list[Part]
     return _group(((Span(path, 0, sys.maxsize), size) for path, size in sizes), part_bytes)
 
 
+def single_files(sizes: Iterable[tuple[str, int]]) -> list[Part]:
+    """One part per file."""
+    return [Part((Span(path, 0, sys.maxsize),), size) for path, size in sizes]
+
+
 def cut_files(sizes: Iterable[tuple[str, int]], part_bytes: int) -> list[Part]:
-    """Parts of byte ranges: large files are cut, small neighbours go together, ``.gz`` files stay whole."""
+    """Parts of byte ranges: large files are cut, small neighbours go together; packed and remote ones stay whole."""
     spans: list[tuple[Span, int]] = []
     for path, size in sizes:
-        if path.endswith(".gz"):
+        if not can_be_cut(path):
             spans.append((Span(path, 0, sys.maxsize), size))
             continue
         count = max(1, -(-size // part_bytes))
@@ -131,46 +174,14 @@ def cut_files(sizes: Iterable[tuple[str, int]], part_bytes: int) -> list[Part]:
 
 
 def _group(spans: Iterable[tuple[Span, int]], part_bytes: int) -> list[Part]:
+    """Neighbours together up to ``part_bytes``; a file of unknown size is a part of its own."""
     parts: list[Part] = []
     group: list[Span] = []
     total = 0
     for span, size in spans:
         group.append(span)
         total += size
-        if total >= part_bytes:
+        if total >= part_bytes or (size == 0 and not can_be_cut(span.path)):
             parts.append(Part(tuple(group), total))
             group, total = [], 0
     return [*parts, Part(tuple(group), total)] if group else parts
-
-
-def decode_utf8(content: bytes, place: str) -> str:
-    """``content`` as text; ``place`` says in the message where it stands.
-
-    Raises:
-        DataError: not UTF-8.
-    """
-    try:
-        return content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{place}: not UTF-8 (byte {error.start} of the record is 0x{content[error.start]:02x}). "
-            "Convert the file, or leave it out."
-        ) from error
-
-
-def checked_text(value: Any, field: str, place: str) -> str:
-    """``value`` if it is a string that UTF-8 can hold; ``place`` says in the message where it stands.
-
-    Raises:
-        DataError: not a string, or a string with half a surrogate pair.
-    """
-    if not isinstance(value, str):
-        raise DataError(f"{place}: field {field!r} holds {type(value).__name__}, not a string. Mend the record.")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise DataError(
-            f"{place}: field {field!r} holds half a surrogate pair (character {error.start}), which is no text. "
-            "Mend the record."
-        ) from error
-    return value

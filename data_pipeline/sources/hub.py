@@ -10,7 +10,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..errors import DataError, UserError
-from .base import Document, Part, Source, Span, checked_text, file_stamp
+from .base import Document, Part, Rejected, Source, Span
+from .inputs import DEFAULT_STORAGE, StorageSettings, input_stamp, is_remote
+from .records import RecordError, checked_text, json_ready
 
 
 class DatasetsSource(Source):
@@ -27,41 +29,51 @@ class DatasetsSource(Source):
         default=None, description="A column that says where each document came from. Unset: path/split/shard#row."
     )
 
-    def parts(self, part_bytes: int) -> list[Part]:
+    metadata_fields: tuple[str, ...] = Field(default=(), description="Columns to keep beside each document.")
+
+    def parts(self, part_bytes: int, storage: StorageSettings = DEFAULT_STORAGE) -> list[Part]:
         """One part per shard of the data set (for most: one per file)."""
         shards = self._open().num_shards
         return [Part((Span(self.path, shard, shard + 1),), 0) for shard in range(shards)]
 
-    def read(self, part: Part) -> Iterator[Document]:
+    def records(self, part: Part, storage: StorageSettings) -> Iterator[Document | Rejected]:
         """The rows of the part's shards."""
         dataset = self._open()
         for span in part.spans:
             for shard in range(span.start, span.stop):
                 yield from self._rows(dataset.shard(dataset.num_shards, shard), shard)
 
-    def stamp(self) -> dict[str, Any]:
+    def stamp(self, storage: StorageSettings = DEFAULT_STORAGE) -> dict[str, Any]:
         """The files behind the split: sizes of local ones, addresses (revision included) of remote ones."""
         builder = self._builder()
         files = (builder.config.data_files or {}).get(self.split, [])
-        stamps = {str(file): "remote" if "://" in str(file) else file_stamp(str(file)) for file in files}
+        stamps = {str(file): "remote" if is_remote(str(file)) else input_stamp(str(file), 0) for file in files}
         return {"shards": self._open().num_shards, "builder": builder.hash or "", **stamps}
 
-    def _rows(self, rows: Any, shard: int) -> Iterator[Document]:
+    def _rows(self, rows: Any, shard: int) -> Iterator[Document | Rejected]:
         place = f"{self.path} ({self.split}), shard {shard}"
+        columns = [field for field in (self.text_field, self.url_field, *self.metadata_fields) if field]
         number = 0
         try:
             for number, row in enumerate(rows):
-                for field in filter(None, (self.text_field, self.url_field)):
-                    if field not in row:
-                        known = ", ".join(row)
-                        raise DataError(f"{place}: has no column {field!r}; its columns: {known}. Set text_field.")
-                text = checked_text(row[self.text_field], self.text_field, f"{place}, row {number}")
-                url = f"{self.path}/{self.split}/{shard}#row={number}"
-                if self.url_field is not None:
-                    url = checked_text(row[self.url_field], self.url_field, f"{place}, row {number}")
-                yield Document(text, url)
+                if missing := [column for column in columns if column not in row]:
+                    raise DataError(
+                        f"{place}: has no column {missing[0]!r}; its columns: {', '.join(row)}. "
+                        "Set text_field, url_field or metadata_fields."
+                    )
+                yield self._record(row, f"{place}, row {number}", f"{self.path}/{self.split}/{shard}#row={number}")
         except _library_errors() as error:
             raise DataError(f"{place}, after row {number}: {_one_line(error)}") from error
+
+    def _record(self, row: dict[str, Any], place: str, url: str) -> Document | Rejected:
+        try:
+            text = checked_text(row[self.text_field], self.text_field, place)
+            if self.url_field is not None:
+                url = checked_text(row[self.url_field], self.url_field, place)
+        except RecordError as error:
+            return Rejected.of(url, error)
+        kept = {field: json_ready(row[field]) for field in self.metadata_fields}
+        return Document(text, url, kept or None)
 
     def _open(self) -> Any:
         return self._call("load_dataset", split=self.split, streaming=True)

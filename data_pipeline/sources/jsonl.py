@@ -1,62 +1,78 @@
-"""JSON lines, plain or gzip: one object per line."""
+"""JSON lines, plain or packed: one object per line."""
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
 from pydantic import Field
 
-from ..errors import DataError
-from .base import Document, FileSource, Part, checked_text, cut_files, decode_utf8
-from .lines import line_place, lines_of_span
+from .base import Document, FileSource, Part, Rejected, Span, cut_files
+from .inputs import DEFAULT_STORAGE, StorageSettings, open_input_file
+from .lines import byte_place, line_place, read_lines
+from .records import RecordError, checked_object, checked_text, decode_json
 
 
 class JsonlSource(FileSource):
-    """JSON-lines files; names ending in ``.gz`` are unpacked."""
+    """JSON-lines files; names ending in ``.gz`` and ``.zst`` are unpacked."""
 
     kind: Literal["jsonl"]
     text_field: str = Field(default="text", description="The field that holds the document.")
     url_field: str | None = Field(
         default=None, description="A field that says where the document came from. Unset: path#byte=offset."
     )
+    metadata_fields: tuple[str, ...] = Field(
+        default=(), description="Fields to keep beside the document, where a record has them."
+    )
 
-    def parts(self, part_bytes: int) -> list[Part]:
-        """Byte ranges of plain files; gzip files whole, because they have no random access."""
-        sizes = [(path, os.path.getsize(path)) for path in self.input_files()]
-        return cut_files(sizes, part_bytes)
+    def parts(self, part_bytes: int, storage: StorageSettings = DEFAULT_STORAGE) -> list[Part]:
+        """Byte ranges of plain files; packed and remote ones whole, because they are read from their beginning."""
+        return cut_files(self._sizes(storage), part_bytes)
 
-    def read(self, part: Part) -> Iterator[Document]:
-        """The records whose lines begin in the part's byte ranges."""
+    def records(self, part: Part, storage: StorageSettings) -> Iterator[Document | Rejected]:
+        """The records whose lines begin in the part's byte ranges. The file's last line may be blank, no other."""
         for span in part.spans:
-            for offset, line in lines_of_span(span):
-                yield self._document(span.path, offset, line)
+            with open_input_file(span.path, storage) as handle:
+                blank: int | None = None
+                for offset, line in read_lines(handle, span.start):
+                    if blank is not None:
+                        yield self._rejected(span, blank, b"", storage)
+                        blank = None
+                    if offset >= span.stop:
+                        break
+                    if line.isspace():
+                        blank = offset
+                        continue
+                    yield self._document(span.path, offset, line) or self._rejected(span, offset, line, storage)
 
-    def _document(self, path: str, offset: int, line: bytes) -> Document:
+    def _document(self, path: str, offset: int, line: bytes) -> Document | None:
+        """The document of a line, or None where it holds none."""
         try:
-            record = json.loads(line.decode("utf-8"))
+            record: dict[str, Any] = json.loads(line.decode("utf-8"))
             text, url = record[self.text_field], record[self.url_field] if self.url_field else None
-            if isinstance(text, str) and (url is None or isinstance(url, str)):
-                text.encode()
-                return Document(text, url or f"{path}#byte={offset}")
-        except (ValueError, KeyError, TypeError, IndexError):
-            pass
-        raise self._what_is_wrong(line_place(path, offset), line)
+            if not isinstance(text, str) or not (url is None or isinstance(url, str)):
+                return None
+            text.encode()
+        except (ValueError, KeyError, TypeError, IndexError, RecursionError):
+            return None
+        kept = {field: record[field] for field in self.metadata_fields if field in record}
+        return Document(text, url or f"{path}#byte={offset}", kept or None)
 
-    def _what_is_wrong(self, place: str, line: bytes) -> DataError:
-        """The error for a line that is no document; a slow path, so that the fast one stays short."""
-        text = decode_utf8(line, place).strip()
+    def _rejected(self, span: Span, offset: int, line: bytes, storage: StorageSettings) -> Rejected:
+        """Why a line is no document; a slow path, so that the fast one stays short.
+
+        Its line number is counted only for an error that stops: counting reads the file again.
+        """
+        stop = self.on_bad_record == "stop"
+        place = line_place(span.path, offset, storage) if stop else byte_place(span.path, offset)
         try:
-            record: Any = json.loads(text)
-        except ValueError as error:
-            return DataError(f"{place}: not valid JSON ({error}): {text[:60]!r}. Mend or remove the line.")
-        if not isinstance(record, dict):
-            return DataError(f"{place}: holds {type(record).__name__}, not a JSON object. Mend or remove the line.")
-        for field in filter(None, (self.text_field, self.url_field)):
-            if field not in record:
-                known = ", ".join(sorted(record)) or "none"
-                return DataError(f"{place}: has no field {field!r}; its fields: {known}. Set text_field or url_field.")
-            checked_text(record[field], field, place)
-        return DataError(f"{place}: can't be read as a document.")
+            if not line:
+                raise RecordError("blank line", f"{place}: a blank line, which is no record. Remove the line.")
+            fields = tuple(field for field in (self.text_field, self.url_field) if field)
+            record = checked_object(decode_json(line.rstrip(), place), fields, place)
+            for field in fields:
+                checked_text(record[field], field, place)
+            raise RecordError("no document", f"{place}: can't be read as a document. Mend or remove the line.")
+        except RecordError as error:
+            return Rejected.of(f"{span.path}#byte={offset}", error)

@@ -10,24 +10,41 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from ..errors import DataError, UserError
-from .base import Document, FileSource, Part, Span, checked_text
+from .base import Document, FileSource, Part, Rejected, Span
+from .inputs import DEFAULT_STORAGE, StorageSettings, is_remote
+from .records import RecordError, checked_text, json_ready
 
 _BATCH_ROWS = 1024
 
 
 class ParquetSource(FileSource):
-    """Parquet files."""
+    """Parquet files on this machine."""
 
     kind: Literal["parquet"]
     text_column: str = Field(default="text", description="The column that holds the documents.")
     url_column: str | None = Field(
         default=None, description="A column that says where each document came from. Unset: path#row=number."
     )
+    metadata_columns: tuple[str, ...] = Field(default=(), description="Columns to keep beside each document.")
 
-    def parts(self, part_bytes: int) -> list[Part]:
+    def input_files(self, storage: StorageSettings = DEFAULT_STORAGE) -> list[str]:
+        """The files that the patterns name, each once, sorted.
+
+        Raises:
+            UserError: a pattern names no file, or one that is not on this machine.
+        """
+        names = super().input_files(storage)
+        for name in filter(is_remote, names):
+            raise UserError(
+                f"input {name!r} (source of domain {self.domain!r}): kind `parquet` reads files of this machine. "
+                "Use kind `datasets` with path `parquet` and data_files, or fetch it first."
+            )
+        return names
+
+    def parts(self, part_bytes: int, storage: StorageSettings = DEFAULT_STORAGE) -> list[Part]:
         """Runs of row groups of about ``part_bytes`` uncompressed bytes; a part never spans files."""
         parts: list[Part] = []
-        for path in self.input_files():
+        for path in self.input_files(storage):
             metadata = self._open(path).metadata
             first, total = 0, 0
             for group in range(metadata.num_row_groups):
@@ -37,36 +54,44 @@ class ParquetSource(FileSource):
                     first, total = group + 1, 0
         return parts
 
-    def read(self, part: Part) -> Iterator[Document]:
+    def records(self, part: Part, storage: StorageSettings) -> Iterator[Document | Rejected]:
         """The rows of the part's row groups."""
         for span in part.spans:
             file = self._open(span.path)
             row = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
-            columns = [self.text_column, *filter(None, [self.url_column])]
             try:
-                for batch in file.iter_batches(_BATCH_ROWS, range(span.start, span.stop), columns):
-                    yield from self._documents(span.path, row, batch)
-                    row += batch.num_rows
+                for batch in file.iter_batches(_BATCH_ROWS, range(span.start, span.stop), self._columns):
+                    for values in batch.to_pylist():
+                        yield self._record(span.path, row, values)
+                        row += 1
             except (pa.ArrowException, OSError) as error:
                 raise DataError(f"{span.path}, after row {row}: {error}. Fetch the file again.") from error
 
-    def _documents(self, path: str, row: int, batch: Any) -> Iterator[Document]:
-        urls = batch.column(self.url_column).to_pylist() if self.url_column else None
-        for i, text in enumerate(batch.column(self.text_column).to_pylist()):
-            place = f"{path}, row {row + i}"
-            checked_text(text, self.text_column, place)
-            url = checked_text(urls[i], self.url_column or "", place) if urls else f"{path}#row={row + i}"
-            yield Document(text, url)
+    @property
+    def _columns(self) -> list[str]:
+        return list(dict.fromkeys([self.text_column, *filter(None, [self.url_column]), *self.metadata_columns]))
+
+    def _record(self, path: str, row: int, values: dict[str, Any]) -> Document | Rejected:
+        place, url = f"{path}, row {row}", f"{path}#row={row}"
+        try:
+            text = checked_text(values[self.text_column], self.text_column, place)
+            if self.url_column is not None:
+                url = checked_text(values[self.url_column], self.url_column, place)
+        except RecordError as error:
+            return Rejected.of(url, error)
+        kept = {column: json_ready(values[column]) for column in self.metadata_columns}
+        return Document(text, url, kept or None)
 
     def _open(self, path: str) -> Any:
         try:
             file = pq.ParquetFile(path)
         except (pa.ArrowException, OSError) as error:
             raise UserError(f"{path} can't be read as parquet: {error}. Mend `files` or fetch it again.") from error
-        for column in filter(None, (self.text_column, self.url_column)):
+        for column in self._columns:
             if column not in file.schema_arrow.names:
                 known = ", ".join(file.schema_arrow.names)
                 raise UserError(
-                    f"{path} has no column {column!r}; its columns: {known}. Set text_column or url_column."
+                    f"{path} has no column {column!r}; its columns: {known}. Set text_column, url_column or "
+                    "metadata_columns."
                 )
         return file

@@ -14,7 +14,8 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..errors import UserError
-from .base import Document, Part, Source, Span, whole_files
+from .base import Document, Part, Rejected, Source, Span, whole_files
+from .inputs import DEFAULT_STORAGE, StorageSettings
 
 _LEFT_OUT = frozenset(
     # Tests, what is not the library's own, and generated tables of characters and topics.
@@ -39,29 +40,33 @@ class StdlibSource(Source):
         "Unset: all.",
     )
 
-    def parts(self, part_bytes: int) -> list[Part]:
+    def parts(self, part_bytes: int, storage: StorageSettings = DEFAULT_STORAGE) -> list[Part]:
         """Groups of modules; for `docs`, the topics are a part before them."""
         parts = whole_files(self._modules(), part_bytes)
         return [Part((Span(_TOPICS, 0, 1),), 0), *parts] if self.part == "docs" else parts
 
-    def read(self, part: Part) -> Iterator[Document]:
+    def records(self, part: Part, storage: StorageSettings) -> Iterator[Document | Rejected]:
         """Modules (url: stdlib:path), or topics and docstrings (url: stdlib:path:line)."""
         for span in part.spans:
             if span.path == _TOPICS:
                 topics: dict[str, str] = import_module("pydoc_data.topics").topics
                 for name in sorted(topics):
                     yield Document(topics[name], f"{_TOPICS}/{name}")
-                continue
-            with tokenize.open(_library() / span.path) as handle:
-                source = handle.read()
-            if self.part == "code":
-                yield Document(source, f"stdlib:{span.path}")
             else:
-                yield from _docstrings(source, span.path)
+                yield from self._module(span.path)
 
-    def stamp(self) -> dict[str, Any]:
+    def stamp(self, storage: StorageSettings = DEFAULT_STORAGE) -> dict[str, Any]:
         """The interpreter's version, and the modules with their sizes."""
         return {"python": sys.version, **{path: f"{size} bytes" for path, size in self._modules()}}
+
+    def _module(self, path: str) -> list[Document] | list[Rejected]:
+        try:
+            with tokenize.open(_library() / path) as handle:
+                source = handle.read()
+            return [Document(source, f"stdlib:{path}")] if self.part == "code" else list(_docstrings(source, path))
+        except (SyntaxError, ValueError) as error:
+            message = f"{_library() / path}: no Python source ({error}). Mend the Python installation."
+            return [Rejected(f"stdlib:{path}", "no Python source", message)]
 
     def _modules(self) -> list[tuple[str, int]]:
         chosen, total = [], 0

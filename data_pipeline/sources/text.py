@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from typing import Literal
 
 from pydantic import Field
 
-from .base import Document, FileSource, Part, Span, cut_files, decode_utf8, whole_files
-from .lines import line_place, open_bytes, read_lines
+from .base import Document, FileSource, Part, Rejected, Span, cut_files, whole_files
+from .inputs import DEFAULT_STORAGE, StorageSettings, open_input_file
+from .lines import byte_place, line_place, read_lines
+from .records import not_utf8
 
 
 class TextSource(FileSource):
-    """UTF-8 text files; names ending in ``.gz`` are unpacked."""
+    """UTF-8 text files; names ending in ``.gz`` and ``.zst`` are unpacked."""
 
     kind: Literal["text"]
     separator: str | None = Field(
@@ -23,50 +24,64 @@ class TextSource(FileSource):
         "part of the document. Unset: each file is one document.",
     )
 
-    def parts(self, part_bytes: int) -> list[Part]:
+    def parts(self, part_bytes: int, storage: StorageSettings = DEFAULT_STORAGE) -> list[Part]:
         """Whole files together, or, with a separator, byte ranges of them."""
-        sizes = [(path, os.path.getsize(path)) for path in self.input_files()]
+        sizes = self._sizes(storage)
         return whole_files(sizes, part_bytes) if self.separator is None else cut_files(sizes, part_bytes)
 
-    def read(self, part: Part) -> Iterator[Document]:
+    def records(self, part: Part, storage: StorageSettings) -> Iterator[Document | Rejected]:
         """Whole files (url: the path), or documents that begin in the byte ranges (url: path#byte=offset)."""
         for span in part.spans:
-            if self.separator is None:
-                with open_bytes(span.path) as handle:
-                    yield Document(decode_utf8(handle.read(), span.path), span.path)
-            else:
-                yield from _separated(span, self.separator.encode())
+            if self.separator is not None:
+                for begin, content in _separated(span, self.separator.encode(), storage):
+                    yield self._document(span.path, begin, content, storage)
+                continue
+            with open_input_file(span.path, storage) as handle:
+                content = handle.read()
+            yield _whole(span.path, content)
+
+    def _document(self, path: str, begin: int, content: bytes, storage: StorageSettings) -> Document | Rejected:
+        url = f"{path}#byte={begin}"
+        try:
+            return Document(content.decode("utf-8"), url)
+        except UnicodeDecodeError as error:
+            offset = begin + error.start
+            stop = self.on_bad_record == "stop"
+            place = line_place(path, offset, storage) if stop else byte_place(path, offset)
+            return Rejected.of(url, not_utf8(error, place))
 
 
-def _separated(span: Span, separator: bytes) -> Iterator[Document]:
-    """The documents that begin in ``span``: at the file's start and after each separator line."""
+def _whole(path: str, content: bytes) -> Document | Rejected:
+    try:
+        return Document(content.decode("utf-8"), path)
+    except UnicodeDecodeError as error:
+        return Rejected.of(path, not_utf8(error, path))
+
+
+def _separated(span: Span, separator: bytes, storage: StorageSettings) -> Iterator[tuple[int, bytes]]:
+    """(offset, content) of the documents that begin in ``span``: at the file's start and after each separator line."""
     lines: list[bytes] = []
     begin: int | None = 0 if span.start == 0 else None
-    # A document that begins at span.start follows a separator line that lies before it, CRLF at most beyond its text.
-    for offset, line in read_lines(span.path, max(0, span.start - len(separator) - 2)):
-        if begin is None and offset >= span.stop:
-            return
-        if line.rstrip(b"\r\n") != separator:
+    with open_input_file(span.path, storage) as handle:
+        # One that begins at span.start follows a separator line that lies before it, CRLF at most beyond its text.
+        for offset, line in read_lines(handle, max(0, span.start - len(separator) - 2)):
+            if begin is None and offset >= span.stop:
+                return
+            if line.rstrip(b"\r\n") != separator:
+                if begin is not None:
+                    lines.append(line)
+                continue
             if begin is not None:
-                lines.append(line)
-            continue
-        if begin is not None:
-            yield _document(span.path, begin, lines)
-        lines = []
-        begin = offset + len(line)
-        if begin >= span.stop:
-            return
-        if begin < span.start:
-            begin = None
+                yield begin, _content(lines)
+            lines = []
+            begin = offset + len(line)
+            if begin >= span.stop:
+                return
+            if begin < span.start:
+                begin = None
     if begin is not None and lines:
-        yield _document(span.path, begin, lines)
+        yield begin, _content(lines)
 
 
-def _document(path: str, begin: int, lines: list[bytes]) -> Document:
-    content = b"".join(lines)
-    content = content.removesuffix(b"\n").removesuffix(b"\r")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        return Document(decode_utf8(content, line_place(path, begin + error.start)), path)
-    return Document(text, f"{path}#byte={begin}")
+def _content(lines: list[bytes]) -> bytes:
+    return b"".join(lines).removesuffix(b"\n").removesuffix(b"\r")

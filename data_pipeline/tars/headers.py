@@ -77,7 +77,7 @@ def parse_header(block: bytes, where: str, offset: int) -> Header:
         raise TarError(
             where,
             offset,
-            f"a tar header should be here, but its checksum does not fit: the file is {other}. Fetch or write it again.",
+            f"the checksum of the tar header here does not fit: the file is {other}. Fetch or write it again.",
         )
     size = _size(block[124:136])
     if size is None:

@@ -1,0 +1,127 @@
+"""Input files: paths, globs and brace patterns on this machine, addresses and `pipe:` commands anywhere else."""
+
+from __future__ import annotations
+
+import glob
+import io
+import os
+import re
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import BinaryIO, Final
+
+import braceexpand
+
+from ..errors import DataError, UserError
+from ..settings import Settings
+from .unpacking import DAMAGE, packing_of_content, packing_of_name, unpacked
+
+_REMOTE: Final = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://")
+_BUFFER_BYTES: Final = 1 << 20
+
+
+class StorageSettings(Settings):
+    secure: bool = False
+
+
+DEFAULT_STORAGE: Final = StorageSettings()
+
+
+def is_remote(name: str) -> bool:
+    """Whether ``name`` is an address (``https://``, ``s3://``) or a ``pipe:`` command, not a path."""
+    return _REMOTE.match(name) is not None
+
+
+def can_be_cut(name: str) -> bool:
+    """Whether a process can begin to read in the middle: packed and remote files are read whole."""
+    return not is_remote(name) and packing_of_name(name) is None
+
+
+def find_inputs(patterns: Sequence[str], owner: str, storage: StorageSettings) -> list[str]:
+    """The files and addresses that ``patterns`` name, each once, sorted; ``owner`` is named in errors.
+
+    Raises:
+        UserError: a pattern that names no file, can't be understood, or is not allowed.
+    """
+    found: set[str] = set()
+    for pattern in patterns:
+        if os.path.isfile(pattern):
+            found.add(pattern)
+            continue
+        for name in _expand_braces(pattern, owner):
+            if is_remote(name):
+                found.add(_allowed(name, owner, storage))
+                continue
+            matches = [path for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
+            if not matches:
+                raise UserError(
+                    f"input {name!r} ({owner}) names no file, seen from {os.getcwd()}. Mend `files` in the "
+                    "configuration."
+                )
+            found.update(matches)
+    return sorted(found)
+
+
+def input_sizes(names: Sequence[str], storage: StorageSettings) -> list[int]:
+    """Bytes of each input as it is stored; 0 where that is not known before it is read (`pipe:`)."""
+    return [os.path.getsize(name) for name in names]
+
+
+def input_stamp(name: str, size: int) -> str:
+    """What shows that an input changed: size and time of a file, size of what is remote."""
+    if is_remote(name):
+        return f"{size} bytes" if size else "of unknown size"
+    status = os.stat(name)
+    return f"{status.st_size} bytes, modified at {status.st_mtime_ns} ns"
+
+
+@contextmanager
+def open_input_file(name: str, storage: StorageSettings, recognise: bool = False) -> Iterator[BinaryIO]:
+    """The unpacked bytes of a path, an address or a ``pipe:`` command.
+
+    What is packed is known by the end of its name, or, for a command and where ``recognise`` is set, by its first
+    bytes.
+
+    Raises:
+        UserError: the input can't be opened.
+        DataError: (also inside the block) what is packed is cut short or damaged.
+    """
+    with _open(name, storage) as stream:
+        packing = packing_of_name(name)
+        found = packing_of_content(stream.peek(4)[:4])
+        if packing is not None and found != packing:
+            raise DataError(f"{name}: is empty or not packed with {packing}, as its name says. Fetch it again.")
+        if packing is None and (recognise or name.startswith("pipe:")):
+            packing = found
+        content = unpacked(stream, packing) if packing else stream
+        try:
+            yield content
+        except DAMAGE as error:
+            place = f"{name}: damaged after {content.tell()} unpacked bytes"
+            raise DataError(f"{place} ({error}). Fetch it again.") from error
+
+
+def _open(name: str, storage: StorageSettings) -> io.BufferedReader:
+    try:
+        return open(name, "rb", buffering=_BUFFER_BYTES)
+    except OSError as error:
+        raise UserError(f"input file {name} can't be read: {error.strerror}. Mend its path or its rights.") from error
+
+
+def _expand_braces(pattern: str, owner: str) -> list[str]:
+    if "{" not in pattern:
+        return [pattern]
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise UserError(
+            f"input {pattern!r} ({owner}): {error}. Write `{{000..127}}` or `{{a,b}}`, and `\\{{` for a brace itself."
+        ) from error
+
+
+def _allowed(name: str, owner: str, storage: StorageSettings) -> str:
+    if storage.secure and name.startswith("pipe:"):
+        raise UserError(
+            f"input {name!r} ({owner}) runs a command, which `secure: true` forbids. Name its output instead."
+        )
+    return name

@@ -1,0 +1,107 @@
+"""Checks of one record, and the error that names a bad one."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from ..errors import DataError
+
+NOT_UTF8: Final = "not UTF-8"
+
+
+class RecordError(DataError):
+    """One record that is no document: ``reason`` in a few words to count by, the message as of every user error."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+def not_utf8(error: UnicodeDecodeError, place: str) -> RecordError:
+    """The error for a record that is not UTF-8; ``place`` says where it stands."""
+    return RecordError(
+        NOT_UTF8,
+        f"{place}: not UTF-8 (byte {error.start} of the record is 0x{error.object[error.start]:02x}). "
+        "Convert the file, or leave it out.",
+    )
+
+
+def decode_utf8(content: bytes, place: str) -> str:
+    """``content`` as text; ``place`` says in the message where it stands.
+
+    Raises:
+        RecordError: not UTF-8.
+    """
+    try:
+        return content.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise not_utf8(error, place) from error
+
+
+def decode_json(content: bytes, place: str) -> Any:
+    """The value in ``content``, which is UTF-8 JSON.
+
+    Raises:
+        RecordError: not UTF-8, or not JSON.
+    """
+    text = decode_utf8(content, place)
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RecordError(
+            "not JSON", f"{place}: not valid JSON ({error}): {text.strip()[:60]!r}. Mend or remove the record."
+        ) from error
+
+
+def checked_text(value: Any, field: str, place: str) -> str:
+    """``value`` if it is a string that UTF-8 can hold.
+
+    Raises:
+        RecordError: not a string, or a string with half a surrogate pair.
+    """
+    if not isinstance(value, str):
+        raise RecordError(
+            f"{field} is no string",
+            f"{place}: field {field!r} holds {type(value).__name__}, not a string. Mend the record.",
+        )
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise RecordError(
+            "half a surrogate pair",
+            f"{place}: field {field!r} holds half a surrogate pair (character {error.start}), which is no text. "
+            "Mend the record.",
+        ) from error
+    return value
+
+
+def checked_object(value: Any, fields: tuple[str, ...], place: str) -> dict[str, Any]:
+    """``value`` if it is a JSON object that has ``fields``.
+
+    Raises:
+        RecordError: not an object, or a field is missing.
+    """
+    if not isinstance(value, dict):
+        raise RecordError(
+            "no JSON object", f"{place}: holds {type(value).__name__}, not a JSON object. Mend or remove the record."
+        )
+    for field in fields:
+        if field not in value:
+            known = ", ".join(sorted(value)) or "none"
+            raise RecordError(
+                f"no field {field}",
+                f"{place}: has no field {field!r}; its fields: {known}. Set text_field or url_field.",
+            )
+    return value
+
+
+def json_ready(value: Any) -> Any:
+    """``value`` as JSON can hold it: dates, decimals and the like as their text, bytes as text with escapes."""
+    if value is None or isinstance(value, str | int | float):
+        return value
+    return json.loads(json.dumps(value, default=_as_text))
+
+
+def _as_text(value: Any) -> str:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)

@@ -1,0 +1,87 @@
+"""Packed streams: gzip and zstd of any number of members or frames, with a cut or damaged end told."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import zlib
+from typing import TYPE_CHECKING, BinaryIO, Final, Literal
+
+import zstandard
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+Packing = Literal["gzip", "zstd"]
+
+DAMAGE: Final = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
+"""What reading an unpacked stream raises where the packed one is cut or damaged."""
+
+_SUFFIXES: Final[dict[str, Packing]] = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
+_BUFFER_BYTES: Final = 1 << 20
+
+
+def packing_of_name(name: str) -> Packing | None:
+    """How a file is packed, by the end of its name; an address's ``?query`` and ``#fragment`` do not count."""
+    if "://" in name:
+        name = name.split("?", 1)[0].split("#", 1)[0]
+    return next((packing for suffix, packing in _SUFFIXES.items() if name.endswith(suffix)), None)
+
+
+def packing_of_content(head: bytes) -> Packing | None:
+    """How a stream is packed, by its first bytes (gzip: RFC 1952; zstd: RFC 8878, skippable frames included)."""
+    if head.startswith(b"\x1f\x8b"):
+        return "gzip"
+    if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] <= 0x5F):
+        return "zstd"
+    return None
+
+
+def unpacked(stream: BinaryIO, packing: Packing) -> BinaryIO:
+    """The unpacked content of ``stream``; reading it may raise one of :data:`DAMAGE`."""
+    if packing == "gzip":
+        return gzip.GzipFile(fileobj=stream)  # type: ignore[return-value]  # a BinaryIO but for its name
+    return io.BufferedReader(_ZstdFrames(stream), _BUFFER_BYTES)
+
+
+class _ZstdFrames(io.RawIOBase):
+    """Frame after frame. `zstandard`'s own stream reader takes a cut frame for the end of the stream."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        super().__init__()
+        self._stream = stream
+        self._frame: zstandard.ZstdDecompressionObj | None = None
+        self._packed = b""
+        self._ready = memoryview(b"")
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def tell(self) -> int:
+        return self._position
+
+    def readinto(self, target: Buffer) -> int:
+        view = memoryview(target)
+        while not self._ready:
+            if self._packed or (packed := self._stream.read(1 << 17)):
+                self._ready = memoryview(self._decompress(self._packed or packed))
+            elif self._frame is None:
+                return 0
+            else:
+                raise EOFError("the last zstd frame is cut off")
+        size = min(len(view), len(self._ready))
+        view[:size] = self._ready[:size]
+        self._ready = self._ready[size:]
+        self._position += size
+        return size
+
+    def _decompress(self, packed: bytes) -> bytes:
+        if self._frame is None:
+            self._frame = zstandard.ZstdDecompressor().decompressobj()
+        content = self._frame.decompress(packed)
+        self._packed = b""
+        if self._frame.eof:
+            self._packed = self._frame.unused_data
+            self._frame = None
+        return content
