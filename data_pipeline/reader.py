@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 import weakref
@@ -79,9 +80,13 @@ class TokenSource:
         self._files: ShardFiles = LocalShards(Path(root), self.shards, self._layout)
         self.unusable = self._check_shards(*share)
         """How many shards of this process's share were missing or of another size; not 0 only under ``"hole"``."""
-        self._ends = np.cumsum(-(-self.shards.tokens // seq_len))
+        sequences = -(-self.shards.tokens // seq_len)
+        self._ends = np.cumsum(sequences)
+        self._starts = self._ends - sequences
         self._first_blocks = np.cumsum(np.concatenate([[0], self.shards.blocks]), dtype=np.int64)
         self._per_block = self._layout.block_tokens // seq_len
+        self._many = self._per_block * _WHOLE_BLOCK
+        self._stride, self._sequence_bytes = self._layout.member_stride, seq_len * self._layout.token_bytes
         # one bit a block: 19 MB for the 10^13 tokens of 10^5 shards
         self._checked = np.zeros((int(self._first_blocks[-1]) + 7) // 8, np.uint8)
         self._damaged: dict[int, DamagedBlockError] = {}
@@ -156,28 +161,37 @@ class TokenSource:
             IndexError: an index lies outside ``range(sequences)``.
             OSError: the disk.
         """
-        if indices.size and not (indices.min() >= 0 and indices.max() < self.sequences):
+        if not len(indices):
+            return {}
+        if not (indices.min() >= 0 and indices.max() < self.sequences):
             raise IndexError(f"sequences {indices.min()} to {indices.max()} of a source that has {self.sequences}")
         if rows.dtype != self._layout.token_dtype or not rows.flags.c_contiguous:
             raise ValueError(f"rows are {rows.dtype}; they must be contiguous {self._layout.token_dtype}")
         by_offset = np.argsort(indices, kind="stable")
         shards, blocks, within = self._locate(indices[by_offset])
         numbers = self._first_blocks[shards] + blocks
-        edges = np.flatnonzero(np.diff(numbers, prefix=-1, append=-1)).tolist()
         checked = (self._checked[numbers >> 3] >> (numbers & 7).astype(np.uint8) & 1).tolist()
-        shard_list, block_list, number_list = shards.tolist(), blocks.tolist(), numbers.tolist()
-        within_list, place_list = within.tolist(), places[by_offset].tolist()
+        offsets = (self._layout.data_offset(0) + blocks * self._stride + within * self._sequence_bytes).tolist()
+        edges = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
+        shard_of, block_of, number_of, place_of = (x.tolist() for x in (shards, blocks, numbers, places[by_offset]))
         damage: dict[int, DamagedBlockError] = {}
         with self._lock:
             try:
-                for first, stop in zip(edges[:-1], edges[1:], strict=True):
-                    shard, block = shard_list[first], block_list[first]
+                for first, stop in itertools.pairwise(edges):
+                    shard, block, number = shard_of[first], block_of[first], number_of[first]
+                    self.reading = (shard, block)
                     span = None if windows is None else self._span(shard, windows[:, by_offset[first]])
-                    taken = (rows, place_list[first:stop], within_list[first:stop])
+                    group = place_of[first:stop], offsets[first:stop]
                     try:
-                        self._read_group(number_list[first], shard, block, span, bool(checked[first]), *taken)
+                        if number in self._damaged:
+                            raise self._damaged[number]
+                        if not checked[first] or stop - first >= self._many:
+                            self._read_block(number, shard, block, span, rows, *group)
+                        elif not self._read_rows(shard, block, span, rows, *group):
+                            # what was there before is gone: perhaps from a cache, where it can be fetched again
+                            self._read_block(number, shard, block, span, rows, *group)
                     except DamagedBlockError as error:
-                        damage |= dict.fromkeys(place_list[first:stop], error)
+                        damage |= dict.fromkeys(group[0], error)
             finally:
                 self.reading = None
         for row in damage:
@@ -213,45 +227,8 @@ class TokenSource:
     def _locate(self, indices: IntArray) -> tuple[IntArray, IntArray, IntArray]:
         """The row of the shard, the block in it and the place in the block of each index."""
         shards = np.searchsorted(self._ends, indices, side="right")
-        blocks, within = np.divmod(indices - self._start(shards), self._per_block)
+        blocks, within = np.divmod(indices - self._starts[shards], self._per_block)
         return shards, blocks, within
-
-    def _start(self, shards: IntArray) -> IntArray:
-        """The first sequence of each shard."""
-        starts: IntArray = np.where(shards > 0, self._ends[shards - 1], 0)
-        return starts
-
-    def _read_group(
-        self,
-        number: int,
-        shard: int,
-        block: int,
-        span: tuple[int, int] | None,
-        checked: bool,
-        rows: npt.NDArray[np.unsignedinteger[Any]],
-        places: list[int],
-        within: list[int],
-    ) -> None:
-        """Read sequences of one block; what is damaged is fetched once more where that can help."""
-        self.reading = (shard, block)
-        if number in self._damaged:
-            raise self._damaged[number]
-        while True:
-            try:
-                if checked and len(places) < _WHOLE_BLOCK * self._per_block:
-                    return self._read_rows(shard, block, span, rows, places, within)
-                self._read_block(shard, block, span, checked)
-            except DamagedBlockError as error:
-                if not self._files.again(shard, span):
-                    self._damaged[number] = error
-                    raise
-                checked = False
-                continue
-            self._checked[number >> 3] |= 1 << (number & 7)
-            for place, part in zip(places, within, strict=True):
-                first = part * self.seq_len
-                rows[place] = self._block[first : first + self.seq_len + 1]
-            return None
 
     def _read_rows(
         self,
@@ -260,36 +237,54 @@ class TokenSource:
         span: tuple[int, int] | None,
         rows: npt.NDArray[np.unsignedinteger[Any]],
         places: list[int],
-        within: list[int],
-    ) -> None:
+        offsets: list[int],
+    ) -> bool:
+        """Read single sequences of a block that was checked before; False where the file ends before one does."""
         file = self._files.open(shard, block, span)
-        start, row_bytes = self._layout.data_offset(block), rows.strides[0]
+        row_bytes = rows.strides[0]
         content = memoryview(rows).cast("B")
-        for place, part in zip(places, within, strict=True):
-            offset = start + part * (row_bytes - self._layout.token_bytes)
-            into = content[place * row_bytes : (place + 1) * row_bytes]
-            got = file.read(into, offset)
-            if got < row_bytes:
-                raise self._short(shard, block, offset + got)
+        for place, offset in zip(places, offsets, strict=True):
+            if file.read(content[place * row_bytes : (place + 1) * row_bytes], offset) < row_bytes:
+                return False
+        return True
 
-    def _read_block(self, shard: int, block: int, span: tuple[int, int] | None, checked: bool) -> None:
-        """Read a block into memory and check it unless that was done before."""
-        offset = self._layout.data_offset(block)
+    def _read_block(
+        self,
+        number: int,
+        shard: int,
+        block: int,
+        span: tuple[int, int] | None,
+        rows: npt.NDArray[np.unsignedinteger[Any]],
+        places: list[int],
+        offsets: list[int],
+    ) -> None:
+        """Read a whole block, check it on first touch, and cut its sequences out."""
+        start = self._layout.data_offset(block)
+        while True:
+            try:
+                self._fetch_block(number, shard, block, start, span)
+                break
+            except DamagedBlockError as error:
+                if not self._files.again(shard, span):
+                    self._damaged[number] = error
+                    raise
+        self._checked[number >> 3] |= 1 << (number & 7)
+        for place, offset in zip(places, offsets, strict=True):
+            first = (offset - start) // self._block.itemsize
+            rows[place] = self._block[first : first + self.seq_len + 1]
+
+    def _fetch_block(self, number: int, shard: int, block: int, start: int, span: tuple[int, int] | None) -> None:
         content = memoryview(self._block).cast("B")
-        got = self._files.open(shard, block, span).read(content, offset)
+        got = self._files.open(shard, block, span).read(content, start)
         if got < len(content):
-            raise self._short(shard, block, offset + got)
-        if not checked:
+            what = f"ends at byte {start + got}, inside block {block} (bytes {start} to {start + len(content)})"
+            raise self._files.damage(shard, block, "short", what)
+        if not self._checked[number >> 3] >> (number & 7) & 1:
             self._files.check(shard, block, content)
-
-    def _short(self, shard: int, block: int, end: int) -> DamagedBlockError:
-        first = self._layout.data_offset(block)
-        what = f"ends at byte {end}, inside block {block} (bytes {first} to {first + self._layout.block_bytes})"
-        return self._files.damage(shard, block, "short", what)
 
     def _span(self, shard: int, window: IntArray) -> tuple[int, int]:
         """The blocks of a shard that hold the sequences ``[first, stop)`` of the source."""
-        first, stop = (window - self._start(np.array([shard]))[0]).tolist()
+        first, stop = (window - self._starts[shard]).tolist()
         return max(0, first // self._per_block), min(int(self.shards.blocks[shard]), -(-stop // self._per_block))
 
     def _check_shards(self, rank: int, world: int) -> int:

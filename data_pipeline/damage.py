@@ -1,0 +1,162 @@
+"""Damage that a run may go on with: what was lost, where, and the ledger that lists it.
+
+A damaged sequence becomes a hole: a row of EOS without a label at the very position that the sequence had, so that
+nothing else moves, on no rank and in no later attempt.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Literal
+
+from .errors import DataError
+
+OnDamage = Literal["stop", "hole"]
+Reason = Literal["checksum", "short", "missing", "index"]
+"""Why a block can't be used: its CRC32C differs, its file ends before it does or is missing, or the record of its
+CRC32C is damaged."""
+
+
+class DamagedBlockError(DataError):
+    """A block can't be read or is not what was written.
+
+    Attributes:
+        shard: name of the shard.
+        block: which of its blocks.
+        offset: bytes from the start of the shard to the block's first token.
+        reason: see :data:`Reason`.
+    """
+
+    def __init__(self, message: str, shard: str, block: int, offset: int, reason: Reason) -> None:
+        super().__init__(message)
+        self.shard, self.block, self.offset, self.reason = shard, block, offset, reason
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (str(self), self.shard, self.block, self.offset, self.reason)
+
+
+@dataclass(frozen=True)
+class Damage:
+    """A hole: the sequence that should have stood at a position, and what is wrong with the block that holds it.
+
+    Attributes:
+        position: in the run; in an evaluation the index of the sequence.
+        source: name of the source.
+        sample: number of the sequence in the whole mixture (:class:`~data_pipeline.Batch`); in an evaluation the index.
+        shard: name of the shard.
+        block: which of its blocks.
+        offset: bytes from the start of the shard to the block's first token.
+        reason: see :data:`Reason`.
+    """
+
+    position: int
+    source: str
+    sample: int
+    shard: str
+    block: int
+    offset: int
+    reason: Reason
+
+    @classmethod
+    def of(cls, error: DamagedBlockError, position: int, source: str, sample: int) -> Damage:
+        return cls(position, source, sample, error.shard, error.block, error.offset, error.reason)
+
+
+class DamageLedger:
+    """Appends this rank's holes to a file of its own in ``folder``; :func:`read_ledger` reads them all.
+
+    Args:
+        folder: made if missing; the same for all ranks and attempts of a run.
+        rank: this rank.
+        attempt: number of this attempt at the run; rises from one to the next.
+        position: where this attempt begins. It trains on everything from there on anew, so what earlier attempts
+            have listed from there on counts no more.
+    """
+
+    def __init__(self, folder: Path, rank: int, attempt: int = 0, position: int = 0) -> None:
+        self._rank, self._attempt = rank, attempt
+        folder.mkdir(parents=True, exist_ok=True)
+        # a line that a killed attempt left half-written ends here, or the next one would be glued to it
+        self._handle = os.open(folder / f"rank{rank:05d}.jsonl", os.O_RDWR | os.O_CREAT | os.O_APPEND, 0o644)
+        size = os.fstat(self._handle).st_size
+        torn = size > 0 and os.pread(self._handle, 1, size - 1) != b"\n"
+        self._append(([b""] if torn else []) + [_line({"attempt": attempt, "begins_at": position})])
+
+    def add(self, step: int, damage: Iterable[Damage]) -> None:
+        """List the holes of one step of this rank; on the disk when this returns.
+
+        Raises:
+            OSError: the disk.
+        """
+        common = {"attempt": self._attempt, "step": step, "rank": self._rank}
+        lines = [_line({**common, **asdict(hole)}) for hole in damage]
+        if lines:
+            self._append(lines)
+
+    def close(self) -> None:
+        os.close(self._handle)
+
+    def __enter__(self) -> DamageLedger:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _append(self, lines: list[bytes]) -> None:
+        content = b"".join(line + b"\n" for line in lines)
+        while content:
+            content = content[os.write(self._handle, content) :]
+        os.fsync(self._handle)
+
+
+@dataclass(frozen=True)
+class LedgerEntry:
+    """A hole that the run's present state has trained over, who met it, and in which attempt."""
+
+    attempt: int
+    step: int
+    rank: int
+    damage: Damage
+
+
+def read_ledger(folder: Path) -> list[LedgerEntry]:
+    """The holes of a run in the order of their positions, each position once.
+
+    Left out: what an attempt listed from a position on at which a later attempt began, and half-written last lines.
+    """
+    begins: dict[int, int] = {}
+    found: dict[int, LedgerEntry] = {}
+    lines = [line for path in sorted(folder.glob("rank*.jsonl")) for line in _lines(path)]
+    for line in lines:
+        if "begins_at" in line:
+            begins[line["attempt"]] = line["begins_at"]
+    for line in lines:
+        if "begins_at" in line:
+            continue
+        entry = LedgerEntry(line.pop("attempt"), line.pop("step"), line.pop("rank"), Damage(**line))
+        position = entry.damage.position
+        redone = any(attempt > entry.attempt and begin <= position for attempt, begin in begins.items())
+        if not redone:
+            found.setdefault(position, entry)
+    return [found[position] for position in sorted(found)]
+
+
+def _line(content: dict[str, Any]) -> bytes:
+    return json.dumps(content).encode()
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    for line in path.read_bytes().split(b"\n"):
+        try:
+            content = json.loads(line)
+        except ValueError:
+            continue  # the end of an attempt that was killed while it wrote
+        if isinstance(content, dict):
+            yield content
