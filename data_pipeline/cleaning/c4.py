@@ -7,6 +7,7 @@ and its word list is English; they are left out.
 from __future__ import annotations
 
 import re
+from itertools import islice
 
 from pydantic import Field
 
@@ -22,7 +23,7 @@ class C4Settings(Settings):
     min_sentences: int | None = Field(
         default=3,
         ge=1,
-        description="Sentences (C4, section 2.2): runs of terminal marks of any script at the end of a word.",
+        description="Sentences (C4, section 2.2): terminal marks of any script that end a word.",
     )
     min_lines: int | None = Field(default=None, ge=1, description="Lines that are not blank; off: not C4's.")
     max_word_characters: int | None = Field(
@@ -54,7 +55,7 @@ class C4Filter:
             if longest > settings.max_word_characters:
                 return Finding("max_word_characters", f"{longest} > {settings.max_word_characters}")
         if settings.min_sentences is not None:
-            sentences = sum(1 for _ in _SENTENCE_END.finditer(text))
+            sentences = sum(1 for _ in islice(_SENTENCE_END.finditer(text), settings.min_sentences))
             if sentences < settings.min_sentences:
                 return Finding("min_sentences", f"{sentences} < {settings.min_sentences}")
         return None

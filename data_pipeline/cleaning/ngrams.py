@@ -19,7 +19,7 @@ Hashes = npt.NDArray[np.uint64]
 Unit = Literal["words", "characters"]
 
 _CACHED_WORDS = 1 << 20
-_MULTIPLIER = np.uint64(0x9E3779B97F4A7C15)
+_MULTIPLIER = np.uint64(0x9E3779B97F4A7C13)
 _FIRST, _SECOND = np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB)
 
 
@@ -45,12 +45,17 @@ def hash_units(units: list[str]) -> Hashes:
 
 
 def ngram_hashes(hashes: Hashes, n: int) -> Hashes:
-    """[units - n + 1] a hash of every n neighbours of ``hashes`` [units]; empty if there are fewer than ``n``."""
+    """[units - n + 1] a hash of every n neighbours of ``hashes`` [units]; empty if there are fewer than ``n``.
+
+    A polynomial in the neighbours modulo 2^64: they are random 64-bit numbers, so the odd multiplier only has to keep
+    their order (3 modulo 8: differences of its powers have few factors of two).
+    """
     count = max(0, len(hashes) - n + 1)
     state = np.zeros(count, np.uint64)
     for offset in range(n):
-        state = mix(state * _MULTIPLIER + hashes[offset : offset + count])
-    return state
+        state *= _MULTIPLIER
+        state += hashes[offset : offset + count]
+    return mix(state)
 
 
 def mix(values: Hashes) -> Hashes:

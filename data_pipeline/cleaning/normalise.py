@@ -28,14 +28,18 @@ from pydantic import Field
 from ..settings import Settings
 
 _NONCHARACTERS = "\ufdd0-\ufdef" + "".join(chr(plane << 16 | last) for plane in range(17) for last in (0xFFFE, 0xFFFF))
-_CONTROL = re.compile(
-    "[\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u180e\u200b\u2060-\u2064\ufeff\ufff9-\ufffb" + _NONCHARACTERS + "]+"
+_CONTROL_CLASS = (
+    "\x00-\x08\x0e-\x1f\x7f-\x84\x86-\x9f\u00ad\u180e\u200b\u2060-\u2064\ufeff\ufff9-\ufffb" + _NONCHARACTERS
 )
+_LINE_END_CLASS = "\r\x0b\x0c\x85\u2028\u2029"
+_SPACE_CLASS = "\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000"
+_CONTROL = re.compile(f"[{_CONTROL_CLASS}]+")
 _LINE_END = re.compile("\r\n?|[\x0b\x0c\x85\u2028]")
-_SPACE = re.compile("[\u00a0\u1680\u2000-\u200a\u202f\u205f\u3000]")
+_SPACE = re.compile(f"[{_SPACE_CLASS}]")
+_ANY_OF_THEM = re.compile(f"[{_CONTROL_CLASS}{_LINE_END_CLASS}{_SPACE_CLASS}]")
+_ANY_ASCII = re.compile("[\x00-\x08\x0b-\x1f\x7f]")
 _INNER_BLANKS = re.compile(r"(?<=[^ \t\n])(?:[ \t]{2,}|\t)")
-_TRAILING_BLANKS = re.compile(r"(?<![ \t])[ \t]+(?=\n|\Z)")
-_OUTER_BLANK_LINES = re.compile(r"\A\n+|\n+\Z")
+_TRAILING_BLANKS = re.compile(r"[ \t]+\n")
 
 
 class NormaliseSettings(Settings):
@@ -71,18 +75,22 @@ class Normaliser:
     def __call__(self, text: str) -> str:
         """``text``, normalised; may be empty."""
         settings = self._settings
-        if settings.control:
-            text = _CONTROL.sub("", text)
-        if settings.line_ends:
-            text = _LINE_END.sub("\n", text).replace("\u2029", "\n\n")
-        if settings.form != "none":
-            text = unicodedata.normalize(settings.form, text)
-        if settings.spaces:
-            text = _SPACE.sub(" ", text)
+        if (_ANY_ASCII if text.isascii() else _ANY_OF_THEM).search(text):
+            if settings.control:
+                text = _CONTROL.sub("", text)
+            if settings.line_ends:
+                text = _LINE_END.sub("\n", text).replace("\u2029", "\n\n")
+        if not text.isascii():
+            if settings.form != "none":
+                text = unicodedata.normalize(settings.form, text)
+            if settings.spaces:
+                text = _SPACE.sub(" ", text)
         if settings.collapse_blanks:
             text = _INNER_BLANKS.sub(" ", text)
         if settings.trailing_blanks:
-            text = _OUTER_BLANK_LINES.sub("", _TRAILING_BLANKS.sub("", text))
+            if " \n" in text or "\t\n" in text:
+                text = _TRAILING_BLANKS.sub("\n", text)
+            text = text.rstrip(" \t\n").lstrip("\n")
         if self._blank_lines is not None:
             text = self._blank_lines.sub(self._kept_ends, text)
         return text

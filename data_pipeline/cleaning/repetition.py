@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -78,11 +79,72 @@ def repetition_fractions(view: TextView) -> Iterator[tuple[str, float]]:
     numbers = {word: number for number, word in enumerate(dict.fromkeys(words))}
     sizes = np.fromiter(map(len, words), np.int64, len(words))
     total = max(1, int(sizes.sum()))
-    for n, positions, grams in _repeated_ngrams(np.fromiter(map(numbers.__getitem__, words), np.int64, len(words))):
-        if n <= 4:
-            yield f"max_top_{n}gram", _covered(_most_frequent(positions, grams, n, sizes), n, sizes) / total
+    ends = np.concatenate([[0], np.cumsum(sizes)])
+    for grams in _repeated_ngrams(np.fromiter(map(numbers.__getitem__, words), np.int64, len(words))):
+        if grams.n <= 4:
+            yield f"max_top_{grams.n}gram", grams.characters(grams.most_frequent(ends), sizes) / total
         else:
-            yield f"max_duplicate_{n}grams", _covered(_after_first(positions, grams), n, sizes) / total
+            yield f"max_duplicate_{grams.n}grams", grams.characters(grams.after_first(), sizes) / total
+
+
+@dataclass(frozen=True)
+class _Repeated:
+    """The n-grams that occur more than once: each one's ``counts`` positions, ascending, one n-gram after another."""
+
+    n: int
+    positions: _Ints
+    counts: _Ints
+
+    def most_frequent(self, ends: _Ints) -> _Ints:
+        """The positions of the most frequent one; of several, the one with the most characters, then the first.
+
+        ``ends`` [words + 1]: characters of the words before each.
+        """
+        if len(self.counts) == 0:
+            return self.positions
+        starts = np.cumsum(self.counts) - self.counts
+        ties = np.flatnonzero(self.counts == self.counts.max())
+        first = self.positions[starts[ties]]
+        best = ties[np.lexsort((first, ends[first] - ends[first + self.n]))[0]]
+        return self.positions[starts[best] : starts[best] + self.counts[best]]
+
+    def after_first(self) -> _Ints:
+        """All positions but the first of each n-gram."""
+        later = np.ones(len(self.positions), bool)
+        later[np.cumsum(self.counts) - self.counts] = False
+        return self.positions[later]
+
+    def characters(self, positions: _Ints, sizes: _Ints) -> int:
+        """Characters of the words in the n-grams at ``positions``, each word once; ``sizes`` [words] in characters."""
+        if len(positions) == 0:
+            return 0
+        covered = np.zeros(len(sizes), bool)
+        covered[positions[:, None] + np.arange(self.n)] = True
+        return int(sizes[covered].sum())
+
+
+def _repeated_ngrams(words: _Ints) -> Iterator[_Repeated]:
+    """For n = 2 ... 10 the n-grams of ``words`` (numbers below their count) that occur more than once.
+
+    An n-gram can only be repeated where its first n - 1 words are, so each n looks at what the last one left.
+    """
+    positions, grams = np.arange(len(words)), words
+    for n in range(2, 11):
+        if len(positions):
+            fits = positions + n <= len(words)
+            positions, grams = positions[fits], grams[fits]
+            pairs = grams * len(words) + words[positions + n - 1]
+            order = np.argsort(pairs, kind="stable")
+            pairs = pairs[order]
+            starts = np.flatnonzero(np.concatenate([[True] * (len(pairs) > 0), pairs[1:] != pairs[:-1]]))
+            counts = np.diff(np.append(starts, len(pairs)))
+            positions = positions[order][np.repeat(counts > 1, counts)]
+            counts = counts[counts > 1]
+            grams = np.repeat(np.arange(len(counts)), counts)
+            found = _Repeated(n, positions, counts)
+        else:
+            found = _Repeated(n, positions, positions)
+        yield found
 
 
 def _repeats(pieces: Sequence[str]) -> tuple[float, float]:
@@ -91,46 +153,4 @@ def _repeats(pieces: Sequence[str]) -> tuple[float, float]:
     characters = sum(map(len, pieces))
     if len(unique) == len(pieces):
         return 0.0, 0.0
-    return 1 - len(unique) / len(pieces), (characters - sum(map(len, unique))) / characters
-
-
-def _repeated_ngrams(words: _Ints) -> Iterator[tuple[int, _Ints, _Ints]]:
-    """For n = 2 ... 10: the positions of n-grams that occur more than once, ascending, and an id of each one's n-gram.
-
-    An n-gram can only be repeated where its first n - 1 words are, so each n looks at what the last one left.
-    """
-    positions, grams = np.arange(len(words)), words
-    for n in range(2, 11):
-        fits = positions + n <= len(words)
-        positions = positions[fits]
-        pairs = grams[fits] * len(words) + words[positions + n - 1]
-        _, grams, counts = np.unique(pairs, return_inverse=True, return_counts=True)
-        repeated = counts[grams] > 1
-        positions, grams = positions[repeated], grams[repeated]
-        yield n, positions, grams
-
-
-def _most_frequent(positions: _Ints, grams: _Ints, n: int, sizes: _Ints) -> _Ints:
-    """The positions of the most frequent n-gram; of several, the one with the most characters, then the first."""
-    if len(positions) == 0:
-        return positions
-    _, firsts, inverse, counts = np.unique(grams, return_index=True, return_inverse=True, return_counts=True)
-    ends = np.concatenate([[0], np.cumsum(sizes)])
-    begins = positions[firsts]
-    best = np.lexsort((begins, -(ends[begins + n] - ends[begins]), -counts))[0]
-    return positions[inverse == best]
-
-
-def _after_first(positions: _Ints, grams: _Ints) -> _Ints:
-    """The positions whose n-gram occurred at an earlier one."""
-    _, firsts = np.unique(grams, return_index=True)
-    later: _Ints = np.delete(positions, firsts)
-    return later
-
-
-def _covered(positions: _Ints, n: int, sizes: _Ints) -> int:
-    """Characters of the words in the n-grams at ``positions``, each word once."""
-    covered = np.zeros(len(sizes), bool)
-    for offset in range(n):
-        covered[positions + offset] = True
-    return int(sizes[covered].sum())
+    return (len(pieces) - len(unique)) / len(pieces), (characters - sum(map(len, unique))) / characters
