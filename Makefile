@@ -24,7 +24,7 @@ browser:
 
 # the cluster tests start a real Slurm of their own; without the packages (no apt, no root) they are skipped and say so
 slurm:
-	@{ command -v slurmctld && command -v slurmd && command -v munged; } >/dev/null || \
+	@PATH="$$PATH:/usr/sbin"; { command -v slurmctld && command -v slurmd && command -v munged; } >/dev/null || \
 	{ [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && \
 	  apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends slurm-wlm munge; } \
 	>/dev/null 2>&1 || echo "no Slurm: the cluster tests will be skipped"
