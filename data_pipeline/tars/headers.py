@@ -54,6 +54,9 @@ class TarError(DataError):
         self.offset = offset
         self.problem = problem
 
+    def __reduce__(self) -> tuple[type[TarError], tuple[str, int, str]]:
+        return type(self), (self.where, self.offset, self.problem)  # errors travel from worker processes
+
 
 @dataclass(frozen=True, slots=True)
 class Header:

@@ -80,17 +80,20 @@ def group_samples(
     """
     check = _Check(where, frozenset(optional))
     current: _Open | None = None
+    strays: list[BadSample] = []  # a member that is no field ends no sample, and comes after the one it stands in
     for member in members:
         if member.kind == headers.FOLDER or _NOTE.match(member.name):
             continue
         split = split_name(member.name) if member.kind == headers.FILE else None
         if split is None:
-            yield _stray(member)
+            strays.append(_stray(member))
             continue
         key, name = split
         if current is None or current.key != key:
             if current is not None:
                 yield check.closed(current)
+            yield from strays
+            strays = []
             current = _Open(key, member.offset)
         if name in current.offsets:
             current.repeated = current.repeated or (name, member.offset)
@@ -100,6 +103,7 @@ def group_samples(
             current.fields[name] = member.read()
     if current is not None:
         yield check.closed(current)
+    yield from strays
 
 
 class _Check:
