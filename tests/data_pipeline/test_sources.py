@@ -1,7 +1,9 @@
 from __future__ import annotations
 
+import datetime
 import gzip
 import json
+import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -9,18 +11,32 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import zstandard
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.prepare import PrepareSettings
 from data_pipeline.settings import build_settings
-from data_pipeline.sources import DatasetsSource, JsonlSource, ParquetSource, Source, StdlibSource, TextSource
+from data_pipeline.sources import (
+    DatasetsSource,
+    Document,
+    JsonlSource,
+    ParquetSource,
+    Rejected,
+    Source,
+    StdlibSource,
+    TextSource,
+)
 
 TEXTS = [f"text {i} " + "\u00e9x" * (i * 7 % 40) + "\n" * (i % 3) for i in range(50)]
 
 
 def read(source: Source, part_bytes: int) -> list[tuple[str, str]]:
-    parts = source.parts(part_bytes)
-    return [(document.text, document.url) for part in parts for document in source.read(part)]
+    records = [record for part in source.parts(part_bytes) for record in source.read(part)]
+    return [(record.text if isinstance(record, Document) else f"({record.reason})", record.url) for record in records]
+
+
+def metadata(source: Source) -> list[object]:
+    return [getattr(record, "metadata", "rejected") for part in source.parts(1 << 20) for record in source.read(part)]
 
 
 def texts(documents: Iterable[tuple[str, str]]) -> list[str]:
@@ -96,6 +112,120 @@ def test_a_cut_gzip_file_is_named(tmp_path: Path) -> None:
         read(jsonl(packed), 100)
 
 
+BAD_LINES = {
+    b'{"text": "cut': "not JSON",
+    b"": "blank line",
+    b"[1, 2]": "no JSON object",
+    b'{"txt": "a"}': "no field text",
+    b'{"text": 5}': "text is no string",
+    b'{"text": "a\xff"}': "not UTF-8",
+    b'{"text": "a\\ud800"}': "half a surrogate pair",
+}
+
+
+@pytest.mark.parametrize("part_bytes", [1, 20, 1 << 20])
+def test_dropped_records_shift_no_others(tmp_path: Path, part_bytes: int) -> None:
+    path = tmp_path / "a.jsonl"
+    lines = [line for i, bad in enumerate(BAD_LINES) for line in (b'{"text": "%d"}' % i, bad)]
+    path.write_bytes(b"\n".join([*lines, b'{"text": "end"}\n']))
+    expected = [text for i, reason in enumerate(BAD_LINES.values()) for text in (str(i), f"({reason})")]
+    records = read(jsonl(path, on_bad_record="drop"), part_bytes)
+    assert texts(records) == [*expected, "end"]
+    offsets = [sum(len(line) + 1 for line in lines[:i]) for i in range(len(lines) + 1)]
+    assert [url for _, url in records] == [f"{path}#byte={offset}" for offset in offsets]
+
+
+def test_a_rejected_record_says_where_without_counting_lines(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "good"}\n[]\n')
+    source = jsonl(path, on_bad_record="drop")
+    assert list(source.read(source.parts(1 << 20)[0]))[1] == Rejected(
+        f"{path}#byte=17",
+        "no JSON object",
+        f"{path}, byte 17: holds list, not a JSON object. Mend or remove the record.",
+    )
+
+
+@pytest.mark.parametrize("part_bytes", [1, 17, 1 << 20])
+def test_the_last_line_may_be_blank_and_no_other(tmp_path: Path, part_bytes: int) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n{"text": "two"}\n \r\n')
+    assert texts(read(jsonl(path), part_bytes)) == ["one", "two"]
+    path.write_bytes(b'{"text": "one"}\n\n{"text": "two"}\n\n\n')
+    assert texts(read(jsonl(path, on_bad_record="drop"), part_bytes)) == ["one", "(blank line)", "two", "(blank line)"]
+    with pytest.raises(DataError, match=r"a\.jsonl, line 2: a blank line, which is no record"):
+        read(jsonl(path), part_bytes)
+
+
+def test_metadata_is_kept_on_request_where_a_record_has_it(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "a.jsonl", [{"text": "a", "tags": ["x"], "n": None, "o": 1}, {"text": "b"}])
+    assert metadata(jsonl(path)) == [None, None]
+    assert metadata(jsonl(path, metadata_fields=("n", "tags"))) == [{"n": None, "tags": ["x"]}, None]
+
+
+def test_urls_that_utf8_cannot_hold_become_some_that_it_can(tmp_path: Path) -> None:
+    path = tmp_path / "caf\udce9.jsonl"  # Latin-1 on the disk
+    path.write_bytes(b'{"text": "a", "at": "x\\ud83d"}\n{"text": 1}\n')
+    source = jsonl(path, on_bad_record="drop")
+    shown = f"{tmp_path}/caf\\udce9.jsonl"
+    assert read(source, 100) == [("a", f"{shown}#byte=0"), ("(text is no string)", f"{shown}#byte=31")]
+    assert read(jsonl(path, on_bad_record="drop", url_field="at"), 100)[0] == ("a", "x\\ud83d")
+
+
+# packed files
+
+
+ZSTD = zstandard.ZstdCompressor(write_checksum=True)
+SKIPPABLE = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
+
+
+def zstd_frames(lines: list[bytes], frames: int) -> bytes:
+    return b"".join(ZSTD.compress(b"".join(lines[i::frames])) + SKIPPABLE for i in range(frames))
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_zstd_of_any_number_of_frames(tmp_path: Path, frames: int) -> None:
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS] * 2000
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstd_frames(lines, frames))
+    assert texts(read(jsonl(path), 1)) == [text for i in range(frames) for text in (TEXTS * 2000)[i::frames]]
+    assert len(jsonl(path).parts(1)) == 1
+    command = ["zstd", "-q", "-T2", "-f", "-o", str(path)]
+    subprocess.run(command, input=b"".join(lines), check=True)
+    assert texts(read(jsonl(path), 1)) == TEXTS * 2000
+
+
+def test_a_zstd_file_cut_anywhere_or_flipped_is_an_error(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS]
+    path = tmp_path / "a.jsonl.zst"
+    whole = ZSTD.compress(b"".join(lines))
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match=r"a\.jsonl\.zst: (damaged after \d+ unpacked|is empty or not packed)"):
+            read(jsonl(path), 1)
+    for offset in set(range(len(whole))) - {4}:  # bit 4 of the frame's descriptor is unused: RFC 8878, 3.1.1.1.1.3
+        path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 0x10]) + whole[offset + 1 :])
+        with pytest.raises(DataError, match=r"a\.jsonl\.zst"):
+            read(jsonl(path), 1)
+
+
+def test_an_empty_file_is_no_packed_one(tmp_path: Path) -> None:
+    for kind in ("gz", "zst"):
+        path = tmp_path / f"a.jsonl.{kind}"
+        path.write_bytes(b"")
+        with pytest.raises(DataError, match=rf"a\.jsonl\.{kind}: is empty or not packed with (gzip|zstd), as its name"):
+            read(jsonl(path, on_bad_record="drop"), 1)
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    assert read(jsonl(tmp_path / "a.jsonl"), 1) == []
+
+
+def test_a_damaged_text_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"text" * 1000)[:-5])
+    with pytest.raises(DataError, match=r"a\.txt\.gz: damaged after \d+ unpacked bytes"):
+        read(TextSource(kind="text", domain="d", files=(str(path),), on_bad_record="drop"), 1)
+
+
 # files
 
 
@@ -150,6 +280,18 @@ def test_separated_text_names_the_line_of_a_bad_byte(tmp_path: Path) -> None:
         read(TextSource(kind="text", domain="d", files=(str(tmp_path / "a.txt"),), separator="END"), 1)
 
 
+def test_text_that_is_not_utf8_is_dropped_alone(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"a\nEND\nb\nc\xff\nEND\nd")
+    (tmp_path / "b.txt").write_bytes(b"\xff")
+    files = (str(tmp_path / "*.txt"),)
+    whole = TextSource(kind="text", domain="d", files=files, on_bad_record="drop")
+    assert texts(read(whole, 1)) == ["(not UTF-8)", "(not UTF-8)"]
+    for part_bytes in range(1, 20):
+        separated = read(whole.model_copy(update={"separator": "END"}), part_bytes)
+        assert texts(separated) == ["a", "(not UTF-8)", "d", "(not UTF-8)"]
+        assert separated[1][1] == f"{tmp_path}/a.txt#byte=6"
+
+
 # parquet
 
 
@@ -171,9 +313,28 @@ def test_bad_parquet_is_named(tmp_path: Path) -> None:
     pq.write_table(pa.table({"text": ["a", "b", None]}), path, row_group_size=2)
     with pytest.raises(DataError, match=r"a\.parquet, row 2: field 'text' holds NoneType, not a string"):
         read(source, 1)
+    assert texts(read(source.model_copy(update={"on_bad_record": "drop"}), 1)) == ["a", "b", "(text is no string)"]
     path.write_bytes(path.read_bytes()[:-9])
     with pytest.raises(UserError, match=r"a\.parquet can't be read as parquet"):
         read(source, 1)
+
+
+def test_parquet_columns_are_kept_as_json_can_hold_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    day = datetime.date(2020, 2, 29)
+    rows = pa.table({"text": ["a"], "day": [day], "raw": [b"x\xff"], "tags": [[{"d": day}]], "n": [0.5]})
+    pq.write_table(rows, path)
+    source = ParquetSource(kind="parquet", domain="d", files=(str(path),))
+    kept = source.model_copy(update={"metadata_columns": ("day", "raw", "tags", "n")})
+    expected = {"day": "2020-02-29", "raw": "x\\xff", "tags": [{"d": "2020-02-29"}], "n": 0.5}
+    assert [metadata(source), metadata(kept)] == [[None], [expected]]
+    with pytest.raises(UserError, match=r"has no column 'dya'; its columns: text, day, .* metadata_columns"):
+        source.model_copy(update={"metadata_columns": ("dya",)}).parts(1)
+    remote = source.model_copy(update={"files": ("https://example.org/{a,b}.parquet",)})
+    with pytest.raises(
+        UserError, match=r"'https://example\.org/a\.parquet' .*: kind `parquet` reads files of this machine"
+    ):
+        remote.parts(1)
 
 
 # stdlib
@@ -204,6 +365,20 @@ def test_stdlib_docs_are_topics_and_long_docstrings() -> None:
     assert documents == read(source, 1 << 30)
 
 
+def test_a_module_that_is_no_python_is_a_bad_record(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.py").write_text('"""' + "a" * 100 + '"""')
+    (tmp_path / "b.py").write_text("def (:")
+    (tmp_path / "c.py").write_bytes(b"# coding: no-such-codec")
+    monkeypatch.setattr("data_pipeline.sources.stdlib._library", lambda: tmp_path)
+    source = StdlibSource(kind="stdlib", part="code", domain="code", on_bad_record="drop")
+    assert [url for _, url in read(source, 1)] == ["stdlib:a.py", "stdlib:b.py", "stdlib:c.py"]
+    assert texts(read(source, 1))[2] == "(no Python source)"
+    docs = source.model_copy(update={"part": "docs"})
+    assert texts(read(docs, 1))[-3:] == ["a" * 100, "(no Python source)", "(no Python source)"]
+    with pytest.raises(DataError, match=r"b\.py: no Python source \(invalid syntax"):
+        read(docs.model_copy(update={"on_bad_record": "stop"}), 1)
+
+
 # datasets
 
 
@@ -226,6 +401,14 @@ def test_datasets_streams_local_files(tmp_path: Path) -> None:
     files[2].write_text('{"text": null}\n')
     with pytest.raises(DataError, match=r"json \(train\), shard 2, row 0: field 'text' holds NoneType, not a string"):
         read(source, 1)
+    files[2].write_text('{"text": null, "n": 1}\n{"text": "b", "n": 2}\n')
+    dropping = source.model_copy(update={"on_bad_record": "drop", "data_files": (str(files[2]),)})
+    assert texts(read(dropping, 1)) == ["(text is no string)", "b"]
+    assert metadata(dropping.model_copy(update={"metadata_fields": ("n",)})) == ["rejected", {"n": 2}]
+    with pytest.raises(
+        DataError, match=r"has no column 'm'; its columns: text, n\. Set text_field, url_field or metadata"
+    ):
+        read(dropping.model_copy(update={"metadata_fields": ("m",)}), 1)
 
 
 def test_a_datasets_name_that_does_not_exist_is_explained(tmp_path: Path) -> None:
