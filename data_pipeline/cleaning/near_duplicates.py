@@ -5,8 +5,8 @@ The Jaccard similarity J of two documents is that of their sets of n-grams (Brod
 Documents that agree in all rows of one of ``bands`` bands are compared: with r = permutations / bands rows that happens
 with probability 1 - (1 - J^r)^bands (Leskovec et al., "Mining of Massive Datasets", 3.4.2). They are duplicates if
 their signatures agree in at least ``threshold`` of all positions, an estimate of J whose standard deviation is
-sqrt(J (1 - J) / permutations). With the defaults a pair is found with probability 0.9999 at J = 0.9, 0.5 or so at
-J = 0.8 (the estimate falls on either side), 3e-3 at J = 0.7 and never below 0.5.
+sqrt(J (1 - J) / permutations). With the defaults a pair is found with probability 0.9995 at J = 0.9, 0.93 at 0.85, 0.50
+at 0.8 (where the estimate falls on either side), 0.09 at 0.75 and 0.005 at 0.7.
 
 The permutations are those of the library `datasketch` ("affine32" scheme); n-grams are hashed by :mod:`.ngrams`.
 """

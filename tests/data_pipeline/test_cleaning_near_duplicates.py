@@ -50,6 +50,16 @@ def test_the_measured_chance_of_a_band_is_the_formula() -> None:
     assert abs(np.mean(met) - expected) <= 4 * np.sqrt(expected * (1 - expected) / 300)
 
 
+@pytest.mark.parametrize(("jaccard", "found"), [(0.9, 0.9995), (0.85, 0.93), (0.8, 0.50), (0.75, 0.09), (0.7, 0.005)])
+def test_the_probabilities_of_the_docstring(jaccard: float, found: float) -> None:
+    """Positions of a signature agree independently with probability J: 16 bands of 8, and 0.8 of all."""
+    settings = NearDuplicatesSettings()
+    shape = (100_000, settings.bands, settings.permutations // settings.bands)
+    agree = np.random.default_rng(0).random(shape, np.float32) < jaccard
+    both = agree.all(2).any(1) & (agree.mean((1, 2)) >= settings.threshold)
+    assert both.mean() == pytest.approx(found, abs=0.006 if 0.01 < found < 0.99 else 0.0005)
+
+
 def test_a_band_is_equal_when_its_rows_are() -> None:
     signer = Signer(NearDuplicatesSettings(permutations=12, bands=3))
     signatures = np.arange(24, dtype=np.uint32).reshape(2, 12)
