@@ -203,10 +203,15 @@ def test_a_zstd_file_cut_anywhere_or_flipped_is_an_error(tmp_path: Path) -> None
         path.write_bytes(whole[:cut])
         with pytest.raises(DataError, match=r"a\.jsonl\.zst: (damaged after \d+ unpacked|is empty or not packed)"):
             read(jsonl(path), 1)
-    for offset in set(range(len(whole))) - {4}:  # bit 4 of the frame's descriptor is unused: RFC 8878, 3.1.1.1.1.3
+    path.write_bytes(whole)
+    sound, told = read(jsonl(path), 1), 0
+    for offset in range(len(whole)):
         path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 0x10]) + whole[offset + 1 :])
-        with pytest.raises(DataError, match=r"a\.jsonl\.zst"):
-            read(jsonl(path), 1)
+        try:
+            assert read(jsonl(path), 1) == sound  # an unused bit, or another way to pack the same bytes
+        except DataError:
+            told += 1
+    assert told > len(whole) * 0.9
 
 
 def test_an_empty_file_is_no_packed_one(tmp_path: Path) -> None:
