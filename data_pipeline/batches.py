@@ -112,8 +112,9 @@ def make_batch(
     source_ids: IntArray,
     sample_ids: IntArray,
     run_positions: IntArray,
+    into: IntArray | None = None,
 ) -> Batch:
-    """Build a batch; no tensor shares memory with the arguments.
+    """Build a batch; but for ``into`` no tensor shares memory with the arguments.
 
     Args:
         rows: [b, T + 1], each sequence with the token that follows it.
@@ -121,21 +122,26 @@ def make_batch(
         source_ids: [b].
         sample_ids: [b]; -1 makes the row a hole, and its tokens EOS.
         run_positions: [b].
+        into: int64 [b, T + 1], contiguous: memory for the batch's rows, which then are its alone; None: of their own.
     """
     holes = sample_ids < 0
     if holes.any():
         rows = np.where(holes[:, None], rows.dtype.type(eos_id), rows)
     stride = rows.shape[1]
-    ends = np.flatnonzero(rows == eos_id)
-    in_row, place = np.divmod(ends, stride)
-    inside = place < stride - 1
-    ends, in_row, place = ends[inside], in_row[inside], place[inside]
+    ends = (rows == eos_id).ravel().nonzero()[0]
+    in_row = ends // stride
+    place = ends - in_row * stride
+    document_ends, inside = ends - in_row, place < stride - 2
+    if len(last := (place == stride - 1).nonzero()[0]):
+        document_ends = np.delete(document_ends, last)
+    into = np.empty(rows.shape, np.int64) if into is None else into
+    np.copyto(into, rows)
     return Batch(
-        rows=torch.from_numpy(rows.astype(np.int64)),
+        rows=torch.from_numpy(into),
         eos_id=eos_id,
-        source_ids=torch.tensor(source_ids),
-        sample_ids=torch.tensor(sample_ids),
-        run_positions=torch.tensor(run_positions),
-        document_ends=(ends - in_row).astype(np.int32),
-        single_document=not ((place < stride - 2) & ~holes[in_row]).any(),
+        source_ids=torch.from_numpy(source_ids.copy()),
+        sample_ids=torch.from_numpy(sample_ids.copy()),
+        run_positions=torch.from_numpy(run_positions.copy()),
+        document_ends=document_ends.astype(np.int32),
+        single_document=not (inside & ~holes[in_row]).any(),
     )

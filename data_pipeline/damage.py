@@ -62,6 +62,11 @@ class Damage:
     offset: int
     reason: Reason
 
+    @property
+    def place(self) -> str:
+        """Where the damage lies and what it is, in words."""
+        return f"shard {self.shard} of source {self.source!r}, block {self.block} at byte {self.offset}: {self.reason}"
+
     @classmethod
     def of(cls, error: DamagedBlockError, position: int, source: str, sample: int) -> Damage:
         return cls(position, source, sample, error.shard, error.block, error.offset, error.reason)

@@ -1,12 +1,11 @@
 """Steps of a run for one rank, made ahead by a thread; and finite batches of held-out data.
 
-Within a step that begins at position p, micro-step g, rank r of W and row i of b hold position
-``p + g W b + r b + i``: the sequences of one micro-step over all ranks are neighbours in the order.
+Within a step that takes the sequences s = 0, 1, 2, ... micro-step g, rank r of W and row i of b hold sequence
+``g W b + r b + i``: the sequences of one micro-step over all ranks are neighbours in the order.
 """
 
 from __future__ import annotations
 
-import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -17,29 +16,42 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .batches import Batch, make_batch
+from .ahead import Ahead
+from .batch_plan import BatchPlan
+from .batches import HOLE, Batch, make_batch
+from .damage import Damage, DamagedBlockError, OnDamage
 from .errors import UserError
-from .order import Located, Order
-from .permutation import IntArray
+from .order import Order
 from .reader import TokenSource
+from .schedule import LocatedStep, Schedule, step_offsets
+from .watchdog import Watchdog
 
-_ORDER_CHUNK = 1024
-"""Positions located in one go, at least: one by one, the order would cost a hundred times more."""
+Rows = npt.NDArray[np.unsignedinteger[Any]]
 
 
 @dataclass(frozen=True)
 class Step:
-    """One rank's share of an optimizer step that begins at ``position`` of the run."""
+    """One rank's share of an optimizer step.
+
+    Attributes:
+        position: where the step begins.
+        next_position: where the next step does; not always ``position + global_batch``, for ranges may be skipped.
+        global_batch: sequences of the step over all ranks.
+        micro_batches: this rank's, in their order.
+        damage: of this rank's rows: the holes in ``micro_batches``.
+    """
 
     position: int
+    next_position: int
+    global_batch: int
     micro_batches: tuple[Batch, ...]
+    damage: tuple[Damage, ...] = ()
 
 
 class StepLoader:
-    """The steps of one rank over the positions ``[start_position, end_position)``; an iterator and a context manager.
+    """The steps ``[start_step, end_step)`` of one rank; an iterator and a context manager.
 
-    Only whole steps are made: fewer than ``global_batch`` positions may be left over at the end. The state is
-    :attr:`position`; it counts steps handed out, never steps made ahead. No random state is used.
+    The state is :attr:`position`; it counts steps handed out, never steps made ahead. No random state is used.
 
     Args:
         order: says what every position holds.
@@ -47,15 +59,20 @@ class StepLoader:
         rank: this rank.
         world_size: the number of ranks.
         micro_batch: sequences per rank and micro-step.
-        global_batch: sequences per step over all ranks; a multiple of ``world_size * micro_batch``.
+        plan: says which positions each step takes; each batch a multiple of ``world_size * micro_batch``.
         seq_len: tokens per sequence; what the sources were opened with.
-        start_position: of the first step: 0, or what a checkpoint kept.
-        end_position: no step goes beyond it.
+        start_step: the first step: 0, or what a checkpoint kept.
+        start_position: where it begins: 0, or what a checkpoint kept.
+        end_step: the step after the last one.
         prefetch: steps made ahead by a daemon thread; 0 makes each step when it is asked for.
         pin_memory: hand out page-locked tensors (needs CUDA).
+        on_damage: ``"hole"``: a sequence that is damaged becomes a hole at its position, told of by
+            :attr:`Step.damage`; ``"stop"``: an error in place of its step.
+        watchdog_seconds: how long one read may take before ``on_wait`` is told; None: for ever.
+        on_wait: takes a message that names what a read waits for, in another thread.
 
     Raises:
-        UserError: the global batch can't be divided so, or the sources do not fit the order or one another.
+        UserError: a batch can't be divided so, or the sources do not fit the order or one another.
     """
 
     def __init__(
@@ -66,35 +83,53 @@ class StepLoader:
         rank: int,
         world_size: int,
         micro_batch: int,
-        global_batch: int,
+        plan: BatchPlan,
         seq_len: int,
+        start_step: int,
         start_position: int,
-        end_position: int,
+        end_step: int,
         prefetch: int = 2,
         pin_memory: bool = False,
+        on_damage: OnDamage = "stop",
+        watchdog_seconds: float | None = None,
+        on_wait: Callable[[str], None] = print,
     ) -> None:
         _check_sources(order, sources, seq_len)
-        self._offsets = step_offsets(rank, world_size, micro_batch, global_batch)
-        self._order, self._sources, self._pin_memory = order, tuple(sources), pin_memory
-        self._global_batch, self._end, self._next_made = global_batch, end_position, start_position
-        self._chunk_start, self._chunk = start_position, order.locate(start_position, 0)
+        self._schedule = Schedule(
+            order,
+            plan,
+            rank=rank,
+            world_size=world_size,
+            micro_batch=micro_batch,
+            step=start_step,
+            position=start_position,
+            end_step=end_step,
+        )
+        self._order, self._sources = order, tuple(sources)
+        self._pin_memory, self._on_damage = pin_memory, on_damage
+        self._located: deque[LocatedStep] = deque()
+        self._rows: Rows = np.empty((0, seq_len + 1), sources[0].manifest.layout.token_dtype)
         self.position = start_position
         """Where the next step begins."""
         self.waited = 0.0
         """Seconds that the last :meth:`next_step` took: the data wait."""
-        self._ahead = _Ahead(self._make, prefetch) if prefetch else None
+        names = [source.name for source in order.sources]
+        self._watchdog = None
+        if watchdog_seconds is not None:
+            self._watchdog = Watchdog(list(zip(names, sources, strict=True)), watchdog_seconds, on_wait)
+        self._ahead = Ahead(self._make, prefetch) if prefetch else None
 
     def next_step(self) -> Step:
         """The next step.
 
         Raises:
-            StopIteration: no whole step is left before the end position.
+            StopIteration: the end step is reached.
             DataError: as :meth:`TokenSource.read`; comes in place of the step that could not be made.
         """
         began = time.perf_counter()
         step = self._ahead.take() if self._ahead else self._make()
         self.waited = time.perf_counter() - began
-        self.position += self._global_batch
+        self.position = step.next_position
         return step
 
     def __iter__(self) -> Iterator[Step]:
@@ -103,9 +138,11 @@ class StepLoader:
     __next__ = next_step
 
     def close(self) -> None:
-        """End the thread, after the step it is at. The sources stay open."""
+        """End the threads, after the step they are at. The sources stay open."""
         if self._ahead:
             self._ahead.close()
+        if self._watchdog:
+            self._watchdog.close()
 
     def __enter__(self) -> StepLoader:
         return self
@@ -116,23 +153,41 @@ class StepLoader:
         self.close()
 
     def _make(self) -> Step:
-        position = self._next_made
-        if position + self._global_batch > self._end:
-            raise StopIteration
-        if position + self._global_batch > self._chunk_start + len(self._chunk.source):
-            steps = -(-_ORDER_CHUNK // self._global_batch)
-            self._chunk_start, self._chunk = position, self._order.locate(position, steps * self._global_batch)
-        mine = self._offsets + (position - self._chunk_start)
-        located = Located(*(values[mine] for values in self._chunk))
-        rows = _read(self._sources, located)
-        sample_ids = self._order.sample_bases[located.source] + located.sequence
+        if not self._located:
+            self._located.extend(self._schedule.next_chunk())
+            if not self._located:
+                raise StopIteration
+        step = self._located[0]
+        sample_ids = self._order.sample_bases[step.source] + step.sequence
+        damage = []
+        for row, error in sorted(self._read(step).items()):
+            if self._on_damage == "stop":
+                raise error
+            name = self._order.sources[step.source.flat[row]].name
+            damage.append(Damage.of(error, int(step.positions.flat[row]), name, int(sample_ids.flat[row])))
+            sample_ids.flat[row] = HOLE
+        self._located.popleft()
+        rows = self._rows.reshape(*step.positions.shape, -1)
+        # one piece of memory a step: many smaller ones are given back to the system, and faulted in anew, at every step
+        into, eos_id = np.empty(rows.shape, np.int64), self._sources[0].eos_id
         batches = (
-            make_batch(rows[g], self._sources[0].eos_id, located.source[g], sample_ids[g], position + self._offsets[g])
+            make_batch(rows[g], eos_id, step.source[g], sample_ids[g], step.positions[g], into[g])
             for g in range(len(rows))
         )
-        step = Step(position, tuple(batch.pin_memory() if self._pin_memory else batch for batch in batches))
-        self._next_made = position + self._global_batch
-        return step
+        made = tuple(batch.pin_memory() if self._pin_memory else batch for batch in batches)
+        return Step(step.position, step.next_position, step.global_batch, made, tuple(damage))
+
+    def _read(self, step: LocatedStep) -> dict[int, DamagedBlockError]:
+        """Fill ``_rows`` [G b, T + 1] with the step's tokens; returns what is wrong, by row."""
+        if len(self._rows) != step.positions.size:
+            # one buffer for all steps: batches hold copies of it, and fresh memory costs more than reading into it
+            self._rows = np.empty((step.positions.size, self._rows.shape[1]), self._rows.dtype)
+        sources, sequences = step.source.ravel(), step.sequence.ravel()
+        damage: dict[int, DamagedBlockError] = {}
+        for number in np.unique(sources).tolist():
+            places = np.flatnonzero(sources == number)
+            damage |= self._sources[number].read_into(sequences[places], self._rows, places)
+        return damage
 
 
 class EvaluationLoader:
@@ -149,9 +204,11 @@ class EvaluationLoader:
         sequences: how many of the source's sequences, at most; ``None``: all.
         source_id: what the batches' ``source_ids`` say.
         pin_memory: hand out page-locked tensors (needs CUDA).
+        on_damage: ``"hole"``: a sequence that is damaged becomes a hole, told of by :attr:`damage`.
+        name: the source's, for :attr:`damage`.
 
     Raises:
-        UserError: ``sequences`` is not positive.
+        UserError: fewer than one sequence is asked for.
     """
 
     def __init__(
@@ -164,12 +221,17 @@ class EvaluationLoader:
         sequences: int | None = None,
         source_id: int = 0,
         pin_memory: bool = False,
+        on_damage: OnDamage = "stop",
+        name: str = "heldout",
     ) -> None:
         if sequences is not None and sequences < 1:
             raise UserError(f"an evaluation of {sequences} sequences measures nothing. Ask for 1 or more, or for all.")
         self._source, self._source_id, self._pin_memory = source, source_id, pin_memory
+        self._on_damage, self._name = on_damage, name
         self.sequences = source.sequences if sequences is None else min(sequences, source.sequences)
         """The number of sequences that all ranks together see."""
+        self.damage: list[Damage] = []
+        """The holes of this rank since the iteration began, those that only fill up left out."""
         self._per_batch = world_size * micro_batch
         self._offsets = step_offsets(rank, world_size, micro_batch, self._per_batch)[0]
 
@@ -177,41 +239,22 @@ class EvaluationLoader:
         return -(-self.sequences // self._per_batch)
 
     def __iter__(self) -> Iterator[Batch]:
+        self.damage = []
         for number in range(len(self)):
             indices = number * self._per_batch + self._offsets
-            indices = np.where(indices < self.sequences, indices, -1)
-            rows = self._source.read(np.maximum(indices, 0))
+            indices = np.where(indices < self.sequences, indices, HOLE)
+            rows, damage = self._source.read_or_damage(np.maximum(indices, 0))
+            sample_ids = indices.copy()
+            for row, error in sorted(damage.items()):
+                if indices[row] == HOLE:
+                    continue
+                if self._on_damage == "stop":
+                    raise error
+                self.damage.append(Damage.of(error, int(indices[row]), self._name, int(indices[row])))
+                sample_ids[row] = HOLE
             source_ids = np.full(len(indices), self._source_id)
-            batch = make_batch(rows, self._source.eos_id, source_ids, indices, indices)
+            batch = make_batch(rows, self._source.eos_id, source_ids, sample_ids, indices)
             yield batch.pin_memory() if self._pin_memory else batch
-
-
-def step_offsets(rank: int, world_size: int, micro_batch: int, global_batch: int) -> IntArray:
-    """A rank's positions within a step, int64 [micro-steps, micro_batch], counted from the step's first.
-
-    Raises:
-        UserError: ``global_batch`` is not a multiple of ``world_size * micro_batch``.
-    """
-    per_micro_step = world_size * micro_batch
-    if per_micro_step < 1 or global_batch < 1 or global_batch % per_micro_step:
-        raise UserError(
-            f"a global batch of {global_batch} sequences can't be divided into micro-batches of {micro_batch} on "
-            f"{world_size} ranks: it must be a multiple of {micro_batch} x {world_size} = {per_micro_step}."
-        )
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank {rank} of {world_size}")
-    starts = np.arange(0, global_batch, per_micro_step)
-    return starts[:, None] + (rank * micro_batch + np.arange(micro_batch))
-
-
-def _read(sources: Sequence[TokenSource], located: Located) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """The tokens of the located sequences [G, b], as [G, b, T + 1]."""
-    dtype = np.result_type(*(source.manifest.dtype for source in sources))
-    rows = np.empty((*located.source.shape, sources[0].seq_len + 1), dtype)
-    for source in np.unique(located.source).tolist():
-        here = located.source == source
-        rows[here] = sources[source].read(located.sequence[here])
-    return rows
 
 
 def _check_sources(order: Order, sources: Sequence[TokenSource], seq_len: int) -> None:
@@ -226,60 +269,8 @@ def _check_sources(order: Order, sources: Sequence[TokenSource], seq_len: int) -
             )
         if source.manifest.tokenizer_sha256 != first.tokenizer_sha256:
             raise UserError(
-                f"the data set {source.folder} of source {ordered.name!r} was made with another tokenizer "
-                f"({source.manifest.tokenizer_sha256[:12]}...) than {sources[0].folder} of source "
+                f"the data set {source.root} of source {ordered.name!r} was made with another tokenizer "
+                f"({source.manifest.tokenizer_sha256[:12]}...) than {sources[0].root} of source "
                 f"{order.sources[0].name!r} ({first.tokenizer_sha256[:12]}...). "
                 "Prepare one of them again with the other's tokenizer.model."
             )
-
-
-class _Ahead:
-    """A daemon thread that calls ``make`` and keeps up to ``depth`` steps ready.
-
-    The first exception ends the thread; it is handed out after the steps made before it, and at every call from then
-    on (the end of the data is such an exception too).
-    """
-
-    def __init__(self, make: Callable[[], Step], depth: int) -> None:
-        self._make, self._depth = make, depth
-        self._ready: deque[Step] = deque()
-        self._failure: BaseException | None = None
-        self._closed = False
-        self._changed = threading.Condition()
-        self._thread = threading.Thread(target=self._run, name="step-loader", daemon=True)
-        self._thread.start()
-
-    def take(self) -> Step:
-        with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._failure or self._closed)
-            if self._closed:
-                raise RuntimeError("the step loader is closed")
-            if not self._ready:
-                assert self._failure is not None
-                raise self._failure
-            self._changed.notify_all()
-            return self._ready.popleft()
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._ready.clear()
-            self._changed.notify_all()
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            while self._wait_for_room():
-                step = self._make()
-                with self._changed:
-                    self._ready.append(step)
-                    self._changed.notify_all()
-        except BaseException as error:  # noqa: BLE001 - it belongs to whoever takes the next step
-            with self._changed:
-                self._failure = error
-                self._changed.notify_all()
-
-    def _wait_for_room(self) -> bool:
-        with self._changed:
-            self._changed.wait_for(lambda: len(self._ready) < self._depth or self._closed)
-            return not self._closed

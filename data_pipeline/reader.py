@@ -17,7 +17,7 @@ from .damage import DamagedBlockError, OnDamage
 from .errors import DataError, UserError
 from .manifest import Manifest, read_manifest
 from .permutation import IntArray
-from .shard_files import LocalShards, ShardFiles
+from .shard_files import LocalShards, OpenFile, ShardFiles
 from .shard_table import ShardTable
 
 _WHOLE_BLOCK = 0.5
@@ -86,9 +86,10 @@ class TokenSource:
         self._first_blocks = np.cumsum(np.concatenate([[0], self.shards.blocks]), dtype=np.int64)
         self._per_block = self._layout.block_tokens // seq_len
         self._many = self._per_block * _WHOLE_BLOCK
-        self._stride, self._sequence_bytes = self._layout.member_stride, seq_len * self._layout.token_bytes
+        self._first_offset, self._stride = self._layout.data_offset(0), self._layout.member_stride
+        self._sequence_bytes = seq_len * self._layout.token_bytes
         # one bit a block: 19 MB for the 10^13 tokens of 10^5 shards
-        self._checked = np.zeros((int(self._first_blocks[-1]) + 7) // 8, np.uint8)
+        self._checked = bytearray((int(self._first_blocks[-1]) + 7) // 8)
         self._damaged: dict[int, DamagedBlockError] = {}
         self._block = np.empty(self._layout.block_tokens + 1, self._layout.token_dtype)
         self.reading: tuple[int, int] | None = None
@@ -161,19 +162,20 @@ class TokenSource:
             IndexError: an index lies outside ``range(sequences)``.
             OSError: the disk.
         """
+        if rows.dtype != self._block.dtype or not rows.flags.c_contiguous:
+            raise ValueError(f"rows are {rows.dtype}; they must be contiguous {self._block.dtype}")
         if not len(indices):
             return {}
-        if not (indices.min() >= 0 and indices.max() < self.sequences):
-            raise IndexError(f"sequences {indices.min()} to {indices.max()} of a source that has {self.sequences}")
-        if rows.dtype != self._layout.token_dtype or not rows.flags.c_contiguous:
-            raise ValueError(f"rows are {rows.dtype}; they must be contiguous {self._layout.token_dtype}")
         by_offset = np.argsort(indices, kind="stable")
-        shards, blocks, within = self._locate(indices[by_offset])
+        ascending = indices[by_offset]
+        if ascending[0] < 0 or ascending[-1] >= self.sequences:
+            raise IndexError(f"sequences {ascending[0]} to {ascending[-1]} of a source that has {self.sequences}")
+        shards, blocks, within = self._locate(ascending)
         numbers = self._first_blocks[shards] + blocks
-        checked = (self._checked[numbers >> 3] >> (numbers & 7).astype(np.uint8) & 1).tolist()
-        offsets = (self._layout.data_offset(0) + blocks * self._stride + within * self._sequence_bytes).tolist()
-        edges = [0, *(np.flatnonzero(numbers[1:] != numbers[:-1]) + 1).tolist(), len(numbers)]
+        offsets = (self._first_offset + blocks * self._stride + within * self._sequence_bytes).tolist()
+        edges = [0, *((numbers[1:] != numbers[:-1]).nonzero()[0] + 1).tolist(), len(numbers)]
         shard_of, block_of, number_of, place_of = (x.tolist() for x in (shards, blocks, numbers, places[by_offset]))
+        content, row_bytes = rows.data.cast("B"), rows.strides[0]
         damage: dict[int, DamagedBlockError] = {}
         with self._lock:
             try:
@@ -181,17 +183,20 @@ class TokenSource:
                     shard, block, number = shard_of[first], block_of[first], number_of[first]
                     self.reading = (shard, block)
                     span = None if windows is None else self._span(shard, windows[:, by_offset[first]])
-                    group = place_of[first:stop], offsets[first:stop]
                     try:
                         if number in self._damaged:
                             raise self._damaged[number]
-                        if not checked[first] or stop - first >= self._many:
-                            self._read_block(number, shard, block, span, rows, *group)
-                        elif not self._read_rows(shard, block, span, rows, *group):
+                        if stop - first < self._many and self._checked[number >> 3] >> (number & 7) & 1:
+                            file = self._files.open(shard, block, span)
+                            if _read_rows(file, content, row_bytes, place_of[first:stop], offsets[first:stop]):
+                                continue
                             # what was there before is gone: perhaps from a cache, where it can be fetched again
-                            self._read_block(number, shard, block, span, rows, *group)
+                        self._read_block(number, shard, block, span)
+                        for place, offset in zip(place_of[first:stop], offsets[first:stop], strict=True):
+                            begin = (offset - self._layout.data_offset(block)) // self._block.itemsize
+                            rows[place] = self._block[begin : begin + self.seq_len + 1]
                     except DamagedBlockError as error:
-                        damage |= dict.fromkeys(group[0], error)
+                        damage |= dict.fromkeys(place_of[first:stop], error)
             finally:
                 self.reading = None
         for row in damage:
@@ -230,51 +235,20 @@ class TokenSource:
         blocks, within = np.divmod(indices - self._starts[shards], self._per_block)
         return shards, blocks, within
 
-    def _read_rows(
-        self,
-        shard: int,
-        block: int,
-        span: tuple[int, int] | None,
-        rows: npt.NDArray[np.unsignedinteger[Any]],
-        places: list[int],
-        offsets: list[int],
-    ) -> bool:
-        """Read single sequences of a block that was checked before; False where the file ends before one does."""
-        file = self._files.open(shard, block, span)
-        row_bytes = rows.strides[0]
-        content = memoryview(rows).cast("B")
-        for place, offset in zip(places, offsets, strict=True):
-            if file.read(content[place * row_bytes : (place + 1) * row_bytes], offset) < row_bytes:
-                return False
-        return True
-
-    def _read_block(
-        self,
-        number: int,
-        shard: int,
-        block: int,
-        span: tuple[int, int] | None,
-        rows: npt.NDArray[np.unsignedinteger[Any]],
-        places: list[int],
-        offsets: list[int],
-    ) -> None:
-        """Read a whole block, check it on first touch, and cut its sequences out."""
-        start = self._layout.data_offset(block)
+    def _read_block(self, number: int, shard: int, block: int, span: tuple[int, int] | None) -> None:
+        """Read a whole block into ``_block``, check it on first touch; anew where it is damaged and that can help."""
         while True:
             try:
-                self._fetch_block(number, shard, block, start, span)
+                self._fetch_block(number, shard, block, span)
                 break
             except DamagedBlockError as error:
                 if not self._files.again(shard, span):
                     self._damaged[number] = error
                     raise
         self._checked[number >> 3] |= 1 << (number & 7)
-        for place, offset in zip(places, offsets, strict=True):
-            first = (offset - start) // self._block.itemsize
-            rows[place] = self._block[first : first + self.seq_len + 1]
 
-    def _fetch_block(self, number: int, shard: int, block: int, start: int, span: tuple[int, int] | None) -> None:
-        content = memoryview(self._block).cast("B")
+    def _fetch_block(self, number: int, shard: int, block: int, span: tuple[int, int] | None) -> None:
+        content, start = self._block.data.cast("B"), self._layout.data_offset(block)
         got = self._files.open(shard, block, span).read(content, start)
         if got < len(content):
             what = f"ends at byte {start + got}, inside block {block} (bytes {start} to {start + len(content)})"
@@ -293,8 +267,12 @@ class TokenSource:
         sizes, expected = self._files.sizes(mine), self.shards.bytes[mine]
         missing, wrong = mine[sizes < 0], mine[(sizes >= 0) & (sizes != expected)]
         if self.on_damage == "stop" and (len(missing) or len(wrong)):
-            advice = f"Run `pretrain-data verify {self.root}` to see all damage, then restore what is wrong from a copy."
-            raise DataError(f"{self._list_wrong(missing, wrong, dict(zip(mine.tolist(), sizes, strict=True)))}. {advice}")
+            advice = (
+                f"Run `pretrain-data verify {self.root}` to see all damage, then restore what is wrong from a copy."
+            )
+            raise DataError(
+                f"{self._list_wrong(missing, wrong, dict(zip(mine.tolist(), sizes, strict=True)))}. {advice}"
+            )
         return len(missing) + len(wrong)
 
     def _list_wrong(self, missing: IntArray, wrong: IntArray, sizes: dict[int, int]) -> str:
@@ -320,7 +298,27 @@ _NAMED = 5
 """Shards that a message names one by one."""
 
 _ALIVE: weakref.WeakSet[TokenSource] = weakref.WeakSet()
-os.register_at_fork(after_in_child=lambda: [source._after_fork() for source in list(_ALIVE)])
+
+
+def _read_rows(file: OpenFile, content: memoryview, row_bytes: int, places: list[int], offsets: list[int]) -> bool:
+    """Read single sequences into their rows of ``content``; False where that failed: a slower reader says why."""
+    descriptor, start = file.descriptor, file.start
+    for place, offset in zip(places, offsets, strict=True):
+        begin = place * row_bytes
+        try:
+            if os.preadv(descriptor, [content[begin : begin + row_bytes]], offset - start) != row_bytes:
+                return False
+        except OSError:
+            return False
+    return True
+
+
+def _renew_all() -> None:
+    for source in list(_ALIVE):
+        source._after_fork()
+
+
+os.register_at_fork(after_in_child=_renew_all)
 
 
 def _open(arguments: dict[str, Any]) -> TokenSource:

@@ -44,24 +44,31 @@ class RecentlyUsed(Generic[Key, Value]):
     def __init__(self, limit: int) -> None:
         self._limit = limit
         self._kept: OrderedDict[Key, Value] = OrderedDict()
+        self._last: tuple[Key | None, Value | None] = None, None
 
     def get(self, key: Key) -> Value | None:
+        if key == self._last[0]:
+            return self._last[1]
         value = self._kept.get(key)
         if value is not None:
             self._kept.move_to_end(key)
+            self._last = key, value
         return value
 
     def put(self, key: Key, value: Value) -> Value:
         while len(self._kept) >= self._limit:
             self._kept.popitem(last=False)[1].close()
         self._kept[key] = value
+        self._last = key, value
         return value
 
     def drop(self, key: Key) -> None:
         if key in self._kept:
             self._kept.pop(key).close()
+        self._last = None, None
 
     def clear(self) -> None:
+        self._last = None, None
         while self._kept:
             self._kept.popitem()[1].close()
 
@@ -146,8 +153,9 @@ class ShardFiles(ABC):
     def sizes(self, shards: IntArray) -> IntArray:
         """The bytes of each shard's file [n]; -1 where there is none."""
 
+    @abstractmethod
     def after_fork(self) -> None:
-        """Called in a forked child: threads are gone, and locks may be held by nobody."""
+        """Called in a forked child: the parent's threads are gone."""
 
     def where(self, shard: int) -> str:
         """The path or address of a shard."""
@@ -163,11 +171,11 @@ class ShardFiles(ABC):
         checksums = self._checksums.get(shard) or self._checksums.put(shard, self._read_checksums(shard, block))
         expected = int(checksums.values[block])
         if found != expected:
-            raise self.damage(
-                shard, block, "checksum",
-                f"block {block} at byte offset {self.layout.data_offset(block)} is damaged: its CRC32C is {found:#010x}, "
-                f"{expected:#010x} was recorded when it was written",
-            )  # fmt: skip
+            what = (
+                f"block {block} at byte offset {self.layout.data_offset(block)} is damaged: its CRC32C is {found:#010x}"
+            )
+            what += f", {expected:#010x} was recorded when it was written"
+            raise self.damage(shard, block, "checksum", what)
 
     def damage(self, shard: int, block: int, reason: Reason, what: str) -> DamagedBlockError:
         """The error of a block: ``what`` goes on after the name of the shard."""
@@ -217,6 +225,9 @@ class LocalShards(ShardFiles):
 
     def again(self, shard: int, span: tuple[int, int] | None) -> bool:
         return False
+
+    def after_fork(self) -> None:
+        """Descriptors are the child's own, and ``preadv`` moves no offset."""
 
     def read_index(self, shard: int) -> bytes:
         return Path(self.where(shard).removesuffix(".tar") + ".idx").read_bytes()

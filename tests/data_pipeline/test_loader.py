@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import json
 import os
 import subprocess
@@ -10,7 +11,6 @@ import sys
 import threading
 import time
 import tracemalloc
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +18,14 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.layout import shard_path
-from data_pipeline.loader import Step, StepLoader, step_offsets
+from data_pipeline.loader import Step, StepLoader
 from data_pipeline.mixture import Phase
 from data_pipeline.order import Order, OrderSource
 from data_pipeline.reader import TokenSource
+from data_pipeline.schedule import step_offsets
 from data_pipeline.testing import write_token_dataset
 
 SEQ = 16
@@ -65,10 +67,11 @@ def make_loader(order: Order, sources: list[TokenSource], **changes: Any) -> Ste
         "rank": 0,
         "world_size": 1,
         "micro_batch": BATCH,
-        "global_batch": BATCH,
+        "plan": BatchPlan(BATCH),
         "seq_len": SEQ,
+        "start_step": 0,
         "start_position": 0,
-        "end_position": STEPS * BATCH,
+        "end_step": STEPS,
         "prefetch": 0,
     }
     return StepLoader(order, sources, **{**settings, **changes})
@@ -169,9 +172,9 @@ def test_a_run_in_random_legs_of_other_shapes_gives_one_stream(
                     rank=rank,
                     world_size=world_size,
                     micro_batch=micro_batch,
-                    global_batch=global_batch,
+                    plan=BatchPlan(global_batch),
                     start_position=position,
-                    end_position=position + 1000,
+                    end_step=1000,
                     prefetch=int(rng.integers(0, 4)),
                 )
                 for rank in range(world_size)
@@ -204,13 +207,14 @@ PROGRAM = """
 import json, pathlib, random, sys
 import numpy, torch
 from data_pipeline import Order, OrderSource, StepLoader, TokenSource
+from data_pipeline.batch_plan import BatchPlan
 
 random.seed(5), numpy.random.seed(5), torch.manual_seed(5)
 states = random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist()
 sources = [TokenSource(pathlib.Path(sys.argv[1]), domain, "train", 16) for domain in ("code", "docs")]
 order = Order(3, [OrderSource(source.domain, source.sequences) for source in sources])
-shape = dict(rank=1, world_size=2, micro_batch=2, global_batch=8, seq_len=16)
-with StepLoader(order, sources, **shape, start_position=40, end_position=80, prefetch=2) as loader:
+shape = dict(rank=1, world_size=2, micro_batch=2, plan=BatchPlan(8), seq_len=16)
+with StepLoader(order, sources, **shape, start_step=5, start_position=40, end_step=10, prefetch=2) as loader:
     print(json.dumps([[batch.sample_ids.tolist() for batch in step.micro_batches] for step in loader]))
 assert states == (random.getstate(), numpy.random.get_state()[1].tolist(), torch.get_rng_state().tolist())
 """
@@ -225,14 +229,14 @@ def test_no_hash_seed_and_no_random_state_matters(folder: Path, sources: list[To
         check=True,
     ).stdout
     order = Order(3, [OrderSource(str(source.domain), source.sequences) for source in sources])
-    shape = {"rank": 1, "world_size": 2, "micro_batch": 2, "global_batch": 8}
-    steps = run_steps(order, sources, **shape, start_position=40, end_position=80)
+    shape = {"rank": 1, "world_size": 2, "micro_batch": 2, "plan": BatchPlan(8)}
+    steps = run_steps(order, sources, **shape, start_step=5, start_position=40, end_step=10)
     assert json.loads(output) == [[batch.sample_ids.tolist() for batch in step.micro_batches] for step in steps]
 
 
-def test_only_whole_steps_are_made_and_the_end_stays_the_end(order: Order, sources: list[TokenSource]) -> None:
+def test_the_end_stays_the_end(order: Order, sources: list[TokenSource]) -> None:
     for prefetch in (0, 2):
-        with make_loader(order, sources, end_position=3 * BATCH - 1, prefetch=prefetch) as loader:
+        with make_loader(order, sources, end_step=2, prefetch=prefetch) as loader:
             assert [step.position for step in loader] == [0, BATCH]
             assert loader.position == 2 * BATCH
             for _ in range(2):
@@ -262,7 +266,7 @@ def test_damage_stops_the_run_after_the_steps_before_it_and_every_time(
     with open(shard_path(copy, "000000"), "r+b") as handle:
         handle.seek(source.manifest.layout.data_offset(bad_block) + 10)
         handle.write(b"\xff\xfe")
-    settings = {"micro_batch": 2, "global_batch": 2, "end_position": 1000, "prefetch": prefetch}
+    settings = {"micro_batch": 2, "plan": BatchPlan(2), "end_step": 500, "prefetch": prefetch}
     with make_loader(order, [source], **settings) as loader:
         for _ in range(hit // 2):
             loader.next_step()
@@ -286,13 +290,13 @@ def test_close_ends_the_thread_and_may_be_called_twice(order: Order, sources: li
 
 
 def test_the_wait_is_measured(order: Order, sources: list[TokenSource], monkeypatch: pytest.MonkeyPatch) -> None:
-    read = sources[0].read
+    read = sources[0].read_into
 
-    def slow(indices: Any) -> Any:
+    def slow(*arguments: Any) -> Any:
         time.sleep(0.2)
-        return read(indices)
+        return read(*arguments)
 
-    monkeypatch.setattr(sources[0], "read", slow)
+    monkeypatch.setattr(sources[0], "read_into", slow)
     with make_loader(order, sources, prefetch=0) as loader:
         loader.next_step()
         assert loader.waited >= 0.2
@@ -303,19 +307,18 @@ def test_the_wait_is_measured(order: Order, sources: list[TokenSource], monkeypa
 
 
 def test_batches_share_no_memory_with_one_another(order: Order, sources: list[TokenSource]) -> None:
-    steps = run_steps(order, sources, micro_batch=6, prefetch=2)
-    storages = [
-        value.untyped_storage().data_ptr()
-        for step in steps
+    places = [
+        (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
+        for step in run_steps(order, sources, micro_batch=6, prefetch=2)
         for batch in step.micro_batches
-        for value in (getattr(batch, field.name) for field in fields(batch))
-        if isinstance(value, torch.Tensor)
+        for tensor in (batch.rows, batch.source_ids, batch.sample_ids, batch.run_positions)
     ]
-    assert len(set(storages)) == len(storages) == STEPS * 4 * 4  # rows and three kinds of ids
+    assert len(places) == STEPS * 4 * 4
+    assert all(before[1] <= after[0] for before, after in itertools.pairwise(sorted(places)))
 
 
 def test_memory_is_flat_over_many_steps(order: Order, sources: list[TokenSource]) -> None:
-    with make_loader(order, sources, micro_batch=2, global_batch=4, end_position=1 << 40, prefetch=2) as loader:
+    with make_loader(order, sources, micro_batch=2, plan=BatchPlan(4), end_step=1 << 40, prefetch=2) as loader:
         for _ in range(300):
             loader.next_step()
         gc.collect()
