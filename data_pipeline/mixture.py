@@ -21,7 +21,7 @@ from typing import NamedTuple
 import numpy as np
 
 from .errors import UserError
-from .permutation import IntArray, derive_keys, mix64
+from .permutation import LARGEST, IntArray, derive_keys, mix64
 
 MIXTURE_BLOCK = 65_536
 _CACHED_BLOCKS = 8
@@ -164,6 +164,8 @@ class Mixture:
         drawn = np.flatnonzero((counts > 0) & (ordinals >= 0))
         blocks, ranks = np.divmod(ordinals[drawn] - used[numbers[drawn]], counts[drawn])
         for number, block in {(int(n), int(b)) for n, b in zip(numbers[drawn], blocks, strict=True)}:
+            if self._block_start(number, block) >= LARGEST:
+                continue
             here = (numbers[drawn] == number) & (blocks == block)
             item = int(self._spans[number].counts[:source].sum()) + ranks[here]
             positions[drawn[here]] = self._block_start(number, block) + self._table(number, block).slot[item]

@@ -96,8 +96,13 @@ class Order:
         return Located(*self._positions.locate(start, count))
 
     def position_of(self, source: int, sequence: npt.ArrayLike, epoch: npt.ArrayLike) -> IntArray:
-        """The positions at which a source's sequences [k] come in their epochs [k] (or one epoch); -1 for never."""
+        """The positions at which a source's sequences [k] come in their epochs [k] (or one epoch); -1 for never.
+
+        Raises:
+            ValueError: the source has no such sequence.
+        """
         sequences, epochs = np.broadcast_arrays(np.asarray(sequence, np.int64), np.asarray(epoch, np.int64))
+        self._check_sequences(source, sequences)
         return self._positions.position_of(source, sequences, epochs)
 
     def window(self, source: int, sequences: npt.ArrayLike) -> tuple[IntArray, IntArray]:
@@ -106,8 +111,13 @@ class Order:
         The window is what is best fetched at once: it is the same in every epoch, entered once in each, and left for
         good in that epoch when all of its sequences were drawn. Where sequences come from anywhere (the order
         ``full``, and a source too small to be cut) it is the whole source.
+
+        Raises:
+            ValueError: the source has no such sequence.
         """
-        return self._positions.window(source, np.asarray(sequences, np.int64))
+        indices = np.asarray(sequences, np.int64)
+        self._check_sequences(source, indices)
+        return self._positions.window(source, indices)
 
     def needed(self, end: int) -> IntArray:
         """How many sequences of each source the positions ``[0, end)`` draw, repeats counted; int64 [S]."""
@@ -156,6 +166,11 @@ class Order:
         if self.windows:
             identity |= {"strata": self.windows.strata, "window_sequences": self.windows.sequences}
         return identity
+
+    def _check_sequences(self, source: int, sequences: IntArray) -> None:
+        size = self.sources[source].sequences
+        if strange := sequences[(sequences < 0) | (sequences >= size)].tolist():
+            raise ValueError(f"source {self.sources[source].name!r} has {size} sequences, none of number {strange[0]}")
 
 
 def difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:

@@ -13,7 +13,9 @@ Carlo Methods", SIAM 1992, chapter 5), and all that the order needs follows from
   as a/M, (a mod R)/R and k/K have small partial quotients, no slot, no run of rows and no run of columns is ever more
   than a few draws away from it (ibid., section 3.1; the tests hold the bounds).
 
-Counting back is a search in a table of M entries, whatever the position.
+Counting back is a search in a table of M entries, whatever the position. Which stratum of a source a slot reads is
+another such walk: neighbouring slots, and those of a row that draw the same source, read from all over it, so that a
+batch or micro-batch of fewer than K positions is mixed too.
 """
 
 from __future__ import annotations
@@ -53,6 +55,7 @@ class SlotMixture:
         patterns = {counts.tobytes(): _Pattern(slots, self.block, counts) for _, counts in self.phases}
         self._patterns = [patterns[counts.tobytes()] for _, counts in self.phases]
         every = np.arange(len(self.phases[0][1]))
+        self._stratum_step = _stratum_step(slots)
         self._used = [np.zeros(len(every), np.int64)]
         for pattern, start, end in zip(self._patterns, self._starts, self._ends[:-1], strict=False):
             self._used.append(self._used[-1] + pattern.drawn(every, np.full(len(every), end - start)))
@@ -66,6 +69,14 @@ class SlotMixture:
             ]
             or [np.empty(0, np.int64)]
         )
+
+    def stratum_of(self, slots: IntArray) -> IntArray:
+        """The stratum that each slot (or each position's slot) [k] reads; int64 [k]."""
+        return slots % self.slots * self._stratum_step % self.slots
+
+    def slot_of(self, strata: IntArray) -> IntArray:
+        """The slot that reads each stratum [k]; int64 [k]."""
+        return strata * pow(self._stratum_step, -1, self.slots) % self.slots
 
     def slot_draws(self, positions: IntArray, sources: IntArray) -> IntArray:
         """How often the slot of each position [k] drew the source [k] at earlier positions; int64 [k]."""
@@ -219,20 +230,29 @@ class _Pattern:
 @functools.lru_cache(maxsize=16)
 def _lattice_steps(slots: int, block: int) -> _Steps:
     rows = block // slots
-    row, column = even_step(block, rows), even_step(slots)
+    row, column = even_step(block, (1, rows)), even_step(slots)
     lead = column * rows * pow(row, -1, block) % block
     return _Steps(row, column * rows % block, lead, row * pow(column, -1, slots) % slots)
 
 
-def even_step(n: int, divisor: int = 1) -> int:
+@functools.lru_cache(maxsize=16)
+def _stratum_step(slots: int) -> int:
+    """Even along neighbouring slots, and along those of a row that draw one source: slots x with x k in an arc."""
+    return even_step(slots, (pow(even_step(slots), -1, slots), slots))
+
+
+def even_step(n: int, *others: tuple[int, int]) -> int:
     """The step that walks over ``range(n)``, modulo n, most evenly: as the golden ratio does on the real circle.
 
-    It is coprime to n, and the sum of the partial quotients of step/n, plus those of (step mod divisor)/divisor for a
-    divisor of n, is smallest; the smallest such step. That sum bounds the discrepancy of any stretch of the walk.
+    It is coprime to n, and the sum of the partial quotients of step/n, plus those of ``step * factor / m`` for each of
+    the other walks (factor, m), m a divisor of n, is smallest; the smallest such step. That sum bounds the discrepancy
+    of any stretch of a walk.
     """
-    steps = np.arange(1, max(1, n // 2) + 1)
+    steps = np.arange(1, max(1, n // 2) + 1)  # -step is as even
     quotients, common = _partial_quotients(n, steps)
-    return int(steps[np.argmin(np.where(common == 1, quotients + _partial_quotients(divisor, steps)[0], 1 << 40))])
+    for factor, modulus in others:
+        quotients += _partial_quotients(modulus, steps * factor)[0]
+    return int(steps[np.argmin(np.where(common == 1, quotients, 1 << 40))])
 
 
 def _partial_quotients(n: int, steps: IntArray) -> tuple[IntArray, IntArray]:

@@ -1,7 +1,8 @@
 """The order ``windowed``: every source is read window by window, and every window is entered once an epoch.
 
-Slot i of the mixture (:mod:`~data_pipeline.slots`) reads stratum i of every source (:mod:`~data_pipeline.windows`), so
-that K positions in a row draw from all over a source: more evenly than a full shuffle. Draw n of a stratum of m
+Each slot of the mixture (:mod:`~data_pipeline.slots`) reads one stratum of every source
+(:mod:`~data_pipeline.windows`), so that K positions in a row draw from all over it: more evenly than a full shuffle.
+Draw n of a stratum of m
 sequences is draw ``n mod m`` of its epoch ``n // m``. An epoch visits the head, the whole windows in the order of a
 keyed permutation, and what is left at the end; a keyed permutation orders each window's sequences. A source too small
 for K strata is ordered as in ``full``.
@@ -17,7 +18,7 @@ import numpy as np
 
 from .full import FullEpochs
 from .mixture import Phase
-from .permutation import IntArray, UIntArray, epoch_keys, invert, permute, stream_keys
+from .permutation import LARGEST, IntArray, UIntArray, epoch_keys, invert, permute, stream_keys
 from .slots import SlotMixture
 from .windows import Strata, Window, Windows
 
@@ -61,12 +62,12 @@ class Windowed:
         stratum = self._windows.stratum_of(int(self._sizes[source]), sequence)
         strata = self._windows.strata_at(int(self._sizes[source]), stratum)
         window = self._windows.window_at(strata, sequence - strata.first)
-        sources = np.full(len(sequence), source)
-        inside = sequence - strata.first - window.begin
-        inside = invert(inside, window.length, self._keys("window", sources, epoch, strata.first + window.begin))
-        visit = self._begin(strata, window, self._keys("windows", sources, epoch, stratum), inverse=True)
+        keys = self._keys(np.full(len(sequence), source), epoch)
+        first = strata.first + window.begin
+        inside = invert(sequence - first, window.length, self._keys_inside(keys, first))
+        visit = self._begin(strata, window, stream_keys(keys, stratum), inverse=True)
         draw = epoch * strata.size + visit + inside
-        return self._mixture.position_of_slot_draw(source, stratum, draw)
+        return self._mixture.position_of_slot_draw(source, self._mixture.slot_of(stratum), draw)
 
     def needed(self, end: int) -> IntArray:
         """How many sequences of each source the positions ``[0, end)`` draw; int64 [S]."""
@@ -81,7 +82,8 @@ class Windowed:
                 return None
             return int(self._mixture.position_of_draw(source, np.array([allowed]))[0])
         slots = np.arange(self._mixture.slots)
-        size = self._windows.strata_at(int(self._sizes[source]), slots).size
+        size = self._windows.strata_at(int(self._sizes[source]), self._mixture.stratum_of(slots)).size
+        epochs = min(epochs, LARGEST // int(size.max()))
         ends = end + (slots - end) % self._mixture.slots
         over = np.flatnonzero(self._mixture.slot_draws(ends, np.full(len(slots), source)) > epochs * size)
         if not over.size:
@@ -98,13 +100,13 @@ class Windowed:
         return strata.first + window.begin, strata.first + window.begin + window.length
 
     def _locate_cut(self, source: IntArray, position: IntArray) -> tuple[IntArray, IntArray]:
-        stratum = position % self._mixture.slots
+        stratum = self._mixture.stratum_of(position)
         strata = self._windows.strata_at(self._sizes[source], stratum)
         epoch, visit = np.divmod(self._mixture.slot_draws(position, source), strata.size)
         visited = self._windows.window_at(strata, visit)
-        begin = self._begin(strata, visited, self._keys("windows", source, epoch, stratum), inverse=False)
-        keys = self._keys("window", source, epoch, strata.first + begin)
-        return epoch, strata.first + begin + permute(visit - visited.begin, visited.length, keys)
+        keys = self._keys(source, epoch)
+        first = strata.first + self._begin(strata, visited, stream_keys(keys, stratum), inverse=False)
+        return epoch, first + permute(visit - visited.begin, visited.length, self._keys_inside(keys, first))
 
     def _locate_uncut(self, source: IntArray, position: IntArray) -> tuple[IntArray, IntArray]:
         return self._uncut.locate(source, self._mixture.all_draws(position, source))
@@ -115,5 +117,10 @@ class Windowed:
         number = change(window.number, np.maximum(strata.whole, 1), keys)
         return np.where(window.is_whole, strata.head + number * self._windows.sequences, window.begin)
 
-    def _keys(self, purpose: str, source: IntArray, epoch: IntArray, number: IntArray) -> UIntArray:
-        return stream_keys(epoch_keys(self._seed, purpose, self._names, source, epoch), number)
+    def _keys(self, source: IntArray, epoch: IntArray) -> UIntArray:
+        """Where each source's streams of keys begin in its epoch: the numbers below K are for its strata's windows."""
+        return epoch_keys(self._seed, "windows", self._names, source, epoch)
+
+    def _keys_inside(self, keys: UIntArray, first: IntArray) -> UIntArray:
+        """The keys of the windows that begin with the sequences ``first``: the numbers from K on."""
+        return stream_keys(keys, self._mixture.slots + first)

@@ -87,8 +87,8 @@ class Windows:
         return Strata(first, size, head, (size - head) // self.sequences)
 
     def stratum_of(self, sequences: int, sequence: IntArray) -> IntArray:
-        """The number of the stratum that each sequence [k] of a source lies in; int64 [k]."""
-        # the rounded quotient is off by one at most: a source holds fewer than 2^62 sequences, K is at most 2^16
+        """The number of the stratum that each sequence [k] of a source that is cut lies in; int64 [k]."""
+        # off by one at most: the quotient is rounded to 53 bits, K has at most 16, and a stratum some sequences
         guess = np.minimum((sequence / sequences * self.strata).astype(np.int64), self.strata - 1)
         guess -= sequence < self._bound(sequences, guess)
         guess += sequence >= self._bound(sequences, guess + 1)
