@@ -28,7 +28,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from data_pipeline import Order, OrderSource, StepLoader, TokenSource
+from data_pipeline import BatchPlan, Order, OrderSource, StepLoader, TokenSource
 from data_pipeline.settings import build_settings
 from data_pipeline.testing import write_token_dataset
 from pretrain.config import Config
@@ -71,10 +71,11 @@ def loader(order: Order, source: TokenSource) -> StepLoader:
         rank=0,
         world_size=1,
         micro_batch=MICRO,
-        global_batch=BATCH,
+        plan=BatchPlan(BATCH),
         seq_len=LENGTH,
+        start_step=0,
         start_position=0,
-        end_position=10**9,
+        end_step=10**6,
         prefetch=4,
     )
 
@@ -105,6 +106,7 @@ def engine_step(config: Config, batches: StepLoader, ranks: Distributed) -> Call
 
     def step() -> float:
         made = batches.next_step()
+        engine.begin_step(len(made.micro_batches))
         objective.begin_step(0, made.micro_batches)
         for micro_batch in made.micro_batches:
             batch = micro_batch.to(ranks.device)

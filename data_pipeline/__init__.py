@@ -10,6 +10,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .batch_plan import BatchPlan as BatchPlan
     from .batches import Batch as Batch
     from .errors import DataError as DataError
     from .errors import HeadraceError as HeadraceError
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
 
 _HOMES = {
     "Batch": "batches",
+    "BatchPlan": "batch_plan",
     "DataError": "errors",
     "EvaluationLoader": "loader",
     "HeadraceError": "errors",

@@ -95,6 +95,43 @@ def verify(
         raise typer.Exit(EXIT_USER_ERROR)
 
 
+RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.")]
+
+
+@app.command()
+def explain(
+    run: RunFolder,
+    step: Annotated[int, typer.Option(min=1, help="The step, as metrics.jsonl names it.")],
+    rank: Annotated[int | None, typer.Option(min=0, help="Only this rank's rows.")] = None,
+    row: Annotated[int | None, typer.Option(min=0, help="Only this row, over a rank's micro-batches.")] = None,
+    text: Annotated[bool, typer.Option("--text", help="Decode the tokens.")] = False,
+    as_json: AsJson = False,
+) -> None:
+    """Name the documents that a step of a run has read, and where they lie."""
+    from .explain import describe
+    from .explain import explain as explain_step
+
+    for found in explain_step(run, step, rank, row, text):
+        print(json.dumps(asdict(found)) if as_json else describe(found))
+
+
+@app.command(name="when-seen")
+def when_seen(
+    run: RunFolder,
+    document: Annotated[str, typer.Argument(help="A document's id (32 hex digits) or url.")],
+    as_json: AsJson = False,
+) -> None:
+    """Name the steps in which a run reads a document, up to the run's end."""
+    from .when_seen import describe
+    from .when_seen import when_seen as find
+
+    found = find(run, document)
+    if as_json:
+        print(json.dumps([asdict(each) for each in found], indent=2))
+    else:
+        print("\n".join(describe(each) for each in found) or f"{document}: not before the end of the run")
+
+
 class InterruptedPrepareError(HeadraceError):
     """Ctrl-C: what is published stays."""
 

@@ -10,8 +10,8 @@ from .engine import check_zero_settings, deepspeed_config
 from .optimizer import check_schedule
 
 
-def check_run(config: Config, world_size: int) -> RunData:
-    """The opened data of a run that ``world_size`` ranks can start.
+def check_run(config: Config, world_size: int, rank: int = 0) -> RunData:
+    """The opened data of a run that ``world_size`` ranks can start, seen by ``rank``, which looks for its share of shards.
 
     Raises:
         UserError: the batch does not divide, ``engine.deepspeed`` contradicts other settings, the schedule is longer
@@ -26,7 +26,7 @@ def check_run(config: Config, world_size: int) -> RunData:
             f"objective.reweighting.strategy = {strategy!r} weighs the samples of a micro-step against each other, but "
             "training.micro_batch x ranks = 1: every weight would be 1. Raise training.micro_batch."
         )
-    return open_data(config)
+    return open_data(config, (rank, world_size))
 
 
 def _check_reached(config: Config) -> None:
@@ -37,7 +37,22 @@ def _check_reached(config: Config) -> None:
             f"objective.reweighting.start_step = {start} is not before the run's end at {config.total_steps} steps: no "
             "sample would be reweighted. Lower it, or set strategy=uniform."
         )
-    end = config.total_steps * config.training.global_batch
+    before = 0
+    for stage in config.training.batch_ramp:
+        before += stage.steps
+        if before >= config.total_steps:
+            raise UserError(
+                f"training.batch_ramp lasts {sum(each.steps for each in config.training.batch_ramp)} steps, so that "
+                f"what follows step {before} is not before the run's end at {config.total_steps} steps. Shorten it, or "
+                "make its last batch the global_batch."
+            )
+    end = config.batch_plan.start_of(config.total_steps)
+    for start, stop in config.data.skip_ranges:
+        if start >= end:
+            raise UserError(
+                f"data.skip_ranges: the range ({start}, {stop}) begins after the run's end at position {end}, so it "
+                "leaves nothing out. Take it away."
+            )
     for phase in config.data.phases:
         if phase.start >= end:
             raise UserError(

@@ -7,12 +7,17 @@ a field demands of the data or of the number of ranks is checked by :mod:`pretra
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from data_pipeline import BatchPlan
+from data_pipeline.errors import UserError
 from data_pipeline.settings import Settings, load_settings
+from data_pipeline.stream import StreamSettings
 
 from .model.settings import ModelSettings
 from .objective.settings import ObjectiveSettings
@@ -28,52 +33,37 @@ class RunSettings(Settings):
     """Fixes the initial weights and the order of the data."""
 
 
-class SourceSettings(Settings):
-    path: str
-    """A data set folder written by ``pretrain-data prepare``."""
-    domain: str | None = None
-    """One domain of the data set; ``null`` takes all of them as one source."""
-    weight: float = Field(default=1.0, ge=0, allow_inf_nan=False)
-    """Share of the sequences, relative to the other sources' weights."""
-    max_epochs: int | None = Field(default=1, ge=1)
-    """How often a sequence may be seen; ``null`` sets no bound. A run that needs more is refused before it starts."""
+class DataSettings(StreamSettings):
+    """What a run reads (:class:`data_pipeline.stream.StreamSettings` has most of it), and how."""
 
-
-class PhaseSettings(Settings):
-    start: int = Field(ge=1)
-    """Position (sequences since the beginning of the run) at which these weights begin."""
-    weights: dict[str, Annotated[float, Field(ge=0, allow_inf_nan=False)]]
-    """A weight for every source, by name."""
-
-
-class DataSettings(Settings):
-    sources: dict[str, SourceSettings] = Field(min_length=1)
-    """What to train on, by name. The order hangs on the names: renaming a source reshuffles it."""
-    phases: tuple[PhaseSettings, ...] = ()
-    """Changes of the mixture along the run, in order of ``start``."""
     tokenizer: str | None = None
     """A SentencePiece model that must be the data sets' own; ``null`` takes theirs."""
-    seq_len: int = Field(ge=2)
-    """Tokens in a sequence; must divide the data sets' block length."""
-    order: Literal["full"] = "full"
-    """``full``: any sequence of a source may come anywhere in its epoch."""
     prefetch: int = Field(default=4, ge=0)
     """Optimizer steps prepared ahead by a thread; 0 reads in the training thread."""
+    max_hole_fraction: float = Field(default=0.001, ge=0, le=1)
+    """With ``on_damage: hole``: the run stops before holes are more than this fraction of all its sequences."""
+    watchdog_seconds: float = Field(default=120.0, gt=0)
+    """A read that takes longer is told: source, shard and byte offset that it waits for."""
+    skip_ranges: tuple[tuple[int, int], ...] = ()
+    """Positions [start, stop) to leave out, ascending: after a loss spike, resume from before it and skip its range."""
+    accept_change: str | None = None
+    """Go on with other data than the checkpoint's, in spite of the refusal: the code that the refusal gives, so that it
+    holds for that change only. Recorded in the run."""
 
     @model_validator(mode="after")
-    def _check(self) -> DataSettings:
-        if not any(source.weight > 0 for source in self.sources.values()):
-            raise ValueError("all sources have weight 0; give at least one a positive weight")
-        starts = [phase.start for phase in self.phases]
-        if starts != sorted(set(starts)):
-            raise ValueError(f"phases must start at increasing positions, got {starts}")
-        for phase in self.phases:
-            if set(phase.weights) != set(self.sources):
-                raise ValueError(
-                    f"the phase at {phase.start} weighs {sorted(phase.weights)}, but the sources are "
-                    f"{sorted(self.sources)}; give every source a weight"
-                )
+    def _check_skipped(self) -> DataSettings:
+        try:
+            BatchPlan(1, skip_ranges=self.skip_ranges)
+        except UserError as error:
+            raise ValueError(str(error)) from error
         return self
+
+
+class RampSettings(Settings):
+    steps: int = Field(ge=1)
+    """Optimizer steps of this stage."""
+    global_batch: int = Field(ge=1)
+    """Sequences in each of them."""
 
 
 class TrainingSettings(Settings):
@@ -83,6 +73,9 @@ class TrainingSettings(Settings):
     """Tokens of the whole run, rounded up to whole optimizer steps."""
     global_batch: int = Field(ge=1)
     """Sequences in an optimizer step, over all ranks and accumulation steps."""
+    batch_ramp: tuple[RampSettings, ...] = ()
+    """Stages with other batches before ``global_batch`` holds for the rest of the run. The order of the samples does not
+    change."""
     micro_batch: int = Field(ge=1)
     """Sequences of one rank in one forward pass."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -97,13 +90,15 @@ class TrainingSettings(Settings):
     def _check(self) -> TrainingSettings:
         if (self.steps is None) == (self.tokens is None):
             raise ValueError("give exactly one of training.steps and training.tokens")
-        if self.global_batch % self.micro_batch:
-            below = self.global_batch // self.micro_batch * self.micro_batch
-            nearest = [multiple for multiple in (below, below + self.micro_batch) if multiple]
-            raise ValueError(
-                f"global_batch {self.global_batch} is not a multiple of micro_batch {self.micro_batch}; "
-                f"the nearest multiples are {' and '.join(map(str, nearest))}"
-            )
+        stages = [(f"batch_ramp.{i}.global_batch", stage.global_batch) for i, stage in enumerate(self.batch_ramp)]
+        for name, batch in [*stages, ("global_batch", self.global_batch)]:
+            if batch % self.micro_batch:
+                below = batch // self.micro_batch * self.micro_batch
+                nearest = [multiple for multiple in (below, below + self.micro_batch) if multiple]
+                raise ValueError(
+                    f"{name} {batch} is not a multiple of micro_batch {self.micro_batch}; "
+                    f"the nearest multiples are {' and '.join(map(str, nearest))}"
+                )
         return self
 
 
@@ -198,16 +193,22 @@ class Config(Settings):
     def run_folder(self) -> Path:
         return Path(self.run.folder) / self.run.name
 
-    @property
-    def tokens_per_step(self) -> int:
-        return self.training.global_batch * self.data.seq_len
+    @cached_property
+    def batch_plan(self) -> BatchPlan:
+        """Which positions each step takes."""
+        ramp = tuple((stage.steps, stage.global_batch) for stage in self.training.batch_ramp)
+        return BatchPlan(self.training.global_batch, ramp, self.data.skip_ranges)
 
-    @property
+    @cached_property
     def total_steps(self) -> int:
+        """Optimizer steps of the whole run: the first number that consumes ``training.tokens``, where those are given."""
         if self.training.steps is not None:
             return self.training.steps
         assert self.training.tokens is not None
-        return -(-self.training.tokens // self.tokens_per_step)
+        sequences = -(-self.training.tokens // self.data.seq_len)
+        plan = replace(self.batch_plan, skip_ranges=())
+        whole = plan.step_of(sequences)
+        return whole if plan.start_of(whole) == sequences else whole + 1
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from data_pipeline import Manifest, Order, OrderSource, Phase, Tokenizer, TokenSource, read_manifest
+from data_pipeline import Order, Tokenizer, TokenSource
 from data_pipeline.errors import UserError
-from data_pipeline.files import sha256_file
+from data_pipeline.history import Stretch
+from data_pipeline.layout import TOKENIZER_FILE
+from data_pipeline.manifest import HELDOUT
+from data_pipeline.storage import open_store
+from data_pipeline.stream import Stream, StreamSettings, open_split, open_stream
 
-from .config import Config, SourceSettings
-
-TOKENIZER = "tokenizer.model"
+from .config import Config, DataSettings
 
 
 @dataclass(frozen=True)
@@ -30,44 +33,38 @@ class RunData:
     """What a resumed run must find unchanged: the order, and each source's data set and tokenizer."""
 
 
-def open_data(config: Config) -> RunData:
+def open_data(config: Config, share: tuple[int, int] = (0, 1)) -> RunData:
     """Open every source and check that the run can be fed to its end.
+
+    Args:
+        config: the run's configuration.
+        share: (rank, ranks): which part of the shards this process looks for.
 
     Raises:
         UserError: a data set is missing or damaged, data sets were tokenised differently, the vocabulary is larger than
             the model's, or a source has too few sequences.
     """
     settings = config.data
-    names = tuple(settings.sources)
-    manifests = {name: read_manifest(Path(source.path)) for name, source in settings.sources.items()}
-    tokenizer = _common_tokenizer(config, manifests)
-    sources = tuple(
-        TokenSource(Path(source.path), source.domain, "train", settings.seq_len) for source in settings.sources.values()
-    )
+    stream = open_stream(settings, config.run.seed, share)
+    tokenizer = _common_tokenizer(config, stream)
     heldout: dict[str, TokenSource] = {}
     if config.evaluation.every_steps is not None:
         drawn = [{name: source.weight for name, source in settings.sources.items()}]
         drawn += [phase.weights for phase in settings.phases]
-        for name, source in settings.sources.items():
+        for name in stream.names:
             if any(weights[name] for weights in drawn):
-                heldout[name] = _heldout(name, source, settings.seq_len)
-    order = Order(
-        config.run.seed,
-        [
-            OrderSource(name, source.sequences, settings.sources[name].weight)
-            for name, source in zip(names, sources, strict=True)
-        ],
-        phases=[Phase(phase.start, phase.weights) for phase in settings.phases],
-    )
-    check_epochs(config, order, config.total_steps * config.training.global_batch)
+                heldout[name] = open_split(settings, name, HELDOUT, share)
+    check_epochs(config, stream.order, config.batch_plan.start_of(config.total_steps))
     identity = {
-        "order": order.identity(),
+        "order": stream.order.identity(),
         "seq_len": settings.seq_len,
         "tokenizer": tokenizer.sha256,
-        "data_sets": {name: manifest.identity for name, manifest in manifests.items()},
+        "data_sets": {
+            name: source.manifest.identity for name, source in zip(stream.names, stream.sources, strict=True)
+        },
         "domains": {name: source.domain for name, source in settings.sources.items()},
     }
-    return RunData(order, sources, heldout, names, tokenizer, identity)
+    return RunData(stream.order, stream.sources, heldout, stream.names, tokenizer, identity)
 
 
 def check_epochs(config: Config, order: Order, end_position: int) -> None:
@@ -75,37 +72,54 @@ def check_epochs(config: Config, order: Order, end_position: int) -> None:
     order.check_epochs(end_position, {name: source.max_epochs for name, source in config.data.sources.items()})
 
 
-def _heldout(name: str, source: SourceSettings, seq_len: int) -> TokenSource:
-    try:
-        return TokenSource(Path(source.path), source.domain, "heldout", seq_len)
-    except UserError as error:
-        raise UserError(
-            f"data.sources.{name}: {error} An evaluation needs held-out text: raise heldout_fraction when "
-            "preparing, or set evaluation.every_steps=null."
-        ) from error
+def stretch_of_run(config: Config, data: RunData, step: int, position: int, world_size: int) -> Stretch:
+    """What this attempt reads from ``step`` on, for the run folder's data.json."""
+    plan = config.batch_plan
+    stream = config.data.model_dump(include=set(StreamSettings.model_fields))
+    return Stretch(
+        first_step=step,
+        first_position=position,
+        end_step=config.total_steps,
+        world_size=world_size,
+        micro_batch=config.training.micro_batch,
+        global_batch=plan.global_batch,
+        ramp=plan.ramp,
+        skip_ranges=plan.skip_ranges,
+        seed=config.run.seed,
+        stream=StreamSettings.model_validate(stream),
+        data_sets=data.identity["data_sets"],
+    )
 
 
-def _common_tokenizer(config: Config, manifests: dict[str, Manifest]) -> Tokenizer:
-    first = next(iter(manifests))
-    hashes = {name: manifest.tokenizer_sha256 for name, manifest in manifests.items()}
+def _common_tokenizer(config: Config, stream: Stream) -> Tokenizer:
+    settings, first = config.data, stream.names[0]
+    paths = {name: source.path for name, source in settings.sources.items()}
+    hashes = {
+        name: source.manifest.tokenizer_sha256 for name, source in zip(stream.names, stream.sources, strict=True)
+    }
     for name, digest in hashes.items():
         if digest != hashes[first]:
             raise UserError(
-                f"data.sources.{name} ({config.data.sources[name].path}) was made with another tokenizer than "
-                f"data.sources.{first} ({config.data.sources[first].path}): {digest[:12]} and {hashes[first][:12]}. "
-                "Prepare them with one tokenizer."
+                f"data.sources.{name} ({paths[name]}) was made with another tokenizer than data.sources.{first} "
+                f"({paths[first]}): {digest[:12]} and {hashes[first][:12]}. Prepare them with one tokenizer."
             )
-    path = Path(config.data.sources[first].path) / TOKENIZER
-    if config.data.tokenizer is not None:
-        path = Path(config.data.tokenizer)
-        if not path.is_file():
-            raise UserError(f"data.tokenizer = {str(path)!r} does not exist. Leave it out to take the data set's own.")
-    if sha256_file(path) != hashes[first]:
+    model, origin = _tokenizer_model(settings, paths[first])
+    if (found := hashlib.sha256(model).hexdigest()) != hashes[first]:
         raise UserError(
-            f"{path} is not the tokenizer that data.sources.{first} ({config.data.sources[first].path}) was made with: "
-            f"SHA-256 {sha256_file(path)[:12]} instead of {hashes[first][:12]}. Give the data set's own "
-            "tokenizer.model, or leave data.tokenizer out."
+            f"{origin} is not the tokenizer that data.sources.{first} ({paths[first]}) was made with: SHA-256 "
+            f"{found[:12]} instead of {hashes[first][:12]}. Give the data set's own tokenizer.model, or leave "
+            "data.tokenizer out."
         )
-    tokenizer = Tokenizer.load(path)
+    tokenizer = Tokenizer(model, origin)
     config.model.resolve_vocab_size(tokenizer.vocab_size)
     return tokenizer
+
+
+def _tokenizer_model(settings: DataSettings, root: str) -> tuple[bytes, str]:
+    """The SentencePiece model's bytes and where they come from."""
+    if settings.tokenizer is None:
+        return open_store(root, settings).read(TOKENIZER_FILE), f"{root}/{TOKENIZER_FILE}"
+    path = Path(settings.tokenizer)
+    if not path.is_file():
+        raise UserError(f"data.tokenizer = {str(path)!r} does not exist. Leave it out to take the data set's own.")
+    return path.read_bytes(), str(path)

@@ -20,11 +20,13 @@ NAME = "heldout"
 
 @dataclass(frozen=True)
 class Score:
-    """Sums over the evaluated labels: −log p in nats, labels, and the bytes of text that the labels stand for."""
+    """Sums over the evaluated labels: −log p in nats, labels, and the bytes of text that the labels stand for; and the
+    sequences that were damaged, and left out where ``data.on_damage`` is ``hole``."""
 
     nats: float
     labels: int
     bytes: int
+    holes: int = 0
 
     @property
     def loss(self) -> float:
@@ -62,24 +64,37 @@ def evaluate(
     Returns:
         one Score a source, the same on every rank.
     """
-    sums = torch.zeros(len(heldout), 3, dtype=torch.float64, device=ranks.device)
+    sums = torch.zeros(len(heldout), 4, dtype=torch.float64, device=ranks.device)
     lengths = piece_bytes.to(ranks.device)
     with torch.no_grad():  # ZeRO-3 keeps gathered parameters, which inference_mode would spoil for training
         for number, source in enumerate(heldout):
             loader = EvaluationLoader(
-                source, rank=ranks.rank, world_size=ranks.world_size, micro_batch=micro_batch, sequences=sequences
+                source,
+                rank=ranks.rank,
+                world_size=ranks.world_size,
+                micro_batch=micro_batch,
+                sequences=sequences,
+                on_damage=source.on_damage,
             )
             for batch in loader:
                 batch = batch.to(ranks.device)
                 nats = sequence_cross_entropy(forward(batch), batch.labels, batch.loss_mask).double().sum()
                 text = (lengths[batch.labels] * batch.loss_mask).sum()
-                sums[number] += torch.stack([nats, batch.loss_mask.sum().double(), text.double()])
-    return [Score(nats, int(labels), int(text)) for nats, labels, text in ranks.all_reduce(sums).tolist()]
+                sums[number, :3] += torch.stack([nats, batch.loss_mask.sum().double(), text.double()])
+            sums[number, 3] = len(loader.damage)
+    return [
+        Score(nats, int(labels), int(text), int(holes)) for nats, labels, text, holes in ranks.all_reduce(sums).tolist()
+    ]
 
 
 def evaluation_metrics(names: Sequence[str], scores: Sequence[Score]) -> dict[str, MetricValue]:
     """The fields of an evaluation line: over all labels together, and by source."""
-    whole = Score(sum(s.nats for s in scores), sum(s.labels for s in scores), sum(s.bytes for s in scores))
+    whole = Score(
+        sum(s.nats for s in scores),
+        sum(s.labels for s in scores),
+        sum(s.bytes for s in scores),
+        sum(s.holes for s in scores),
+    )
     fields: dict[str, MetricValue] = {
         "evaluation": NAME,
         "tokens": whole.labels,
@@ -87,6 +102,8 @@ def evaluation_metrics(names: Sequence[str], scores: Sequence[Score]) -> dict[st
         "perplexity": whole.perplexity,
         "bits_per_byte": whole.bits_per_byte,
     }
+    if whole.holes:
+        fields["holes"] = whole.holes
     for name, score in zip(names, scores, strict=True):
         fields[f"domain_loss/{name}"] = score.loss
         fields[f"domain_perplexity/{name}"] = score.perplexity

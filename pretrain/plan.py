@@ -22,9 +22,10 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
     data = check_run(config, ranks)
     vocabulary = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
     parameters = count_parameters(config.model, vocabulary)
-    sequences = config.total_steps * config.training.global_batch
+    end = config.batch_plan.start_of(config.total_steps)
+    sequences = config.batch_plan.sequences_before(end)
     tokens = sequences * config.data.seq_len
-    needed = data.order.needed(sequences).tolist()
+    needed = data.order.needed(end).tolist()
     per_token = flops_per_token(config.model, vocabulary, config.data.seq_len)
     return {
         "run_folder": str(config.run_folder),
@@ -36,8 +37,9 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
         "steps": config.total_steps,
         "sequences": sequences,
         "tokens": tokens,
-        "tokens_per_step": config.tokens_per_step,
-        "accumulation_steps": accumulation_steps(config, ranks),
+        "tokens_per_step": config.training.global_batch * config.data.seq_len,
+        "accumulation_steps": accumulation_steps(config, ranks)[-1],
+        "batch_ramp": [stage.model_dump() for stage in config.training.batch_ramp],
         "sources": {
             name: {"sequences": source.sequences, "drawn": drawn, "epochs": drawn / source.sequences}
             for name, source, drawn in zip(data.names, data.sources, needed, strict=True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from data_pipeline.damage import DamageLedger
 from data_pipeline.errors import (
     EXIT_CRASH,
     EXIT_DONE,
@@ -19,19 +20,20 @@ from data_pipeline.errors import (
     HeadraceError,
     UserError,
 )
+from data_pipeline.history import record_stretch
 
 from .agreement import AgreedError, agreed, attempt, together
 from .check import check_run
-from .checkpoint import CheckpointError, CheckpointStore, seed_generators
+from .checkpoint import CheckpointError, CheckpointStore, read_state, seed_generators
 from .config import Config, load_config
-from .data import RunData
+from .data import RunData, stretch_of_run
 from .distributed import Distributed, finish, start
 from .engine import Engine
 from .monitor import AttemptsLog, Monitor, Reason, read_attempts
-from .run_folder import CHECKPOINTS, lock_run_folder, open_run_folder, set_aside, versions, write_config
+from .run_folder import CHECKPOINTS, DAMAGE, lock_run_folder, open_run_folder, set_aside, versions, write_config
 from .signals import StopRequest
 from .state import TrainState, config_changes, resume_state
-from .train import NonFiniteError, StoppedError, Trainer
+from .train import NonFiniteError, StoppedError, TooManyHolesError, Trainer
 
 
 def restarts() -> int:
@@ -43,7 +45,7 @@ START_TIMEOUT_SECONDS = 300
 """For the ranks to find each other when the configuration, which holds the real one, could not be read."""
 
 
-TOGETHER = (AgreedError, CheckpointError, NonFiniteError, StoppedError)
+TOGETHER = (AgreedError, CheckpointError, NonFiniteError, StoppedError, TooManyHolesError)
 """Errors that all ranks raise at the same place, so that they can still wait for each other."""
 
 
@@ -78,6 +80,7 @@ class Session:
         self._attempt = 0
         self._trainer: Trainer | None = None
         self._monitor: Monitor | None = None
+        self._ledger: DamageLedger | None = None
 
     def run(self, config: Config, stop: StopRequest) -> None:
         """Check, start or resume, train. Raises what :meth:`Trainer.train` raises, and UserError before any work."""
@@ -87,7 +90,7 @@ class Session:
         self._folder = folder
         attempts = together(ranks, lambda: AttemptsLog(folder) if ranks.rank == 0 else None)
         self._attempt = ranks.broadcast_object(len(read_attempts(folder)) + 1 if attempts else 0)
-        data = together(ranks, lambda: check_run(config, ranks.world_size))
+        data = together(ranks, lambda: check_run(config, ranks.world_size, ranks.rank))
         if config.resume == "never" and restarts() == 0:
             together(ranks, lambda: set_aside(folder, self._attempt) if ranks.rank == 0 else None)
         store = together(ranks, lambda: CheckpointStore(folder / CHECKPOINTS, config.checkpoint, ranks))
@@ -98,11 +101,15 @@ class Session:
             state = together(ranks, lambda: resume_state(found, config, data, ranks))
         hosts = ranks.gather_objects(socket.gethostname())
         together(ranks, lambda: self._begin(config, data, attempts, state, origin, hosts, damage))
+        if config.data.on_damage == "hole":
+            self._ledger = together(
+                ranks, lambda: DamageLedger(folder / DAMAGE, ranks.rank, self._attempt, state.position)
+            )
         engine = Engine(config, config.model.resolve_vocab_size(data.tokenizer.vocab_size), ranks)
         seed_generators(config.run.seed, ranks.rank)
         if origin is not None:
             store.load(origin, engine)
-        self._trainer = Trainer(config, data, ranks, engine, store, self._monitor, state)
+        self._trainer = Trainer(config, data, ranks, engine, store, self._monitor, self._ledger, state)
         self._trainer.train(stop)
 
     def _origin(self, config: Config, store: CheckpointStore) -> tuple[Path | None, list[str]]:
@@ -137,6 +144,7 @@ class Session:
             return
         assert self._folder is not None
         write_config(self._folder, config, data.identity)
+        record_stretch(self._folder, stretch_of_run(config, data, state.step, state.position, self._ranks.world_size))
         self._monitor = Monitor(
             self._folder, state.step, config.total_steps, config.monitor.tensorboard, state.evaluated
         )
@@ -153,6 +161,8 @@ class Session:
             print(line, flush=True)
         for problem in damage:
             self._monitor.event({"event": "damaged_checkpoint", "step": state.step, "message": problem})
+        for change in state.data_changes[len(read_state(origin)["data_changes"]) if origin else 0 :]:
+            self._monitor.event({"event": "data_change", "step": state.step, "message": f"accepted: {change}"})
 
     def end(self, reason: Reason, code: int, error: BaseException | None = None, signal: str | None = None) -> int:
         """Print why this rank ends, record it in attempts.jsonl; returns ``code``."""
@@ -164,6 +174,8 @@ class Session:
             print(f"{label}: {where}{error}", file=sys.stderr, flush=True)
         if self._monitor:
             self._monitor.close()
+        if self._ledger:
+            self._ledger.close()
         if reason == "done" and self._trainer and ranks.rank == 0:
             print(
                 f"done at step {self._trainer.state.step:,}; `pretrain report {self._folder}` shows the run", flush=True

@@ -21,11 +21,14 @@ import yaml
 
 from data_pipeline.errors import UserError
 from data_pipeline.files import publish_bytes
+from data_pipeline.history import HISTORY_FILE
 
 from .config import Config
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
+DAMAGE = "damage"
+"""Folder of the ledger of holes, a file for each rank."""
 LOCK_FILE = ".lock"
 LOCK_PATIENCE_SECONDS = 120
 """Longer than the lease of an NFSv4 server, 90 s by default."""
@@ -103,7 +106,7 @@ def plain(config: Config) -> dict[str, Any]:
 
 def set_aside(folder: Path, attempt: int) -> Path | None:
     """``resume=never``: move what earlier attempts left into ``before_attempt_N``; None when there was nothing."""
-    present = [folder / name for name in (CHECKPOINTS, "metrics.jsonl", "tensorboard") if (folder / name).exists()]
+    present = [folder / name for name in (CHECKPOINTS, DAMAGE, HISTORY_FILE, "metrics.jsonl", "tensorboard") if (folder / name).exists()]
     if not present:
         return None
     names = (f"before_attempt_{attempt}{suffix}" for suffix in ("", *(f"_{number}" for number in range(2, 1000))))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +17,7 @@ from .data import RunData, check_epochs
 from .distributed import Distributed
 from .run_folder import plain, versions
 
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -25,20 +27,18 @@ class TrainState:
     step: int = 0
     """Optimizer steps done."""
     position: int = 0
-    """Sequences consumed: the whole state of the data."""
+    """Where the next step begins in the order: the whole state of the data."""
     holes: int = 0
-    """Sequences without a label so far."""
+    """Sequences that were missing so far."""
     evaluated: bool = False
     """The evaluation that is due at this step has been made."""
+    data_changes: tuple[str, ...] = ()
+    """What was different about the data, and from which step on, each time that ``data.accept_change`` let it be."""
 
-    def advance(self, sequences: int, holes: int) -> TrainState:
-        """After one more optimizer step over ``sequences`` sequences."""
+    def advance(self, next_position: int, holes: int) -> TrainState:
+        """After one more optimizer step, with ``holes`` missing sequences."""
         return replace(
-            self,
-            step=self.step + 1,
-            position=self.position + sequences,
-            holes=self.holes + holes,
-            evaluated=False,
+            self, step=self.step + 1, position=next_position, holes=self.holes + holes, evaluated=False
         )
 
 
@@ -48,6 +48,7 @@ def checkpoint_state(state: TrainState, config: Config, data: RunData, ranks: Di
         "format": FORMAT,
         **asdict(state),
         "data": data.identity,
+        "skip_ranges": [list(skipped) for skipped in _skipped_before(config.data.skip_ranges, state.position)],
         "model": _model(config, data),
         "topology": _topology(config, ranks),
         "config": plain(config),
@@ -58,9 +59,11 @@ def checkpoint_state(state: TrainState, config: Config, data: RunData, ranks: Di
 def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) -> TrainState:
     """The progress that a checkpoint holds, if this run can go on from it.
 
+    ``data_changes`` has one more entry than the checkpoint's where ``data.accept_change`` lets other data be.
+
     Raises:
-        UserError: the checkpoint is of another model, of other data or another order, or of a topology from which this
-            one can't be restored; the message says what differs.
+        UserError: the checkpoint is of another model, of other data or another order, of other skipped ranges before its
+            position, or of a topology from which this one can't be restored; the message says what differs.
         DataError: ``state.json`` can't be read.
     """
     saved = read_state(path)
@@ -76,12 +79,15 @@ def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) 
         _model(config, data),
         "Give its settings back, or choose another run.name",
     )
-    _same_data(path, saved["data"], data.identity)
+    change = _accepted_change(path, config, saved["data"], data.identity)
     there, here = saved["topology"], _topology(config, ranks)
     if there["zero_stage"] == here["zero_stage"] == 0:
         there = {**there, "world_size": here["world_size"]}  # stage 0 shards nothing
     _same("the topology", path, there, here, "This version resumes on the topology that saved; start that one again")
     state = TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
+    changes = [*state.data_changes, *([f"from step {state.step + 1} on: {change}"] if change else [])]
+    state = replace(state, data_changes=tuple(changes))
+    _check_skipped(path, config, state, saved["skip_ranges"])
     _check_end(path, config, data, state)
     return state
 
@@ -102,17 +108,38 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def end_position(config: Config, state: TrainState) -> int:
     """The position at which the run will be done: another global batch may have been in force so far."""
-    return state.position + max(0, config.total_steps - state.step) * config.training.global_batch
+    return config.batch_plan.advance(state.step, state.position, config.total_steps)
 
 
 def _check_end(path: Path, config: Config, data: RunData, state: TrainState) -> None:
     check_epochs(config, data.order, end_position(config, state))
-    if config.training.tokens is not None and state.position != state.step * config.training.global_batch:
+    plan = config.batch_plan
+    consumed, planned = (plan.sequences_before(each) for each in (state.position, plan.start_of(state.step)))
+    if config.training.tokens is not None and consumed != planned:
         raise UserError(
-            f"{path} has consumed {state.position} sequences in {state.step} steps, not training.global_batch = "
-            f"{config.training.global_batch} a step, so training.tokens does not say how many steps are left. Give "
+            f"{path} has consumed {consumed} sequences in {state.step} steps, where training.global_batch and "
+            f"training.batch_ramp make {planned}, so training.tokens does not say how many steps are left. Give "
             "training.steps instead."
         )
+
+
+def _check_skipped(path: Path, config: Config, state: TrainState, saved: list[list[int]]) -> None:
+    """What lies before the checkpoint's position is done: it can't be skipped, or taken, afterwards."""
+    there, here = ([tuple(each) for each in saved], _skipped_before(config.data.skip_ranges, state.position))
+    if there != here:
+        raise UserError(
+            f"{path} can't be resumed: before its position {state.position} the positions {_ranges(there)} were left "
+            f"out, and data.skip_ranges leaves out {_ranges(here)}. What is done stays done: resume from a checkpoint "
+            f"before the range, or let it begin at {state.position} or later and keep the earlier ones."
+        )
+
+
+def _ranges(ranges: list[tuple[int, int]]) -> str:
+    return ", ".join(f"[{start}, {stop})" for start, stop in ranges) or "none"
+
+
+def _skipped_before(ranges: tuple[tuple[int, int], ...], position: int) -> list[tuple[int, int]]:
+    return [(start, min(stop, position)) for start, stop in ranges if start < position]
 
 
 def _model(config: Config, data: RunData) -> dict[str, Any]:
@@ -134,19 +161,29 @@ def _topology(config: Config, ranks: Distributed) -> dict[str, Any]:
 
 
 def _same(what: str, path: Path, there: dict[str, Any], here: dict[str, Any], mend: str) -> None:
-    changes = [
+    if changes := _differences(there, here):
+        raise UserError(f"{path} can't be resumed: {what} differs ({changes}). {mend}.")
+
+
+def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
+    return "; ".join(
         f"{key}: {there.get(key)!r} in the checkpoint, {here.get(key)!r} now"
         for key in sorted(there.keys() | here.keys())
         if there.get(key) != here.get(key)
-    ]
-    if changes:
-        raise UserError(f"{path} can't be resumed: {what} differs ({'; '.join(changes)}). {mend}.")
+    )
 
 
-def _same_data(path: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    mend = "Give the data settings back, or choose another run.name"
-    changed = difference(there["order"], here["order"])
-    if changed:
-        raise UserError(f"{path} can't be resumed: the order of the data differs ({changed}). {mend}.")
+def _accepted_change(path: Path, config: Config, there: dict[str, Any], here: dict[str, Any]) -> str:
+    """How the data differs from the checkpoint's, where that is accepted; "" where it does not."""
     others = [{key: value for key, value in side.items() if key != "order"} for side in (there, here)]
-    _same("the data", path, others[0], others[1], mend)
+    order, data = difference(there["order"], here["order"]), _differences(others[0], others[1])
+    if not order and not data:
+        return ""
+    what = [*([f"the order of the data differs ({order})"] if order else []), *([f"the data differs ({data})"] if data else [])]
+    code = hashlib.sha256(json.dumps([there, here], sort_keys=True).encode()).hexdigest()[:12]
+    if config.data.accept_change == code:
+        return "; ".join(what)
+    raise UserError(
+        f"{path} can't be resumed: {'; '.join(what)}. Give the data settings back, or choose another run.name. If the "
+        f"run is to go on with the other data all the same, give data.accept_change={code}: the run records it."
+    )

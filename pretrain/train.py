@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import math
 import socket
+import sys
 import time
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -13,7 +15,8 @@ from pathlib import Path
 import torch
 
 from data_pipeline import Step, StepLoader
-from data_pipeline.errors import EXIT_STOPPED, HeadraceError
+from data_pipeline.damage import DamageLedger
+from data_pipeline.errors import EXIT_STOPPED, HeadraceError, UserError
 
 from .checkpoint import CheckpointStore
 from .config import Config
@@ -34,6 +37,10 @@ class NonFiniteError(HeadraceError):
     """The loss or the gradient is not a number; nothing of it was saved."""
 
 
+class TooManyHolesError(UserError):
+    """More sequences are missing than ``data.max_hole_fraction`` allows."""
+
+
 class StoppedError(HeadraceError):
     """A signal asked the run to stop; it has saved and can be started again."""
 
@@ -46,19 +53,21 @@ class StoppedError(HeadraceError):
 
 @dataclass
 class Pace:
-    """Seconds of the steps since the last line of metrics.jsonl, and the part of them spent waiting for data."""
+    """Seconds and sequences of the steps since the last line of metrics.jsonl, and the seconds spent waiting for data."""
 
     steps: int = 0
+    sequences: int = 0
     seconds: float = 0.0
     waited: float = 0.0
 
-    def add(self, seconds: float, waited: float) -> None:
-        self.steps, self.seconds, self.waited = self.steps + 1, self.seconds + seconds, self.waited + waited
+    def add(self, sequences: int, seconds: float, waited: float) -> None:
+        self.steps, self.sequences = self.steps + 1, self.sequences + sequences
+        self.seconds, self.waited = self.seconds + seconds, self.waited + waited
 
-    def take(self) -> tuple[float, float]:
-        """The means per step; the next line begins anew."""
-        means = self.seconds / self.steps, self.waited / self.steps
-        self.steps, self.seconds, self.waited = 0, 0.0, 0.0
+    def take(self) -> tuple[float, float, float]:
+        """Seconds and waited seconds per step, and sequences per second; the next line begins anew."""
+        means = self.seconds / self.steps, self.waited / self.steps, self.sequences / self.seconds
+        self.steps, self.sequences, self.seconds, self.waited = 0, 0, 0.0, 0.0
         return means
 
 
@@ -76,8 +85,15 @@ class Trainer:
     store: CheckpointStore
     monitor: Monitor | None
     """On rank 0."""
+    ledger: DamageLedger | None
+    """Where holes are allowed."""
     state: TrainState
     _pace: Pace = field(default_factory=Pace)
+    _saved_step: int = field(init=False)
+    """The step of the newest checkpoint."""
+
+    def __post_init__(self) -> None:
+        self._saved_step = self.state.step
 
     def train(self, stop: StopRequest) -> None:
         """Train to the configured end.
@@ -86,7 +102,8 @@ class Trainer:
             StoppedError: on a signal, after saving.
             NonFiniteError: loss or gradient norm is NaN or infinite.
             CheckpointError: a checkpoint could not be written.
-            DataError: a block of data is damaged.
+            DataError: a block of data is damaged, and ``data.on_damage`` is ``stop``.
+            TooManyHolesError: there are more holes than ``data.max_hole_fraction`` allows; after saving.
         """
         config, total = self.config, self.config.total_steps
         objective = Objective(config.objective, len(self.data.names), self.ranks)
@@ -97,11 +114,15 @@ class Trainer:
                 started = time.perf_counter()
                 step = loader.next_step()
                 rate = learning_rate(self.state.step, total, config.schedule, config.optimizer.lr)
+                if holes := objective.begin_step(self.state.step, step.micro_batches):
+                    self._bound_holes(holes, step)
                 grad_norm = self._optimizer_step(objective, step, rate)
                 statistics = objective.end_step(stop.flags)
                 self._refuse_non_finite(statistics, float(grad_norm), step)
-                self.state = self.state.advance(config.training.global_batch, statistics.holes)
-                self._pace.add(time.perf_counter() - started, loader.waited)
+                self.state = self.state.advance(step.next_position, statistics.holes)
+                self._pace.add(step.global_batch, time.perf_counter() - started, loader.waited)
+                if holes:
+                    self._record_damage(step)
                 self._log(statistics, rate, float(grad_norm))
                 finished = self.state.step == total
                 signals = [] if finished else names(statistics.flags)
@@ -114,7 +135,7 @@ class Trainer:
 
     def _optimizer_step(self, objective: Objective, step: Step, rate: float) -> torch.Tensor | float:
         """One optimizer step over the global batch; returns the gradient norm before clipping."""
-        objective.begin_step(self.state.step, step.micro_batches)
+        self.engine.begin_step(len(step.micro_batches))
         for micro_batch in step.micro_batches:
             batch = micro_batch.to(self.ranks.device)
             self.engine.backward(objective.micro_step(self.engine.forward(batch), batch))
@@ -128,13 +149,51 @@ class Trainer:
             rank=self.ranks.rank,
             world_size=self.ranks.world_size,
             micro_batch=training.micro_batch,
-            global_batch=training.global_batch,
+            plan=self.config.batch_plan,
             seq_len=self.config.data.seq_len,
+            start_step=self.state.step,
             start_position=self.state.position,
-            end_position=end_position(self.config, self.state),
+            end_step=self.config.total_steps,
             prefetch=self.config.data.prefetch,
             pin_memory=self.ranks.device.type == "cuda",
+            on_damage=self.config.data.on_damage,
+            watchdog_seconds=self.config.data.watchdog_seconds,
+            on_wait=self._tell_wait,
         )
+
+    def _tell_wait(self, message: str) -> None:
+        where = f"rank {self.ranks.rank} on {socket.gethostname()}"
+        print(f"warning: {where} waits for data after step {self.state.step:,}: {message}", file=sys.stderr, flush=True)
+
+    @cached_property
+    def _most_holes(self) -> int:
+        """How many holes the run may have to its end."""
+        sequences = self.config.batch_plan.sequences_before(end_position(self.config, self.state))
+        return math.floor(self.config.data.max_hole_fraction * sequences)
+
+    def _bound_holes(self, holes: int, step: Step) -> None:
+        """Stop, with everything before saved, when the step would go beyond the bound. Collective."""
+        if self.state.holes + holes <= self._most_holes:
+            return
+        found = [damage for of_rank in self.ranks.gather_objects(step.damage) for damage in of_rank]
+        if self.state.step != self._saved_step:
+            self.save()
+        raise TooManyHolesError(
+            f"step {self.state.step + 1} has {holes} damaged sequences, and {self.state.holes} were missing before: more "
+            f"than data.max_hole_fraction = {self.config.data.max_hole_fraction} of the run's sequences allows "
+            f"({self._most_holes}). Damaged now: {'; '.join(each.place for each in found[:3])}"
+            f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}. Restore the shards from a copy "
+            "(`pretrain-data verify` lists all damage), or raise the fraction."
+        )
+
+    def _record_damage(self, step: Step) -> None:
+        """Put the holes of a step into the ledger, and each damaged block into metrics and log. Collective."""
+        if self.ledger:
+            self.ledger.add(self.state.step, step.damage)
+        found = [damage for of_rank in self.ranks.gather_objects(step.damage) for damage in of_rank]
+        if self.monitor:
+            for place, holes in Counter(damage.place for damage in found).items():
+                self.monitor.event({"event": "damage", "step": self.state.step, "message": place, "holes": holes})
 
     def _due(self, every: int | None) -> bool:
         """At multiples of ``every`` and at the end of the run."""
@@ -164,6 +223,7 @@ class Trainer:
         if self.monitor:
             self.monitor.flush()
         path = self.store.save(self.engine, checkpoint_state(self.state, self.config, self.data, self.ranks))
+        self._saved_step = self.state.step
         if self.monitor:
             print(f"saved {path}", flush=True)
         return path
@@ -172,11 +232,10 @@ class Trainer:
         """Stop before anything of a poisoned step is saved; every rank sees the same numbers and decides the same."""
         if math.isfinite(statistics.loss) and math.isfinite(statistics.objective) and math.isfinite(grad_norm):
             return
-        first = step.position
         raise NonFiniteError(
             f"step {self.state.step + 1} on {socket.gethostname()}: loss {statistics.loss}, objective "
-            f"{statistics.objective}, gradient norm {grad_norm} at positions {first} to "
-            f"{first + self.config.training.global_batch - 1}. Nothing after step {self.state.step} was saved. Look at "
+            f"{statistics.objective}, gradient norm {grad_norm} at positions {step.position} to "
+            f"{step.next_position - 1}. Nothing after step {self.state.step} was saved. Look at "
             "these samples, or resume with a lower optimizer.lr or a smaller optimizer.clip_norm."
         )
 
@@ -184,13 +243,14 @@ class Trainer:
         step, settings = self.state.step, self.config.monitor
         if not self.monitor or (step % settings.log_every and step != self.config.total_steps):
             return
-        seconds, waited = self._pace.take()
-        tokens_per_second = self.config.tokens_per_step / seconds
+        seconds, waited, sequences_per_second = self._pace.take()
+        length, plan = self.config.data.seq_len, self.config.batch_plan
+        tokens_per_second = sequences_per_second * length
         fields = step_metrics(statistics, self.data.names)
         fields |= {
             "step": step,
             "position": self.state.position,
-            "tokens": self.state.position * self.config.data.seq_len,
+            "tokens": plan.sequences_before(self.state.position) * length,
             "learning_rate": rate,
             "grad_norm": norm,
             "step_seconds": seconds,
@@ -199,6 +259,8 @@ class Trainer:
             "skipped": self.engine.skipped_steps,
             "holes": self.state.holes,
         }
+        if plan.ramp:
+            fields["global_batch"] = plan.batch(step - 1)
         if self._peak_tokens_per_second:
             fields["mfu"] = tokens_per_second / self._peak_tokens_per_second
         self.monitor.log(fields)

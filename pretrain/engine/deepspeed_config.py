@@ -36,7 +36,8 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu"}
     ours: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": training.micro_batch,
-        "gradient_accumulation_steps": accumulation_steps(config, world_size),
+        # the most of any step: what DeepSpeed makes room for; the engine says itself which micro-step is a step's last
+        "gradient_accumulation_steps": max(accumulation_steps(config, world_size)),
         # stage 0 in fp32 has no DeepSpeed optimizer around ours: the engine clips there itself, to know the norm
         "gradient_clipping": 0.0 if clips_itself(config) else config.optimizer.clip_norm,
         "zero_optimization": zero,
@@ -59,18 +60,29 @@ def clips_itself(config: Config) -> bool:
     return config.engine.zero_stage == 0 and config.training.precision == "fp32"
 
 
-def accumulation_steps(config: Config, world_size: int) -> int:
-    """Micro-steps of an optimizer step. Raises UserError when the batch does not divide."""
-    together = config.training.micro_batch * world_size
-    if config.training.global_batch % together:
-        total = config.training.global_batch
-        fitting = [ranks for ranks in range(1, total + 1) if total % (config.training.micro_batch * ranks) == 0]
-        raise UserError(
-            f"training.global_batch = {total} is not a multiple of micro_batch {config.training.micro_batch} x "
-            f"{world_size} ranks = {together}. Change global_batch to a multiple of {together}, or use one of these "
-            f"numbers of ranks: {', '.join(map(str, fitting))}."
-        )
-    return config.training.global_batch // together
+def accumulation_steps(config: Config, world_size: int) -> list[int]:
+    """Micro-steps of an optimizer step, for each stage of the batch ramp and for the time after it.
+
+    Raises:
+        UserError: a batch does not divide.
+    """
+    training = config.training
+    together = training.micro_batch * world_size
+    batches = {f"batch_ramp.{i}.global_batch": stage.global_batch for i, stage in enumerate(training.batch_ramp)}
+    batches["global_batch"] = training.global_batch
+    for name, batch in batches.items():
+        if batch % together:
+            fitting = [
+                ranks
+                for ranks in range(1, batch + 1)
+                if all(each % (training.micro_batch * ranks) == 0 for each in batches.values())
+            ]
+            raise UserError(
+                f"training.{name} = {batch} is not a multiple of micro_batch {training.micro_batch} x {world_size} "
+                f"ranks = {together}. Change it to a multiple of {together}, or use one of these numbers of ranks: "
+                f"{', '.join(map(str, fitting))}."
+            )
+    return [batch // together for batch in batches.values()]
 
 
 def _pass_through(ours: dict[str, Any], extra: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -44,6 +44,8 @@ class Engine:
         self._clips_itself = clips_itself(config)
         self._stage = config.engine.zero_stage
         self._keeps_own_masters = self._stage == 0 and config.training.precision == "bf16"
+        self._left = 0
+        """Micro-steps of the current optimizer step whose backward pass is still to come."""
         self.ranks = ranks
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
         model = self._build(deepspeed, config, vocab_size, settings)
@@ -103,11 +105,21 @@ class Engine:
     def evaluating(self, evaluating: bool) -> None:
         self._engine.train(not evaluating)
 
+    def begin_step(self, micro_steps: int) -> None:
+        """Say how many micro-steps the optimizer step that begins has; a batch ramp changes it on the way."""
+        self._left = micro_steps
+        self._engine._config.gradient_accumulation_steps = micro_steps
+        if hasattr(self._engine.optimizer, "gradient_accumulation_steps"):
+            self._engine.optimizer.gradient_accumulation_steps = micro_steps
+        self._engine.set_gradient_accumulation_boundary(micro_steps == 1)
+
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of ``loss`` (scalar); reduces over the ranks after the step's last micro-step."""
         self._engine.backward(loss, scale_wrt_gas=False)
-        if not self._engine.is_gradient_accumulation_boundary():
+        self._left -= 1
+        if self._left:
             self._engine.step()  # only counts the micro-step
+            self._engine.set_gradient_accumulation_boundary(self._left == 1)
 
     def step(self, learning_rate: float) -> Tensor | float:
         """Clip the gradient by its global norm and update the parameters.

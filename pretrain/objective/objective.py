@@ -75,8 +75,12 @@ class Objective:
         self._ranks = ranks
         self._step: _Step | None = None
 
-    def begin_step(self, step: int, micro_batches: Sequence[Batch]) -> None:
-        """Agree on the denominators of optimizer step ``step`` (0-based) from this rank's micro-batches on the CPU."""
+    def begin_step(self, step: int, micro_batches: Sequence[Batch]) -> int:
+        """Agree on the denominators of optimizer step ``step`` (0-based) from this rank's micro-batches on the CPU.
+
+        Returns:
+            how many of the step's sequences are missing, over all ranks.
+        """
         labels = torch.cat([batch.loss_mask.sum(dim=1) for batch in micro_batches])
         missing = torch.cat([batch.sample_ids < 0 for batch in micro_batches])
         counts = torch.stack([labels.sum(), (labels > 0).sum(), missing.sum()]).to(self._ranks.device)
@@ -91,6 +95,7 @@ class Objective:
             losses=zeros[1 : 1 + self._sources],
             labels=zeros[1 + self._sources :],
         )
+        return int(holes)
 
     def micro_step(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss to hand to the engine for one micro-batch.

@@ -64,10 +64,10 @@ def batch_of(step: int, positions: np.ndarray) -> Batch:
     return make_batch(rows, EOS, sources, samples, positions.astype(np.int64))
 
 
-def micro_batches(step: int, ranks: Distributed, micro_batch: int) -> list[Batch]:
+def micro_batches(step: int, ranks: Distributed, micro_batch: int, batch: int = GLOBAL_BATCH) -> list[Batch]:
     """This rank's micro-batches, by the rule of docs/architecture.md: micro-step, then rank, then row."""
     together = ranks.world_size * micro_batch
-    starts = range(ranks.rank * micro_batch, GLOBAL_BATCH, together)
+    starts = range(ranks.rank * micro_batch, batch, together)
     return [batch_of(step, np.arange(start, start + micro_batch)) for start in starts]
 
 
@@ -80,7 +80,8 @@ def run_engine(config: Config, ranks: Distributed) -> dict[str, Any]:
     objective = Objective(config.objective, 2, ranks)
     seen: dict[str, Any] = {"losses": [], "objectives": [], "norms": [], "holes": []}
     for step in range(STEPS):
-        batches = micro_batches(step, ranks, config.training.micro_batch)
+        batches = micro_batches(step, ranks, config.training.micro_batch, config.batch_plan.batch(step))
+        engine.begin_step(len(batches))
         objective.begin_step(step, batches)
         for batch in batches:
             engine.backward(objective.micro_step(engine.forward(batch), batch))
@@ -111,7 +112,7 @@ def run_plain(config: Config, group_size: int) -> dict[str, Any]:
     )
     seen: dict[str, Any] = {"losses": [], "objectives": [], "norms": []}
     for step in range(STEPS):
-        batch = batch_of(step, np.arange(GLOBAL_BATCH))
+        batch = batch_of(step, np.arange(config.batch_plan.batch(step)))
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(masters[name])
@@ -143,13 +144,14 @@ def plain_objective(logits: Tensor, batch: Batch, config: Config, group_size: in
     """The objective written out sequence by sequence, without any code of pretrain.objective."""
     settings = config.objective
     means, counts = [], []
-    for row in range(GLOBAL_BATCH):
+    rows = len(batch.tokens)
+    for row in range(rows):
         chosen = logits[row][batch.loss_mask[row]].log_softmax(-1)
         picked = chosen.gather(1, batch.labels[row][batch.loss_mask[row]][:, None])
         counts.append(len(picked))
         means.append(-picked.mean() if len(picked) else logits.sum() * 0.0)
-    weights = np.zeros(GLOBAL_BATCH)
-    for start in range(0, GLOBAL_BATCH, group_size):
+    weights = np.zeros(rows)
+    for start in range(0, rows, group_size):
         members = [i for i in range(start, start + group_size) if counts[i]]
         shares = np.array([counts[i] if settings.average == "token" else 1 for i in members], float)
         scores = np.ones(len(members))

@@ -151,6 +151,7 @@ class Bench:
 
     def step(self, number: int) -> None:
         batches = micro_batches(number, self.ranks, 1)
+        self.engine.begin_step(len(batches))
         self.objective.begin_step(number, batches)
         for batch in batches:
             self.engine.backward(self.objective.micro_step(self.engine.forward(batch), batch))

@@ -28,6 +28,7 @@ def read_back(root: Path) -> None:
         )
         engine, objective = Engine(config, VOCABULARY, ranks), Objective(config.objective, 2, ranks)
         batches = micro_batches(0, ranks, 1)
+        engine.begin_step(len(batches))
         objective.begin_step(0, batches)
         for batch in batches:
             engine.backward(objective.micro_step(engine.forward(batch), batch))
