@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -24,10 +25,10 @@ def fsync_folder(folder: Path) -> None:
 def publish(path: Path) -> Iterator[BinaryIO]:
     """Open a binary file that appears at ``path`` only when the body has ended without an error.
 
-    The temporary name carries the process id, so two writers never share one; a body that raises leaves
-    nothing behind. Errors of the disk (``OSError``) pass through.
+    The temporary name carries the host and the process id, so two writers never share one; a body that raises
+    leaves nothing behind. Errors of the disk (``OSError``) pass through.
     """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as handle:
             yield handle

@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
-from .run import make_tokenizer, prepare
+from .claims import Share
+from .run import make_tokenizer, merge, prepare, prepare_share
 from .settings import PrepareSettings, TokenizerSettings, TokenizerTraining
 
-__all__ = ["PrepareSettings", "TokenizerSettings", "TokenizerTraining", "make_tokenizer", "prepare"]
+__all__ = [
+    "PrepareSettings",
+    "Share",
+    "TokenizerSettings",
+    "TokenizerTraining",
+    "make_tokenizer",
+    "merge",
+    "prepare",
+    "prepare_share",
+]

@@ -5,38 +5,37 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import UserError
 from ..files import publish_json
 from ..layout import BlockLayout
-from ..manifest import HELDOUT, SPLITS, TRAIN, Shard
+from ..manifest import SPLITS
+from ..packing import Packing, best_fit, end_to_end
 from ..shards import ShardContent, write_shard
-from .parts import RUN_DTYPE
+from .runs import Documents, IntArray, Run
+from .workers import run_jobs
 from .workspace import Workspace
+
+_RUNS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class Run:
-    """The documents of one split in one run: rows ``first`` to ``last`` of its table."""
+class Format:
+    """How shards are written."""
 
-    path: str
-    first: int
-    last: int
-
-    def table(self) -> npt.NDArray[np.void]:
-        """The rows, sorted by key; mapped, not read."""
-        rows: npt.NDArray[np.void] = np.load(f"{self.path}.docs.npy", mmap_mode="r")[self.first : self.last]
-        return rows
+    layout: BlockLayout
+    eos_id: int
+    pack_tokens: int | None
 
 
 @dataclass(frozen=True)
 class ShardJob:
-    """One shard to write; everything a worker process needs."""
+    """One shard to write; everything a worker process needs. ``tokens``: of its documents, without filling."""
 
     folder: Path
     name: str
@@ -45,9 +44,12 @@ class ShardJob:
     index: int
     count: int
     tokens: int
-    runs: tuple[Run, ...]
-    layout: BlockLayout
-    eos_id: int
+    format: Format
+
+    @property
+    def label(self) -> str:
+        """Its name in messages."""
+        return f"shard {self.name}"
 
     @property
     def record(self) -> Path:
@@ -56,108 +58,120 @@ class ShardJob:
 
 
 def plan_shards(
-    workspace: Workspace, records: Sequence[dict[str, Any]], layout: BlockLayout, shard_tokens: int, eos_id: int
-) -> list[ShardJob]:
-    """Cut every (split, domain) into ceil(tokens / shard_tokens) ranges of keys; a range without documents is no shard.
-
-    Training shards come first, then held-out ones, domains in sorted order; shards are numbered in this order.
+    workspace: Workspace, records: Sequence[dict[str, Any]], shard_tokens: int, processes: int | None
+) -> None:
+    """Cut every (split, domain) into ceil(tokens / shard_tokens) ranges of keys, and publish the cuts.
 
     Raises:
         UserError: over a million shards.
     """
-    jobs: list[ShardJob] = []
+    runs: dict[str, dict[str, list[tuple[str, int, int]]]] = {split: {} for split in SPLITS}
+    groups: list[dict[str, Any]] = []
     for split in SPLITS:
         for domain in sorted({record["domain"] for record in records}):
-            runs = _runs(workspace, records, domain, split)
-            total = sum(
-                run[split]["tokens"] for record in records if record["domain"] == domain for run in record["runs"]
+            described = [run for record in records if record["domain"] == domain for run in record["runs"]]
+            found = [Run.of(workspace.parts, run, split) for run in described if run[split]["documents"]]
+            count = -(-sum(run[split]["tokens"] for run in described) // shard_tokens)
+            tokens = _tokens_per_range(found, count, processes)
+            filled = np.flatnonzero(tokens).tolist()
+            groups.append(
+                {"split": split, "domain": domain, "count": count, "index": filled, "tokens": tokens[filled].tolist()}
             )
-            count = -(-total // shard_tokens)
-            tokens = _tokens_per_range(runs, count)
-            for index in np.flatnonzero(tokens).tolist():
-                name = f"{len(jobs):06d}"
-                jobs.append(
-                    ShardJob(
-                        workspace.folder, name, domain, split, index, count, int(tokens[index]), runs, layout, eos_id
-                    )
-                )
-    if len(jobs) > 1_000_000:
-        raise UserError(f"{len(jobs)} shards are too many (names have six digits). Raise shard_tokens.")
+            runs[split][domain] = [(Path(run.path).name, run.first, run.last) for run in found]
+    if (shards := sum(len(group["index"]) for group in groups)) > 1_000_000:
+        raise UserError(f"{shards} shards are too many (names have six digits). Raise shard_tokens.")
+    publish_json(workspace.shard_runs, runs)
+    publish_json(workspace.shard_plan, groups)
+
+
+def shard_jobs(workspace: Workspace, written: Format) -> list[ShardJob]:
+    """The shards of the published plan. A range without documents is no shard; training shards come first, then
+    held-out ones, domains in sorted order."""
+    jobs: list[ShardJob] = []
+    for group in json.loads(workspace.shard_plan.read_bytes()):
+        for index, tokens in zip(group["index"], group["tokens"], strict=True):
+            place = (f"{len(jobs):06d}", group["domain"], group["split"], index, group["count"], tokens)
+            jobs.append(ShardJob(workspace.folder, *place, written))
     return jobs
 
 
-def gather_shard(job: ShardJob) -> Shard:
-    """Write one shard and its record; a shard that has its record is not done again."""
-    if job.record.exists():
-        return Shard.model_validate(json.loads(job.record.read_bytes()))
-    shard = write_shard(job.folder, job.name, job.domain, job.split, job.layout, job.eos_id, _content(job))
+def gather_shard(job: ShardJob) -> None:
+    """Write one shard, then its record: its row of the manifest."""
+    layout, eos_id = job.format.layout, job.format.eos_id
+    shard = write_shard(job.folder, job.name, job.domain, job.split, layout, eos_id, _content(job))
     publish_json(job.record, shard.model_dump(mode="json"))
-    return shard
 
 
-def _runs(workspace: Workspace, records: Sequence[dict[str, Any]], domain: str, split: str) -> tuple[Run, ...]:
-    runs: list[Run] = []
-    for record in records:
-        for run in record["runs"] if record["domain"] == domain else []:
-            train, heldout = run[TRAIN]["documents"], run[HELDOUT]["documents"]
-            first, last = (0, train) if split == TRAIN else (train, train + heldout)
-            if last > first:
-                runs.append(Run(str(workspace.parts / run["name"]), first, last))
-    return tuple(runs)
+@dataclass(frozen=True)
+class _CountJob:
+    runs: tuple[Run, ...]
+    count: int
 
 
-def _cuts(keys: npt.NDArray[np.uint64], first: int, last: int, count: int) -> npt.NDArray[np.int64]:
-    """Where key ranges ``first`` to ``last`` of ``count`` begin in sorted ``keys``, the end of the last included."""
-    inner = [(k << 64) // count for k in range(max(first, 1), min(last, count - 1) + 1)]
-    cuts = np.searchsorted(keys, np.array(inner, np.uint64), side="left")
-    head, tail = [0] * (first == 0), [len(keys)] * (last == count)
-    return np.concatenate([head, cuts, tail]).astype(np.int64)
+def _tokens_per_range(runs: Sequence[Run], count: int, processes: int | None) -> IntArray:
+    """[count] the tokens of all runs in each of ``count`` ranges of keys."""
+    jobs = [
+        _CountJob(tuple(runs[first : first + _RUNS_AT_ONCE]), count) for first in range(0, len(runs), _RUNS_AT_ONCE)
+    ]
+    several = len(jobs) > 1
+    counted = run_jobs(_count_tokens, jobs, processes, "plan", "run", _runs_of) if several else map(_count_tokens, jobs)
+    total: IntArray = np.sum([np.zeros(count, np.int64), *counted], axis=0)
+    return total
 
 
-def _tokens_per_range(runs: Sequence[Run], count: int) -> npt.NDArray[np.int64]:
-    tokens = np.zeros(count, np.int64)
-    for run in runs:
-        table = run.table()
-        ends = np.concatenate([[0], np.cumsum(table["length"].astype(np.int64))])
-        tokens += np.diff(ends[_cuts(np.ascontiguousarray(table["key"]), 0, count, count)])
-    return tokens
+def _runs_of(job: _CountJob) -> int:
+    return len(job.runs)
+
+
+def _count_tokens(job: _CountJob) -> IntArray:
+    cuts = np.array([_cut(k, job.count) for k in range(1, job.count)], np.uint64)
+    total: IntArray = np.sum([run.tokens_per_range(cuts) for run in job.runs], axis=0)
+    return total
+
+
+def _cut(k: int, count: int) -> int:
+    """The key with which range ``k`` of ``count`` begins."""
+    return (k << 64) // count
+
+
+@lru_cache(maxsize=1)
+def _runs(path: Path, modified: int) -> dict[str, dict[str, list[Run]]]:
+    parts = Workspace(path.parent.parent).parts
+    listed = json.loads(path.read_bytes())
+    return {
+        split: {
+            domain: [Run(str(parts / name), first, last) for name, first, last in runs] for domain, runs in of.items()
+        }
+        for split, of in listed.items()
+    }
 
 
 def _content(job: ShardJob) -> ShardContent:
-    tables: list[npt.NDArray[np.void]] = []
-    streams: list[npt.NDArray[np.unsignedinteger]] = []
-    urls: list[bytes] = []
-    for run in job.runs:
-        table = run.table()
-        first, last = _cuts(np.ascontiguousarray(table["key"]), job.index, job.index + 1, job.count)
-        if first == last:
-            continue
-        rows = np.array(table[first:last])
-        tokens = np.memmap(f"{run.path}.tokens", job.layout.token_dtype, mode="r")
-        streams += [
-            tokens[start : start + length] for start, length in zip(*_pair(rows, "start", "length"), strict=True)
-        ]
-        with open(f"{run.path}.urls", "rb") as handle:
-            handle.seek(int(rows["url_start"][0]))
-            blob = handle.read(int(rows["url_start"][-1] + rows["url_bytes"][-1] - rows["url_start"][0]))
-        begins = (rows["url_start"] - rows["url_start"][0]).tolist()
-        urls += [blob[begin : begin + size] for begin, size in zip(begins, rows["url_bytes"].tolist(), strict=True)]
-        tables.append(rows)
-    rows = np.concatenate(tables).astype(RUN_DTYPE, copy=False)
-    keys, ids = rows["key"].tolist(), [row.tobytes() for row in rows["id"]]
-    order = sorted(range(len(rows)), key=lambda row: (keys[row], ids[row], urls[row]))
-    lengths = rows["length"][order].astype(np.int64)
+    layout, path = job.format.layout, Workspace(job.folder).shard_runs
+    low, high = _cut(job.index, job.count), _cut(job.index + 1, job.count)
+    runs = _runs(path, path.stat().st_mtime_ns)[job.split][job.domain]
+    pieces = [piece for run in runs if (piece := run.read(low, high, layout.token_dtype)) is not None]
+    documents = Documents.joined(pieces)
+    shuffled = documents.shuffled(np.arange(len(documents)))
+    lengths = documents.lengths[shuffled]
+    packing = end_to_end(lengths) if job.format.pack_tokens is None else best_fit(lengths, job.format.pack_tokens)
+    order = shuffled[packing.order]
+    rows = order.tolist()
     return ShardContent(
-        tokens=np.concatenate([streams[row] for row in order]),
-        starts=np.cumsum(lengths) - lengths,
-        lengths=lengths,
-        text_bytes=rows["text_bytes"][order].astype(np.int64),
-        ids=[ids[row].hex() for row in order],
-        urls=[urls[row].decode() for row in order],
-        metadata=[""] * len(rows),
-        first_key=keys[order[0]],
+        tokens=_stream(documents, order, packing, job.format),
+        starts=packing.starts,
+        lengths=documents.lengths[order],
+        text_bytes=documents.text_bytes[order],
+        ids=[documents.ids[row].tobytes().hex() for row in rows],
+        urls=[documents.urls[row].decode() for row in rows],
+        metadata=[documents.metadata[row].decode() for row in rows],
+        first_key=int(documents.keys[shuffled[0]]),
     )
 
 
-def _pair(rows: npt.NDArray[np.void], first: str, second: str) -> tuple[list[int], list[int]]:
-    return rows[first].tolist(), rows[second].tolist()
+def _stream(documents: Documents, order: IntArray, packing: Packing, written: Format) -> Any:
+    stream = np.full(packing.tokens, written.eos_id, written.layout.token_dtype)
+    begins = (np.cumsum(documents.lengths) - documents.lengths)[order].tolist()
+    for place, begin, length in zip(packing.starts.tolist(), begins, documents.lengths[order].tolist(), strict=True):
+        stream[place : place + length] = documents.tokens[begin : begin + length]
+    return stream

@@ -1,16 +1,15 @@
 """Pass 1: tokenise one part of the input into runs of documents sorted by a keyed hash.
 
-A run is three files: ``.tokens`` (the documents' tokens, each with its EOS), ``.docs.npy`` (a table of
-:data:`RUN_DTYPE`) and ``.urls`` (their text, end to end). Its training documents come first, then the held-out ones,
-each sorted by key. The key of a document depends on the seed and its content only; cut by ranges of keys, the
-runs of all parts make a uniform shuffle of all documents whatever the parts were.
+The key of a document depends on the seed and its content only; cut by ranges of keys, the runs of all parts make a
+uniform shuffle of all documents whatever the parts were.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -20,26 +19,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..errors import DataError
-from ..files import publish, publish_json
+from ..files import publish_json
 from ..manifest import HELDOUT, TRAIN
-from ..sources import Document, Part, Source
+from ..sources import Document, Part, Rejected, Source
 from ..tokenizer import Tokenizer
+from .runs import ID_BYTES, Documents, IntArray, write_run
 
-ID_BYTES = 16
-
-RUN_DTYPE = np.dtype(
-    [
-        ("key", "<u8"),
-        ("id", "u1", (ID_BYTES,)),
-        ("start", "<u8"),
-        ("length", "<u8"),
-        ("text_bytes", "<u8"),
-        ("url_start", "<u8"),
-        ("url_bytes", "<u8"),
-    ]
-)
-
-_BATCH_BYTES = 1 << 20
+_BATCH_CHARACTERS = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -57,23 +43,24 @@ class PartJob:
     run_bytes: int
 
     @property
+    def label(self) -> str:
+        """Its name in messages."""
+        return f"part {self.number:06d}"
+
+    @property
     def record(self) -> Path:
         """Published when all runs of the part are."""
         return self.folder / f"{self.number:06d}.json"
 
 
-@dataclass(frozen=True)
-class _Encoded:
-    split: str
-    key: int
-    id: bytes
-    url: bytes
-    text_bytes: int
-    tokens: npt.NDArray[np.unsignedinteger]
-
-    @property
-    def rank(self) -> tuple[bool, int, bytes, bytes]:
-        return self.split == HELDOUT, self.key, self.id, self.url
+@dataclass
+class _Counts:
+    documents: int = 0
+    empty_documents: int = 0
+    inexact_documents: int = 0
+    text_bytes: int = 0
+    tokens: int = 0
+    dropped_records: Counter[str] = field(default_factory=Counter)
 
 
 def content_id(utf8: bytes) -> bytes:
@@ -83,43 +70,36 @@ def content_id(utf8: bytes) -> bytes:
 
 def is_heldout(identity: bytes, fraction: float) -> bool:
     """Whether a document is held out: a function of its content alone, so duplicates fall on one side."""
-    draw = blake2b(identity, digest_size=8, key=b"heldout").digest()
-    return int.from_bytes(draw, "little") < int(fraction * (1 << 64))
+    return bool(_heldout([identity], fraction)[0])
 
 
 def shuffle_key(identity: bytes, seed: int) -> int:
     """The place of a document in the shuffle, uniform in [0, 2^64)."""
-    return int.from_bytes(blake2b(identity, digest_size=8, key=seed.to_bytes(8, "little")).digest(), "little")
+    return int(_keyed_hashes([identity], seed.to_bytes(8, "little"))[0])
 
 
-def tokenise_part(job: PartJob) -> dict[str, Any]:
-    """Write the runs of a part and its record; a part that has its record is not done again.
+def tokenise_part(job: PartJob) -> None:
+    """Write the runs of a part, then its record.
 
-    Returns:
-        The record: ``source``, ``domain``, ``runs`` (name, documents and tokens by split) and counts: ``documents``,
-        ``empty_documents`` (left out), ``inexact_documents`` (their tokens do not stand for all their bytes; an exact
-        tokenizer has none), ``text_bytes``, ``tokens``.
+    The record (JSON) holds ``source``, ``domain``, ``runs`` (name, documents and tokens by split) and counts:
+    ``documents``, ``empty_documents`` (without text or tokens; left out), ``inexact_documents`` (their tokens do not
+    stand for all their bytes; an exact tokenizer has none), ``text_bytes``, ``tokens``, ``dropped_records`` (by
+    reason).
     """
-    if job.record.exists():
-        record: dict[str, Any] = json.loads(job.record.read_bytes())
-        return record
     tokenizer = _load_tokenizer(job.tokenizer)
-    counts = {"documents": 0, "empty_documents": 0, "inexact_documents": 0, "text_bytes": 0, "tokens": 0}
+    counts = _Counts()
     runs: list[dict[str, Any]] = []
-    run: list[_Encoded] = []
+    pieces: list[Documents] = []
     run_bytes = 0
     for batch in _batches(job.source.read(job.part), counts):
-        encoded = _encode(batch, tokenizer, job, counts)
-        run += encoded
-        run_bytes += sum(document.text_bytes for document in encoded)
+        piece = _encode(batch, tokenizer, job, counts)
+        pieces.append(piece)
+        run_bytes += int(piece.text_bytes.sum())
         if run_bytes >= job.run_bytes:
-            runs.append(_write_run(job, len(runs), run))
-            run, run_bytes = [], 0
-    if run:
-        runs.append(_write_run(job, len(runs), run))
-    record = {"source": job.source_name, "domain": job.source.domain, "runs": runs, **counts}
-    publish_json(job.record, record)
-    return record
+            runs += _write_run(job, len(runs), pieces)
+            pieces, run_bytes = [], 0
+    runs += _write_run(job, len(runs), pieces)
+    publish_json(job.record, {"source": job.source_name, "domain": job.source.domain, "runs": runs, **vars(counts)})
 
 
 @lru_cache(maxsize=1)
@@ -127,67 +107,89 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-def _batches(documents: Iterator[Document], counts: dict[str, int]) -> Iterator[list[Document]]:
+def _batches(records: Iterable[Document | Rejected], counts: _Counts) -> Iterator[list[Document]]:
     batch: list[Document] = []
     characters = 0
-    for document in documents:
-        if not document.text:
-            counts["empty_documents"] += 1
+    for record in records:
+        if isinstance(record, Rejected):
+            counts.dropped_records[record.reason] += 1
             continue
-        batch.append(document)
-        characters += len(document.text)
-        if characters >= _BATCH_BYTES:
+        if not record.text:
+            counts.empty_documents += 1
+            continue
+        batch.append(record)
+        characters += len(record.text)
+        if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
     if batch:
         yield batch
 
 
-def _encode(batch: list[Document], tokenizer: Tokenizer, job: PartJob, counts: dict[str, int]) -> list[_Encoded]:
+def _encode(batch: list[Document], tokenizer: Tokenizer, job: PartJob, counts: _Counts) -> Documents:
+    encoded = tokenizer.encode_batch([document.text for document in batch])
+    if not all(map(len, encoded)):
+        kept = [row for row, ids in enumerate(encoded) if len(ids)]
+        counts.empty_documents += len(batch) - len(kept)
+        batch, encoded = [batch[row] for row in kept], [encoded[row] for row in kept]
+    utf8 = [document.text.encode() for document in batch]
+    identities = [content_id(text) for text in utf8]
+    text_bytes = np.array([len(text) for text in utf8], np.int64)
+    tokens, lengths = _with_ends(encoded, tokenizer, batch)
+    counts.documents += len(batch)
+    counts.text_bytes += int(text_bytes.sum())
+    counts.tokens += len(tokens)
+    if batch:
+        covered = np.add.reduceat(tokenizer.piece_bytes[tokens], np.cumsum(lengths) - lengths)
+        counts.inexact_documents += int(np.count_nonzero(covered != text_bytes))
+    return Documents(
+        keys=_keyed_hashes(identities, job.seed.to_bytes(8, "little")),
+        ids=np.frombuffer(b"".join(identities), np.uint8).reshape(-1, ID_BYTES),
+        lengths=lengths,
+        text_bytes=text_bytes,
+        urls=[document.url.encode() for document in batch],
+        metadata=[json.dumps(d.metadata, sort_keys=True).encode() if d.metadata else b"" for d in batch],
+        tokens=tokens,
+    )
+
+
+def _with_ends(
+    encoded: Sequence[npt.NDArray[np.int32]], tokenizer: Tokenizer, batch: list[Document]
+) -> tuple[npt.NDArray[np.unsignedinteger], IntArray]:
+    """The documents end to end, each with EOS, and their lengths."""
     eos = np.array([tokenizer.eos_id], np.int32)
-    encoded: list[_Encoded] = []
-    for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch]), strict=True):
-        utf8 = document.text.encode()
-        identity = content_id(utf8)
-        if tokenizer.eos_id in ids:
-            raise DataError(f"{document.url}: the tokenizer made EOS of its text. Train another tokenizer.")
-        encoded.append(
-            _Encoded(
-                split=HELDOUT if is_heldout(identity, job.heldout_fraction) else TRAIN,
-                key=shuffle_key(identity, job.seed),
-                id=identity,
-                url=document.url.encode(),
-                text_bytes=len(utf8),
-                tokens=np.concatenate([ids, eos]).astype(tokenizer.dtype),
-            )
-        )
-        counts["inexact_documents"] += int(tokenizer.piece_bytes[ids].sum()) != len(utf8)
-        counts["text_bytes"] += len(utf8)
-        counts["tokens"] += len(ids) + 1
-    counts["documents"] += len(batch)
-    return encoded
+    pieces = [piece for ids in encoded for piece in (ids, eos)]
+    tokens = np.concatenate([*pieces, eos[:0]], dtype=tokenizer.dtype, casting="unsafe")
+    if np.count_nonzero(tokens == tokenizer.eos_id) != len(batch):
+        wrong = next(d for d, ids in zip(batch, encoded, strict=True) if tokenizer.eos_id in ids)
+        raise DataError(f"{wrong.url}: the tokenizer made EOS of its text. Train another tokenizer.")
+    return tokens, np.array([len(ids) + 1 for ids in encoded], np.int64)
 
 
-def _write_run(job: PartJob, number: int, documents: list[_Encoded]) -> dict[str, Any]:
+def _keyed_hashes(identities: Sequence[bytes], key: bytes) -> npt.NDArray[np.uint64]:
+    """[n] a 64-bit hash of each identity under ``key``."""
+    empty = blake2b(digest_size=8, key=key)
+    digests: list[bytes] = []
+    for identity in identities:
+        state = empty.copy()
+        state.update(identity)
+        digests.append(state.digest())
+    return np.frombuffer(b"".join(digests), "<u8")
+
+
+def _heldout(identities: Sequence[bytes], fraction: float) -> npt.NDArray[np.bool_]:
+    return _keyed_hashes(identities, b"heldout") < np.uint64(int(fraction * (1 << 64)))
+
+
+def _write_run(job: PartJob, number: int, pieces: list[Documents]) -> list[dict[str, Any]]:
+    if not sum(map(len, pieces)):
+        return []
+    documents = Documents.joined(pieces)
+    heldout = _heldout([row.tobytes() for row in documents.ids], job.heldout_fraction)
+    chosen = {split: documents.shuffled(np.flatnonzero(heldout == (split == HELDOUT))) for split in (TRAIN, HELDOUT)}
     name = f"{job.number:06d}-{number:04d}"
-    documents = sorted(documents, key=lambda document: document.rank)
-    table = np.zeros(len(documents), RUN_DTYPE)
-    table["key"] = [document.key for document in documents]
-    table["id"] = np.frombuffer(b"".join(document.id for document in documents), np.uint8).reshape(-1, ID_BYTES)
-    table["length"] = [len(document.tokens) for document in documents]
-    table["start"] = np.cumsum(table["length"]) - table["length"]
-    table["text_bytes"] = [document.text_bytes for document in documents]
-    table["url_bytes"] = [len(document.url) for document in documents]
-    table["url_start"] = np.cumsum(table["url_bytes"]) - table["url_bytes"]
-    with publish(job.folder / f"{name}.tokens") as handle:
-        for document in documents:
-            handle.write(document.tokens.astype(document.tokens.dtype.newbyteorder("<"), copy=False).tobytes())
-    with publish(job.folder / f"{name}.urls") as handle:
-        handle.write(b"".join(document.url for document in documents))
-    with publish(job.folder / f"{name}.docs.npy") as handle:
-        np.save(handle, table)
-    splits = {}
-    for split in (TRAIN, HELDOUT):
-        lengths = [len(document.tokens) for document in documents if document.split == split]
-        splits[split] = {"documents": len(lengths), "tokens": sum(lengths)}
-    return {"name": name, **splits}
+    write_run(job.folder / name, documents, np.concatenate([chosen[TRAIN], chosen[HELDOUT]]))
+    counted = {
+        split: {"documents": len(rows), "tokens": int(documents.lengths[rows].sum())} for split, rows in chosen.items()
+    }
+    return [{"name": name, **counted}]

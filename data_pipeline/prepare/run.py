@@ -1,23 +1,30 @@
-"""`tokenizer` and `prepare`: the two commands that write a data set folder.
+"""`tokenizer` and `prepare`: the commands that write a data set folder.
 
-Both may be killed at any moment and started again: what is published is kept, the rest is done, and the bytes are
-those of an undisturbed run.
+All may be killed at any moment and started again: what is published is kept, the rest is done, and the bytes are those
+of an undisturbed run, whatever the number of processes and tasks. A plain `prepare` does everything; `--task I --tasks
+N` does a share of the first pass that is not complete, and `--merge` publishes what all tasks have done.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
 from ..files import publish_bytes
 from ..layout import MANIFEST_FILE, BlockLayout
-from ..manifest import Manifest, Shard, ShardTable, read_manifest, write_manifest
+from ..manifest import HELDOUT, Manifest, Shard, ShardTable, read_manifest, write_manifest
 from ..tokenizer import Tokenizer
-from .gather import gather_shard, plan_shards
+from .claims import Claimed, Item, Share, claim
+from .gather import Format, ShardJob, gather_shard, plan_shards, shard_jobs
 from .parts import PartJob, tokenise_part
 from .settings import PrepareSettings
 from .train_tokenizer import train_tokenizer
@@ -32,7 +39,7 @@ def make_tokenizer(settings: PrepareSettings) -> Tokenizer:
         UserError: the settings or the input are wrong, or are not those of an earlier start.
     """
     with _disk_errors(settings.output), open_workspace(Path(settings.output)) as workspace:
-        return _tokenizer(settings, workspace, _stamps(settings))
+        return _tokenizer(settings, workspace, _stamps(settings), Share())
 
 
 def prepare(settings: PrepareSettings) -> Manifest:
@@ -42,53 +49,166 @@ def prepare(settings: PrepareSettings) -> Manifest:
         UserError: the settings or the input are wrong, or are not those of an earlier start; the disk is full.
         DataError: a record of the input is no document.
     """
-    folder = Path(settings.output)
-    with _disk_errors(settings.output), open_workspace(folder) as workspace:
-        stamps = _stamps(settings)
-        tokenizer = _tokenizer(settings, workspace, stamps)
-        plan = {"settings": settings.content, "part_bytes": settings.part_bytes, "tokenizer": tokenizer.sha256}
-        workspace.agree("plan", {**plan, "input": stamps})
-        if (folder / MANIFEST_FILE).exists():
+    with _disk_errors(settings.output), open_workspace(Path(settings.output)) as workspace:
+        work = _begin(settings, workspace, Share())
+        if work.complete:
             return _finished(workspace)
-        jobs = _part_jobs(settings, workspace)
-        records = run_jobs(tokenise_part, jobs, settings.processes, "tokenise", "B", lambda job: job.part.bytes)
-        sources = _count_sources(settings, records)
-        layout = BlockLayout(settings.block_tokens, tokenizer.dtype)
-        shard_jobs = plan_shards(workspace, records, layout, settings.shard_tokens, tokenizer.eos_id)
-        _check_space(folder, sum(layout.shard_bytes(layout.blocks(job.tokens)) for job in shard_jobs))
-        shards = run_jobs(gather_shard, shard_jobs, settings.processes, "write shards", "token", lambda job: job.tokens)
-        write_manifest(folder, _manifest(settings, tokenizer, shards, sources))
-        return _finished(workspace)
+        for stage in work.stages():
+            work.advance(stage)
+        return work.publish()
+
+
+def prepare_share(settings: PrepareSettings, share: Share) -> str:
+    """Do one task's share of the first pass that is not complete and, when it then is, of the next one.
+
+    Returns:
+        One line that says what is left to do, and by whom.
+
+    Raises:
+        UserError: as for :func:`prepare`; another process does the same task, or one of its items.
+        DataError: a record of the input is no document.
+    """
+    with _disk_errors(settings.output), open_workspace(Path(settings.output), share) as workspace:
+        work = _begin(settings, workspace, share)
+        if work.complete:
+            return f"{settings.output} is already complete"
+        for stage in work.stages():
+            work.advance(stage)
+            if missing := stage.missing():
+                return f"{share}: its share of `{stage.name}` is done; of all tasks' {stage.left(missing)}"
+        return f"{share}: all passes are done; publish the data set with --merge"
+
+
+def merge(settings: PrepareSettings) -> Manifest:
+    """Publish the manifest of a data set whose shards the tasks have written.
+
+    Raises:
+        UserError: something is not done yet; the settings or the input are not those of the tasks.
+    """
+    with _disk_errors(settings.output), open_workspace(Path(settings.output)) as workspace:
+        if not workspace.tokenizer.exists():
+            raise UserError(f"{settings.output} holds nothing to merge. Run the tasks first (--task I --tasks N).")
+        work = _begin(settings, workspace, Share())
+        if work.complete:
+            return _finished(workspace)
+        for stage in work.stages():
+            if missing := stage.missing():
+                raise UserError(
+                    f"{settings.output} can't be merged yet: of `{stage.name}`'s {stage.left(missing)}. Start the "
+                    "tasks again (--task I --tasks N), or run a plain prepare: it does what is missing."
+                )
+        return work.publish()
+
+
+@dataclass(frozen=True)
+class _Stage:
+    """One pass over all items."""
+
+    name: str
+    unit: str
+    items: Sequence[Any]
+    function: Callable[[Any], None]
+    weight: Callable[[Any], int]
+
+    def missing(self) -> list[Any]:
+        """The items that no task has done yet."""
+        done = {folder: set(os.listdir(folder)) for folder in {item.record.parent for item in self.items}}
+        return [item for item in self.items if item.record.name not in done[item.record.parent]]
+
+    def left(self, missing: Sequence[Item]) -> str:
+        return f"{len(self.items)} items {len(missing)} are missing, the first {missing[0].label}"
+
+
+@dataclass(frozen=True)
+class _Preparation:
+    settings: PrepareSettings
+    workspace: Workspace
+    share: Share
+    tokenizer: Tokenizer
+
+    @property
+    def complete(self) -> bool:
+        return (self.workspace.folder / MANIFEST_FILE).exists()
+
+    def stages(self) -> Iterator[_Stage]:
+        """The passes in their order; each is made when those before are complete."""
+        parts = _part_jobs(self.settings, self.workspace)
+        yield _Stage("tokenise", "B", parts, tokenise_part, lambda job: job.part.bytes)
+        yield _Stage("write shards", "token", self._shard_jobs(parts), gather_shard, lambda job: job.tokens)
+
+    def advance(self, stage: _Stage) -> None:
+        """Do this task's share of a pass."""
+        own = set(map(id, self.share.of(stage.items)))
+        items = [item for item in stage.missing() if id(item) in own]
+        if items and isinstance(items[0], ShardJob):
+            _check_space(self.workspace.folder, items)
+        function = Claimed(stage.function, self.workspace.claims, self.share)
+        run_jobs(function, items, self.settings.processes, stage.name, stage.unit, stage.weight)
+
+    def publish(self) -> Manifest:
+        """Write the manifest, the last step."""
+        sources = _count_sources(self.settings, self._records(_part_jobs(self.settings, self.workspace)))
+        shards = [Shard.model_validate(record) for record in self._records(self._shard_jobs(()))]
+        manifest = _manifest(self.settings, self.tokenizer, shards, sources)
+        _warn_of_missing_splits(self.settings, manifest)
+        write_manifest(self.workspace.folder, manifest)
+        return _finished(self.workspace)
+
+    def _shard_jobs(self, parts: Sequence[PartJob]) -> list[ShardJob]:
+        settings, workspace = self.settings, self.workspace
+        with claim(workspace.claims, "the shard plan", self.share, patience=None):
+            if not workspace.shard_plan.exists():
+                records = self._records(parts)
+                _count_sources(settings, records)
+                plan_shards(workspace, records, settings.shard_tokens, settings.processes)
+        layout = BlockLayout(settings.block_tokens, self.tokenizer.dtype)
+        return shard_jobs(workspace, Format(layout, self.tokenizer.eos_id, settings.pack_tokens))
+
+    def _records(self, items: Sequence[Item]) -> list[dict[str, Any]]:
+        return [json.loads(item.record.read_bytes()) for item in items]
+
+
+def _begin(settings: PrepareSettings, workspace: Workspace, share: Share) -> _Preparation:
+    stamps = _stamps(settings)
+    tokenizer = _tokenizer(settings, workspace, stamps, share)
+    plan = {"settings": settings.content, "part_bytes": settings.part_bytes, "tokenizer": tokenizer.sha256}
+    workspace.agree("plan", {**plan, "input": stamps}, share)
+    work = _Preparation(settings, workspace, share, tokenizer)
+    if work.complete:
+        print(f"{settings.output} is already complete", file=sys.stderr)
+    return work
 
 
 def _stamps(settings: PrepareSettings) -> dict[str, Any]:
     return {name: source.stamp() for name, source in settings.sources.items()}
 
 
-def _tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: dict[str, Any]) -> Tokenizer:
-    if workspace.tokenizer.exists() and not (workspace.work / "tokenizer.json").exists():
-        raise UserError(
-            f"{workspace.tokenizer} was not made here, so it is unknown from what. Move it elsewhere and name it as "
-            "tokenizer.path."
-        )
+def _tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: dict[str, Any], share: Share) -> Tokenizer:
     wanted: dict[str, Any] = {"tokenizer": settings.tokenizer.model_dump(mode="json")}
-    if settings.tokenizer.path is not None:
-        tokenizer = Tokenizer.load(Path(settings.tokenizer.path))
-        workspace.agree("tokenizer", {**wanted, "sha256": tokenizer.sha256})
+    with claim(workspace.claims, "the tokenizer", share, patience=None):
+        if workspace.tokenizer.exists() and not (workspace.work / "tokenizer.json").exists():
+            raise UserError(
+                f"{workspace.tokenizer} was not made here, so it is unknown from what. Move it elsewhere and name it "
+                "as tokenizer.path."
+            )
+        if settings.tokenizer.path is not None:
+            tokenizer = Tokenizer.load(Path(settings.tokenizer.path))
+            workspace.agree("tokenizer", {**wanted, "sha256": tokenizer.sha256}, share)
+            if not workspace.tokenizer.exists():
+                publish_bytes(workspace.tokenizer, tokenizer.model)
+            return Tokenizer.load(workspace.tokenizer)
+        assert settings.tokenizer.train is not None
+        wanted |= {
+            "sources": settings.content["sources"],
+            "heldout_fraction": settings.heldout_fraction,
+            "input": stamps,
+        }
+        workspace.agree("tokenizer", wanted, share)
+        if workspace.tokenizer.exists():
+            return Tokenizer.load(workspace.tokenizer)
+        tokenizer = train_tokenizer(settings.tokenizer.train, settings.sources, settings.heldout_fraction)
         publish_bytes(workspace.tokenizer, tokenizer.model)
         return tokenizer
-    assert settings.tokenizer.train is not None
-    wanted |= {
-        "sources": settings.content["sources"],
-        "heldout_fraction": settings.heldout_fraction,
-        "input": stamps,
-    }
-    workspace.agree("tokenizer", wanted)
-    if workspace.tokenizer.exists():
-        return Tokenizer.load(workspace.tokenizer)
-    tokenizer = train_tokenizer(settings.tokenizer.train, settings.sources, settings.heldout_fraction)
-    publish_bytes(workspace.tokenizer, tokenizer.model)
-    return tokenizer
 
 
 def _part_jobs(settings: PrepareSettings, workspace: Workspace) -> list[PartJob]:
@@ -122,16 +242,18 @@ def _count_sources(settings: PrepareSettings, records: Sequence[dict[str, Any]])
         own = [record for record in records if record["source"] == name]
         keys = ("documents", "empty_documents", "inexact_documents", "text_bytes", "tokens")
         counts = {key: sum(record[key] for record in own) for key in keys}
+        dropped = sum((Counter(record["dropped_records"]) for record in own), Counter[str]())
         if counts["documents"] == 0:
             raise UserError(
-                f"source {name!r} holds no document but {counts['empty_documents']} empty ones. "
-                "Take it out of `sources`, or mend its settings."
+                f"source {name!r} holds no document but {counts['empty_documents']} empty ones and "
+                f"{dropped.total()} bad records. Take it out of `sources`, or mend its settings."
             )
-        counted[name] = {"domain": source.domain, **counts}
+        counted[name] = {"domain": source.domain, **counts, "dropped_records": dict(sorted(dropped.items()))}
     return counted
 
 
-def _check_space(folder: Path, needed: int) -> None:
+def _check_space(folder: Path, jobs: Sequence[ShardJob]) -> None:
+    needed = sum(job.format.layout.shard_bytes(job.format.layout.blocks(job.tokens)) for job in jobs)
     free = shutil.disk_usage(folder).free
     if free < needed:
         raise UserError(
@@ -140,10 +262,23 @@ def _check_space(folder: Path, needed: int) -> None:
         )
 
 
+def _warn_of_missing_splits(settings: PrepareSettings, manifest: Manifest) -> None:
+    held = {group["domain"] for group in manifest.shards.totals() if group["split"] == HELDOUT}
+    for domain in manifest.domains if settings.heldout_fraction else ():
+        if domain not in held:
+            print(
+                f"warning: domain {domain!r} has no held-out document: none of its few fell into heldout_fraction = "
+                f"{settings.heldout_fraction}. It can't be evaluated; raise heldout_fraction, or add text.",
+                file=sys.stderr,
+            )
+
+
 def _finished(workspace: Workspace) -> Manifest:
     """Drop what only a restart needs; the records of what was asked for stay."""
-    shutil.rmtree(workspace.parts)
-    shutil.rmtree(workspace.shard_records)
+    for folder in (workspace.parts, workspace.shard_records, workspace.claims):
+        shutil.rmtree(folder)
+    for path in (workspace.shard_plan, workspace.shard_runs):
+        path.unlink(missing_ok=True)
     return read_manifest(workspace.folder)
 
 
@@ -152,6 +287,7 @@ def _manifest(
 ) -> Manifest:
     return Manifest(
         block_tokens=settings.block_tokens,
+        pack_tokens=settings.pack_tokens,
         dtype="uint16" if tokenizer.dtype == "uint16" else "uint32",
         vocab_size=tokenizer.vocab_size,
         eos_id=tokenizer.eos_id,

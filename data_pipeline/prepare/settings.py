@@ -64,6 +64,16 @@ class PrepareSettings(Settings):
     shard_tokens: int = Field(
         default=100_000_000, gt=0, description="Tokens per shard, about; the shards come out even."
     )
+    packing: Literal["concat", "best_fit"] = Field(
+        default="concat",
+        description="`concat`: documents end to end, cut wherever a sequence ends. `best_fit`: rows of pack_tokens in "
+        "which no document is cut that fits into one, filled up with EOS.",
+    )
+    pack_tokens: int | None = Field(
+        default=None,
+        ge=2,
+        description="Tokens per row of best_fit packing: the sequence length of the runs. Must divide block_tokens.",
+    )
     part_bytes: int = Field(
         default=64 << 20,
         gt=0,
@@ -82,6 +92,25 @@ class PrepareSettings(Settings):
                 "numbers have six digits. Make block_tokens larger or shard_tokens smaller"
             )
         return self
+
+    @model_validator(mode="after")
+    def _rows_fit(self) -> PrepareSettings:
+        if self.packing == "concat":
+            if self.pack_tokens is not None:
+                raise ValueError(
+                    f"pack_tokens = {self.pack_tokens} says nothing with packing: concat. Set packing: best_fit, or "
+                    "leave pack_tokens out"
+                )
+        elif self.pack_tokens is None:
+            raise ValueError("packing: best_fit needs pack_tokens, the sequence length of the runs")
+        elif self.block_tokens % self.pack_tokens:
+            raise ValueError(f"pack_tokens {self.pack_tokens} does not divide block_tokens {self.block_tokens}")
+        return self
+
+    @property
+    def passes(self) -> int:
+        """How often the tasks of a shared `prepare` must be started, each time when all of the time before are done."""
+        return 2
 
     @property
     def content(self) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from typing import Any
 from ..errors import UserError
 from ..files import publish_json
 from ..layout import MANIFEST_FILE, SHARD_FOLDER, TOKENIZER_FILE
+from .claims import PATIENCE_SECONDS, Share, claim
 
 
 @dataclass(frozen=True)
@@ -38,20 +40,36 @@ class Workspace:
         return self.work / "shards"
 
     @property
+    def shard_plan(self) -> Path:
+        """What goes into which shard: made when all parts are done."""
+        return self.work / "shard_plan.json"
+
+    @property
+    def shard_runs(self) -> Path:
+        """The runs by split and domain, for the processes that write shards."""
+        return self.work / "shard_runs.json"
+
+    @property
+    def claims(self) -> Path:
+        """Locks on what is being written at the moment."""
+        return self.work / "claims"
+
+    @property
     def tokenizer(self) -> Path:
         """The tokenizer of the data set."""
         return self.folder / TOKENIZER_FILE
 
-    def agree(self, record: str, wanted: dict[str, Any]) -> None:
+    def agree(self, record: str, wanted: dict[str, Any], share: Share) -> None:
         """Publish ``wanted`` as ``.prepare/RECORD.json``, or check that the one of an earlier start equals it.
 
         Raises:
             UserError: names what differs.
         """
         path = self.work / f"{record}.json"
-        if not path.exists():
-            publish_json(path, wanted)
-            return
+        with claim(self.claims, f"the {record} record", share, patience=None):
+            if not path.exists():
+                publish_json(path, wanted)
+                return
         differences = list(_differences(json.loads(path.read_bytes()), json.loads(json.dumps(wanted)), ""))
         if differences:
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
@@ -62,18 +80,22 @@ class Workspace:
 
 
 @contextmanager
-def open_workspace(folder: Path) -> Iterator[Workspace]:
-    """Make and lock the data set folder for writing; leftovers of a killed start are removed.
+def open_workspace(folder: Path, share: Share | None = None) -> Iterator[Workspace]:
+    """Make and lock the data set folder for writing; when nobody else is there, leftovers of killed starts are removed.
+
+    Args:
+        folder: the data set.
+        share: of a task that shares the folder with other tasks; ``None``: it is for this process alone.
 
     Raises:
-        UserError: another process writes there, the folder can't be written, or it holds a data set that was not
-            prepared there.
+        UserError: another process writes there (with ``share``: one that does not share, or the same task), the folder
+            can't be written, or it holds a data set that was not prepared there.
     """
     workspace = Workspace(folder)
     try:
         if not workspace.work.exists() and any((folder / name).exists() for name in (MANIFEST_FILE, SHARD_FOLDER)):
             raise UserError(f"{folder} holds a data set that was not prepared there. Give another `output` folder.")
-        for path in (workspace.parts, workspace.shard_records, folder / SHARD_FOLDER):
+        for path in (workspace.parts, workspace.shard_records, workspace.claims, folder / SHARD_FOLDER):
             path.mkdir(parents=True, exist_ok=True)
         lock = os.open(workspace.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:
@@ -82,18 +104,36 @@ def open_workspace(folder: Path) -> Iterator[Workspace]:
             "Give another `output`, or mend the rights of this one."
         ) from error
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        os.close(lock)
-        raise UserError(
-            f"another process is preparing {folder}. Wait for it, or give another `output` folder."
-        ) from error
-    try:
-        for leftover in folder.rglob(".*.tmp"):
-            leftover.unlink()
-        yield workspace
+        if _locked(lock, fcntl.LOCK_EX, patience=0):
+            for leftover in folder.rglob(".*.tmp"):
+                leftover.unlink()
+        elif share is None:
+            raise UserError(f"another process is preparing {folder}. Wait for it, or give another `output` folder.")
+        if share is None:
+            yield workspace
+            return
+        if not _locked(lock, fcntl.LOCK_SH, PATIENCE_SECONDS):
+            raise UserError(
+                f"a process that does not share its work (prepare without --task, or with --merge) is preparing "
+                f"{folder}. Wait for it, or give another `output` folder."
+            )
+        with claim(workspace.claims, str(share), share):
+            yield workspace
     finally:
         os.close(lock)
+
+
+def _locked(descriptor: int, kind: int, patience: float) -> bool:
+    """Take the lock within ``patience`` seconds; whether that went well."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            fcntl.flock(descriptor, kind | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(0.02)
 
 
 def _differences(old: Any, new: Any, key: str) -> Iterator[str]:

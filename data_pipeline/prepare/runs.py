@@ -1,0 +1,206 @@
+"""Runs: documents of one part, tokenised and sorted by shuffle key, in files that are read in pieces.
+
+A run ``NAME`` is four files: ``NAME.docs.npy``, a table of :data:`RUN_DTYPE`; ``NAME.tokens``, the documents' tokens in
+that order, each with its EOS; ``NAME.urls`` and ``NAME.metadata``, their text end to end. The training documents come
+first, then the held-out ones, each sorted by key, content hash, url and metadata. So the documents of a range of keys
+are neighbours in every file.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..errors import HeadraceError
+from ..files import publish
+from ..layout import npy_header
+from ..manifest import HELDOUT, TRAIN
+
+ID_BYTES = 16
+
+RUN_DTYPE = np.dtype(
+    [
+        ("key", "<u8"),
+        ("id", "u1", (ID_BYTES,)),
+        ("start", "<u8"),
+        ("length", "<u8"),
+        ("text_bytes", "<u8"),
+        ("url_start", "<u8"),
+        ("url_bytes", "<u8"),
+        ("metadata_start", "<u8"),
+        ("metadata_bytes", "<u8"),
+    ]
+)
+
+_HEADER_BYTES = 512
+
+IntArray = npt.NDArray[np.int64]
+Tokens = npt.NDArray[np.unsignedinteger]
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Tokenised documents in memory, in any order.
+
+    Attributes:
+        keys: [n] uint64 shuffle keys.
+        ids: [n, 16] uint8 content hashes.
+        lengths: [n] tokens of each, its EOS included.
+        text_bytes: [n] UTF-8 bytes of each text.
+        urls: where each came from, UTF-8.
+        metadata: what else is known of each: a JSON object, or empty.
+        tokens: [sum of lengths] the documents end to end.
+    """
+
+    keys: npt.NDArray[np.uint64]
+    ids: npt.NDArray[np.uint8]
+    lengths: IntArray
+    text_bytes: IntArray
+    urls: list[bytes]
+    metadata: list[bytes]
+    tokens: Tokens
+
+    def __len__(self) -> int:
+        return len(self.urls)
+
+    @classmethod
+    def joined(cls, pieces: Sequence[Documents]) -> Documents:
+        """The documents of all ``pieces`` (at least one), one after another."""
+        return cls(
+            keys=np.concatenate([piece.keys for piece in pieces]),
+            ids=np.concatenate([piece.ids for piece in pieces]),
+            lengths=np.concatenate([piece.lengths for piece in pieces]),
+            text_bytes=np.concatenate([piece.text_bytes for piece in pieces]),
+            urls=[url for piece in pieces for url in piece.urls],
+            metadata=[value for piece in pieces for value in piece.metadata],
+            tokens=np.concatenate([piece.tokens for piece in pieces]),
+        )
+
+    def shuffled(self, chosen: IntArray) -> IntArray:
+        """The numbers ``chosen`` in shuffle order: by key, content hash, url, metadata."""
+        order: IntArray = chosen[np.argsort(self.keys[chosen], kind="stable")]
+        keys = self.keys[order]
+        equal = np.flatnonzero(keys[1:] == keys[:-1])
+        for first, last in _stretches(equal.tolist()):
+            order[first:last] = sorted(order[first:last].tolist(), key=self._tie)
+        return order
+
+    def _tie(self, number: int) -> tuple[bytes, bytes, bytes]:
+        return self.ids[number].tobytes(), self.urls[number], self.metadata[number]
+
+
+def write_run(path: Path, documents: Documents, order: IntArray) -> None:
+    """Publish the files of the run ``path`` (without suffix): ``documents`` in ``order``."""
+    table = np.zeros(len(order), RUN_DTYPE)
+    table["key"], table["id"] = documents.keys[order], documents.ids[order]
+    table["length"], table["text_bytes"] = documents.lengths[order], documents.text_bytes[order]
+    table["start"] = np.cumsum(table["length"]) - table["length"]
+    for name in ("url", "metadata"):
+        texts = documents.urls if name == "url" else documents.metadata
+        ordered = [texts[number] for number in order.tolist()]
+        table[f"{name}_bytes"] = [len(text) for text in ordered]
+        table[f"{name}_start"] = np.cumsum(table[f"{name}_bytes"]) - table[f"{name}_bytes"]
+        with publish(_beside(path, "urls" if name == "url" else name)) as handle:
+            handle.write(b"".join(ordered))
+    ends = np.cumsum(documents.lengths)
+    begins = (ends - documents.lengths)[order].tolist()
+    stream = np.concatenate(
+        [documents.tokens[begin:end] for begin, end in zip(begins, ends[order].tolist(), strict=True)]
+    )
+    with publish(_beside(path, "tokens")) as handle:
+        handle.write(stream.astype(stream.dtype.newbyteorder("<"), copy=False).data)
+    with publish(_beside(path, "docs.npy")) as handle:
+        handle.write(npy_header(RUN_DTYPE.descr, len(table), _HEADER_BYTES))
+        handle.write(table.data)
+
+
+@dataclass(frozen=True)
+class Run:
+    """The documents of one split in one run: rows ``first`` to ``last`` of its table. Opens files when asked."""
+
+    path: str
+    first: int
+    last: int
+
+    @classmethod
+    def of(cls, folder: Path, run: dict[str, Any], split: str) -> Run:
+        """The rows of ``split`` in a run as a part's record describes it."""
+        train, heldout = run[TRAIN]["documents"], run[HELDOUT]["documents"]
+        first, last = (0, train) if split == TRAIN else (train, train + heldout)
+        return cls(str(folder / run["name"]), first, last)
+
+    def table(self) -> npt.NDArray[np.void]:
+        """The rows, sorted by key; mapped, not read."""
+        rows = np.memmap(f"{self.path}.docs.npy", RUN_DTYPE, "r", offset=_HEADER_BYTES)
+        return rows.view(np.ndarray)[self.first : self.last]
+
+    def read(self, low: int, high: int, dtype: np.dtype[np.unsignedinteger]) -> Documents | None:
+        """The documents with keys in [low, high), or ``None``; costs what they hold, not what the run holds."""
+        table = self.table()
+        keys = table["key"]
+        first = bisect_left(keys, low)
+        last = bisect_left(keys, high, first)
+        if first == last:
+            return None
+        rows = np.array(table[first:last])
+        begin, end = int(rows["start"][0]), int(rows["start"][-1] + rows["length"][-1])
+        tokens = np.frombuffer(_read_range(f"{self.path}.tokens", begin * dtype.itemsize, end * dtype.itemsize), dtype)
+        return Documents(
+            keys=rows["key"],
+            ids=rows["id"],
+            lengths=rows["length"].astype(np.int64),
+            text_bytes=rows["text_bytes"].astype(np.int64),
+            urls=_texts(f"{self.path}.urls", rows["url_start"], rows["url_bytes"]),
+            metadata=_texts(f"{self.path}.metadata", rows["metadata_start"], rows["metadata_bytes"]),
+            tokens=tokens,
+        )
+
+    def tokens_per_range(self, cuts: npt.NDArray[np.uint64]) -> IntArray:
+        """[cuts + 1] the tokens of the documents before, between and after the keys ``cuts``, which ascend."""
+        table = self.table()
+        ends = np.concatenate([[0], np.cumsum(table["length"].astype(np.int64))])
+        places = np.searchsorted(np.ascontiguousarray(table["key"]), cuts, side="left")
+        tokens: IntArray = np.diff(ends[np.concatenate([[0], places, [len(table)]])])
+        return tokens
+
+
+def _beside(path: Path, suffix: str) -> Path:
+    return path.with_name(f"{path.name}.{suffix}")
+
+
+def _stretches(equal: list[int]) -> list[tuple[int, int]]:
+    """(first, last) of every stretch of equal neighbours; ``equal``: places that equal the next one."""
+    found: list[tuple[int, int]] = []
+    for place in equal:
+        if found and found[-1][1] == place + 1:
+            found[-1] = (found[-1][0], place + 2)
+        else:
+            found.append((place, place + 2))
+    return found
+
+
+def _read_range(path: str, start: int, stop: int) -> bytes:
+    with open(path, "rb") as handle:
+        handle.seek(start)
+        content = handle.read(stop - start)
+    if len(content) != stop - start:
+        raise HeadraceError(
+            f"{path} ends at byte {start + len(content)}, bytes {start} to {stop} were asked for: it changed after it "
+            "was written. Delete the `.prepare` folder beside it and start again."
+        )
+    return content
+
+
+def _texts(path: str, starts: npt.NDArray[np.uint64], sizes: npt.NDArray[np.uint64]) -> list[bytes]:
+    base, end = int(starts[0]), int(starts[-1] + sizes[-1])
+    if base == end:
+        return [b""] * len(starts)
+    blob = _read_range(path, base, end)
+    begins = (starts - starts[0]).tolist()
+    return [blob[begin : begin + size] for begin, size in zip(begins, sizes.tolist(), strict=True)]
