@@ -12,7 +12,7 @@ from typing import Annotated
 
 import typer
 
-from .errors import EXIT_STOPPED, EXIT_USER_ERROR, HeadraceError, run_command
+from .errors import EXIT_STOPPED, EXIT_USER_ERROR, HeadraceError, UserError, run_command
 
 app = typer.Typer(
     help="Text to WebDataset shards, and looking at them.",
@@ -42,16 +42,31 @@ def tokenizer(config: Config, overrides: Overrides = None) -> None:
 
 
 @app.command()
-def prepare(config: Config, overrides: Overrides = None) -> None:
-    """Write a data set: tokenise the sources into shuffled shards. Start again to continue a killed one."""
+def prepare(
+    config: Config,
+    overrides: Overrides = None,
+    task: Annotated[int | None, typer.Option(help="Do only this task's share, counted from 0.")] = None,
+    tasks: Annotated[int | None, typer.Option(help="How many tasks share the work.")] = None,
+    merge: Annotated[bool, typer.Option("--merge", help="Publish what the tasks have written.")] = False,
+) -> None:
+    """Write a data set: tokenise the sources into shuffled shards. Start again to continue a killed one.
+
+    With --task and --tasks the work is shared: start all tasks, on any machines, once for each pass, then --merge.
+    """
     from .inspect import inspect_dataset, render
-    from .prepare import PrepareSettings
+    from .prepare import PrepareSettings, Share, prepare_share
+    from .prepare import merge as publish
     from .prepare import prepare as write
     from .settings import load_settings
 
+    if (task is None) != (tasks is None) or (merge and task is not None):
+        raise UserError("give --task and --tasks together, and --merge without them.")
     settings = load_settings(PrepareSettings, config, overrides or ())
     with _continues_after_interrupt():
-        write(settings)
+        if task is not None and tasks is not None:
+            print(prepare_share(settings, Share(task, tasks)))
+            return
+        (publish if merge else write)(settings)
     print(render(inspect_dataset(Path(settings.output))))
 
 
