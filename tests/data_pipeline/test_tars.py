@@ -140,6 +140,12 @@ def test_numbers_in_base_256_and_sizes_of_pax_records() -> None:
     assert ours(unsized) == tarfiles(unsized) == [("renamed.txt", "file", "", 1024, 700, b"x" * 700)]
 
 
+def test_a_folder_of_the_oldest_form_is_known_by_its_slash() -> None:
+    archive = with_field(with_field(make_tar([("d/", b""), ("d/a.txt", b"x")]), 0, 156, b"\0"), 512, 156, b"\0")
+    assert [row[:2] for row in ours(archive)] == [("d", "folder"), ("d/a.txt", "file")]
+    assert ours(archive) == tarfiles(archive)
+
+
 def test_the_front_of_a_name_counts_only_in_posix_headers() -> None:
     archive = with_field(make_tar([("a.txt", b"x")]), 0, 345, b"14760543210 ")  # where GNU keeps the access time
     assert ours(archive)[0][0] == "a.txt"
