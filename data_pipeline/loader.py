@@ -7,7 +7,6 @@ Within a step that takes the sequences s = 0, 1, 2, ... micro-step g, rank r of 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -22,8 +21,10 @@ from .batches import HOLE, Batch, make_batch
 from .damage import Damage, DamagedBlockError, OnDamage
 from .errors import UserError
 from .order import Order
+from .permutation import IntArray
 from .reader import TokenSource
 from .schedule import LocatedStep, Schedule, step_offsets
+from .upcoming import Upcoming, neighbours, windows_of
 from .watchdog import Watchdog
 
 Rows = npt.NDArray[np.unsignedinteger[Any]]
@@ -95,7 +96,7 @@ class StepLoader:
         on_wait: Callable[[str], None] = print,
     ) -> None:
         _check_sources(order, sources, seq_len)
-        self._schedule = Schedule(
+        schedule = Schedule(
             order,
             plan,
             rank=rank,
@@ -106,8 +107,8 @@ class StepLoader:
             end_step=end_step,
         )
         self._order, self._sources = order, tuple(sources)
+        self._upcoming = Upcoming(schedule, order, self._sources)
         self._pin_memory, self._on_damage = pin_memory, on_damage
-        self._located: deque[LocatedStep] = deque()
         self._rows: Rows = np.empty((0, seq_len + 1), sources[0].manifest.layout.token_dtype)
         self.position = start_position
         """Where the next step begins."""
@@ -153,11 +154,7 @@ class StepLoader:
         self.close()
 
     def _make(self) -> Step:
-        if not self._located:
-            self._located.extend(self._schedule.next_chunk())
-            if not self._located:
-                raise StopIteration
-        step = self._located[0]
+        step = self._upcoming.first()
         sample_ids = self._order.sample_bases[step.source] + step.sequence
         damage = []
         for row, error in sorted(self._read(step).items()):
@@ -166,7 +163,7 @@ class StepLoader:
             name = self._order.sources[step.source.flat[row]].name
             damage.append(Damage.of(error, int(step.positions.flat[row]), name, int(sample_ids.flat[row])))
             sample_ids.flat[row] = HOLE
-        self._located.popleft()
+        self._upcoming.pop()
         rows = self._rows.reshape(*step.positions.shape, -1)
         # one piece of memory a step: many smaller ones are given back to the system, and faulted in anew, at every step
         into, eos_id = np.empty(rows.shape, np.int64), self._sources[0].eos_id
@@ -186,7 +183,8 @@ class StepLoader:
         damage: dict[int, DamagedBlockError] = {}
         for number in np.unique(sources).tolist():
             places = np.flatnonzero(sources == number)
-            damage |= self._sources[number].read_into(sequences[places], self._rows, places)
+            windows = windows_of(self._order, self._sources, number, sequences[places])
+            damage |= self._sources[number].read_into(sequences[places], self._rows, places, windows)
         return damage
 
 
@@ -240,10 +238,16 @@ class EvaluationLoader:
 
     def __iter__(self) -> Iterator[Batch]:
         self.damage = []
+        fetched = 0
         for number in range(len(self)):
-            indices = number * self._per_batch + self._offsets
-            indices = np.where(indices < self.sequences, indices, HOLE)
-            rows, damage = self._source.read_or_damage(np.maximum(indices, 0))
+            while fetched < len(self):
+                wanted = np.maximum(self._indices(fetched), 0)
+                if not self._source.fetch_ahead(wanted, neighbours(self._source, wanted)):
+                    break
+                fetched += 1
+            indices = self._indices(number)
+            wanted = np.maximum(indices, 0)
+            rows, damage = self._source.read_or_damage(wanted, neighbours(self._source, wanted))
             sample_ids = indices.copy()
             for row, error in sorted(damage.items()):
                 if indices[row] == HOLE:
@@ -255,6 +259,11 @@ class EvaluationLoader:
             source_ids = np.full(len(indices), self._source_id)
             batch = make_batch(rows, self._source.eos_id, source_ids, sample_ids, indices)
             yield batch.pin_memory() if self._pin_memory else batch
+
+    def _indices(self, number: int) -> IntArray:
+        """What this rank's batch ``number`` holds, int64 [b]; -1 beyond the end."""
+        indices = number * self._per_batch + self._offsets
+        return np.where(indices < self.sequences, indices, HOLE)
 
 
 def _check_sources(order: Order, sources: Sequence[TokenSource], seq_len: int) -> None:

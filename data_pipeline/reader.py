@@ -8,17 +8,21 @@ import threading
 import weakref
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
 from .damage import DamagedBlockError, OnDamage
 from .errors import DataError, UserError
-from .manifest import Manifest, read_manifest
+from .manifest import Manifest, load_manifest, read_manifest
 from .permutation import IntArray
-from .shard_files import LocalShards, OpenFile, ShardFiles
+from .shard_files import LocalShards, OpenFile
 from .shard_table import ShardTable
+from .storage import StorageSettings, open_store
+
+if TYPE_CHECKING:
+    from .remote_shards import RemoteShards
 
 _WHOLE_BLOCK = 0.5
 """From this part of a block's sequences on, the block is read as a whole and cut up in memory."""
@@ -40,11 +44,12 @@ class TokenSource:
     Threads may share a source, processes may inherit or pickle it.
 
     Args:
-        root: the data set.
+        root: the data set: a folder, or an address that :func:`~data_pipeline.storage.open_store` knows.
         domain: one of its domains; ``None`` for all.
         split: ``"train"`` or ``"heldout"``.
         seq_len: tokens per sequence; must divide the data set's ``block_tokens``, so that none straddles two blocks.
         manifest: that of ``root`` where it has been read already.
+        storage: how remote storage is read and where the node keeps what was fetched.
         share: (rank, world size): this process checks that each world-size-th shard is there and has its size; all
             ranks together check all.
         on_damage: ``"hole"`` lets shards be missing or cut off, and :meth:`read_into` tells of damage instead of
@@ -63,21 +68,35 @@ class TokenSource:
         seq_len: int,
         *,
         manifest: Manifest | None = None,
+        storage: StorageSettings | None = None,
         share: tuple[int, int] = (0, 1),
         on_damage: OnDamage = "stop",
     ) -> None:
         self._arguments: dict[str, Any] = {
-            "root": root, "domain": domain, "split": split, "seq_len": seq_len, "share": share, "on_damage": on_damage,
+            "root": root, "domain": domain, "split": split, "seq_len": seq_len, "storage": storage, "share": share,
+            "on_damage": on_damage,
         }  # fmt: skip
         self.root, self.domain, self.split, self.seq_len, self.on_damage = str(root), domain, split, seq_len, on_damage
-        self.manifest: Manifest = manifest or read_manifest(Path(root))
+        storage = storage or StorageSettings()
+        store = open_store(str(root), storage)
+        self.remote = store.local is None
+        """Whether what is read must be fetched first."""
+        if manifest is None:
+            manifest = read_manifest(store.local) if store.local else load_manifest(store.read, store.root)
+        self.manifest = manifest
         try:
             self.shards: ShardTable = self.manifest.select(domain, split)
         except UserError as error:
             raise UserError(f"{root}: {error}") from error
         self._layout = self.manifest.layout
         _check_divides(self.root, seq_len, self._layout.block_tokens)
-        self._files: ShardFiles = LocalShards(Path(root), self.shards, self._layout)
+        self._files: LocalShards | RemoteShards
+        if store.local:
+            self._files = LocalShards(store.local, self.shards, self._layout)
+        else:
+            from .remote_shards import RemoteShards
+
+            self._files = RemoteShards(store, self.shards, self._layout, on_damage)
         self.unusable = self._check_shards(*share)
         """How many shards of this process's share were missing or of another size; not 0 only under ``"hole"``."""
         sequences = -(-self.shards.tokens // seq_len)
@@ -212,6 +231,31 @@ class TokenSource:
     def where(self, shard: int) -> str:
         """The path or address of a shard, by its row in ``shards``."""
         return self._files.where(shard)
+
+    def fetch_ahead(self, indices: IntArray, windows: IntArray) -> bool:
+        """Begin to fetch what the sequences ``indices`` [n] will need, in their order, where the storage is remote.
+
+        Args:
+            indices: of the sequences.
+            windows: [2, n], as in :meth:`read_into`.
+
+        Returns:
+            whether it was begun; False where enough is coming already.
+        """
+        if isinstance(self._files, LocalShards):
+            return True
+        with self._lock:
+            if self._files.busy:
+                return False
+            shards = self._locate(indices)[0].tolist()
+            spans = (self._span(shard, windows[:, k]) for k, shard in enumerate(shards))
+            self._files.ahead(self._files.piece(shard, span) for shard, span in zip(shards, spans, strict=True))
+        return True
+
+    @property
+    def fetched(self) -> int:
+        """How many windows and whole shards this process has fetched into the node's cache."""
+        return 0 if isinstance(self._files, LocalShards) else self._files.fetched
 
     def close(self) -> None:
         """Close the open shards; a later read opens them again."""

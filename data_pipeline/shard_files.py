@@ -7,11 +7,13 @@ import io
 import itertools
 import os
 import resource
+import threading
 from abc import ABC, abstractmethod
 from collections import OrderedDict
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, Protocol, TypeVar
+from typing import Any, BinaryIO, Generic, TypeVar
 
 import crc32c
 import numpy as np
@@ -25,7 +27,10 @@ from .shard_table import ShardTable
 _LOOKING = 8
 
 Key = TypeVar("Key")
-Value = TypeVar("Value", bound="Closable")
+Value = TypeVar("Value")
+
+
+Checksums = npt.NDArray[np.uint32]
 
 
 def open_files_limit() -> int:
@@ -34,17 +39,16 @@ def open_files_limit() -> int:
     return 256 if soft == resource.RLIM_INFINITY else max(16, min(256, soft // 16))
 
 
-class Closable(Protocol):
-    def close(self) -> None: ...
-
-
 class RecentlyUsed(Generic[Key, Value]):
-    """The ``limit`` values used last; what falls out is closed."""
+    """The ``limit`` values used last; ``drop`` is called with what falls out."""
 
-    def __init__(self, limit: int) -> None:
-        self._limit = limit
+    def __init__(self, limit: int, drop: Callable[[Value], None] = lambda value: None) -> None:
+        self._limit, self._drop = limit, drop
         self._kept: OrderedDict[Key, Value] = OrderedDict()
         self._last: tuple[Key | None, Value | None] = None, None
+
+    def __contains__(self, key: Key) -> bool:
+        return key in self._kept
 
     def get(self, key: Key) -> Value | None:
         if key == self._last[0]:
@@ -57,20 +61,20 @@ class RecentlyUsed(Generic[Key, Value]):
 
     def put(self, key: Key, value: Value) -> Value:
         while len(self._kept) >= self._limit:
-            self._kept.popitem(last=False)[1].close()
+            self._drop(self._kept.popitem(last=False)[1])
         self._kept[key] = value
         self._last = key, value
         return value
 
-    def drop(self, key: Key) -> None:
+    def remove(self, key: Key) -> None:
         if key in self._kept:
-            self._kept.pop(key).close()
+            self._drop(self._kept.pop(key))
         self._last = None, None
 
     def clear(self) -> None:
         self._last = None, None
         while self._kept:
-            self._kept.popitem()[1].close()
+            self._drop(self._kept.popitem()[1])
 
 
 class OpenFile:
@@ -101,16 +105,6 @@ class OpenFile:
         self.handle.close()
 
 
-class _Checksums:
-    """The recorded CRC32C of each block of a shard."""
-
-    def __init__(self, values: npt.NDArray[np.uint32]) -> None:
-        self.values = values
-
-    def close(self) -> None:
-        """Nothing is open."""
-
-
 class ShardFiles(ABC):
     """The shards of one source, by their row in its table. Not for several threads at once.
 
@@ -122,7 +116,8 @@ class ShardFiles(ABC):
 
     def __init__(self, root: str, shards: ShardTable, layout: BlockLayout) -> None:
         self.root, self.shards, self.layout = root, shards, layout
-        self._checksums: RecentlyUsed[int, _Checksums] = RecentlyUsed(open_files_limit())
+        self._checksums: RecentlyUsed[int, Checksums] = RecentlyUsed(open_files_limit())
+        self._checksums_lock = threading.Lock()
 
     @abstractmethod
     def open(self, shard: int, block: int, span: tuple[int, int] | None) -> OpenFile:
@@ -153,9 +148,9 @@ class ShardFiles(ABC):
     def sizes(self, shards: IntArray) -> IntArray:
         """The bytes of each shard's file [n]; -1 where there is none."""
 
-    @abstractmethod
     def after_fork(self) -> None:
-        """Called in a forked child: the parent's threads are gone."""
+        """Called in a forked child: the parent's threads are gone, with the locks that they held."""
+        self._checksums_lock = threading.Lock()
 
     def where(self, shard: int) -> str:
         """The path or address of a shard."""
@@ -167,15 +162,30 @@ class ShardFiles(ABC):
         Raises:
             DamagedBlockError: they differ, or the index that records it is not the manifest's.
         """
-        found = crc32c.crc32c(content)
-        checksums = self._checksums.get(shard) or self._checksums.put(shard, self._read_checksums(shard, block))
-        expected = int(checksums.values[block])
+        found, expected = crc32c.crc32c(content), int(self.checksums(shard, block)[block])
         if found != expected:
-            what = (
-                f"block {block} at byte offset {self.layout.data_offset(block)} is damaged: its CRC32C is {found:#010x}"
-            )
-            what += f", {expected:#010x} was recorded when it was written"
-            raise self.damage(shard, block, "checksum", what)
+            raise self.wrong_checksum(shard, block, found, expected)
+
+    def checksums(self, shard: int, block: int) -> Checksums:
+        """The recorded CRC32C of each block of a shard; threads may call it. ``block``: what it is wanted for.
+
+        Raises:
+            DamagedBlockError: the index that records them is not the manifest's.
+        """
+        with self._checksums_lock:
+            kept = self._checksums.get(shard)
+        if kept is None:
+            kept = self._read_checksums(shard, block)
+            with self._checksums_lock:
+                self._checksums.put(shard, kept)
+        return kept
+
+    def wrong_checksum(self, shard: int, block: int, found: int, expected: int) -> DamagedBlockError:
+        """The error of a block whose CRC32C is not the recorded one."""
+        what = (
+            f"block {block} at byte offset {self.layout.data_offset(block)} is damaged: its CRC32C is {found:#010x}, "
+        )
+        return self.damage(shard, block, "checksum", f"{what}{expected:#010x} was recorded when it was written")
 
     def damage(self, shard: int, block: int, reason: Reason, what: str) -> DamagedBlockError:
         """The error of a block: ``what`` goes on after the name of the shard."""
@@ -189,7 +199,7 @@ class ShardFiles(ABC):
         """Close the open files; a later read opens them again."""
         self._checksums.clear()
 
-    def _read_checksums(self, shard: int, block: int) -> _Checksums:
+    def _read_checksums(self, shard: int, block: int) -> Checksums:
         path = self.where(shard).removesuffix(".tar") + ".idx"
         advice = f"Run `pretrain-data verify --rebuild-sidecars {self.root}` to write it again from the shard."
         where = (self.shards.names[shard], block, self.layout.data_offset(block))
@@ -201,7 +211,7 @@ class ShardFiles(ABC):
             message = f"the block index {path} is not the one the manifest names (its SHA-256 differs). {advice}"
             raise DamagedBlockError(message, *where, "index")
         entries: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-        return _Checksums(entries["crc32c"].astype(np.uint32))
+        return entries["crc32c"].astype(np.uint32)
 
 
 class LocalShards(ShardFiles):
@@ -209,7 +219,7 @@ class LocalShards(ShardFiles):
 
     def __init__(self, folder: Path, shards: ShardTable, layout: BlockLayout) -> None:
         super().__init__(str(folder), shards, layout)
-        self._files: RecentlyUsed[int, OpenFile] = RecentlyUsed(open_files_limit())
+        self._files: RecentlyUsed[int, OpenFile] = RecentlyUsed(open_files_limit(), OpenFile.close)
 
     def open(self, shard: int, block: int, span: tuple[int, int] | None) -> OpenFile:
         file = self._files.get(shard)
@@ -225,9 +235,6 @@ class LocalShards(ShardFiles):
 
     def again(self, shard: int, span: tuple[int, int] | None) -> bool:
         return False
-
-    def after_fork(self) -> None:
-        """Descriptors are the child's own, and ``preadv`` moves no offset."""
 
     def read_index(self, shard: int) -> bytes:
         return Path(self.where(shard).removesuffix(".tar") + ".idx").read_bytes()

@@ -1,0 +1,80 @@
+"""The steps that come next, with what they need already on its way from remote storage."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Sequence
+
+import numpy as np
+
+from .order import Order
+from .permutation import IntArray
+from .reader import TokenSource
+from .schedule import LocatedStep, Schedule
+
+_LOOK_AHEAD = 1 << 17
+"""Positions located ahead at most, in search of something to fetch: 0.1 s of arithmetic."""
+_NEIGHBOURS = 1024
+"""Sequences fetched together where they are read in index order."""
+
+
+class Upcoming:
+    """The steps of a schedule, one after the other; fetches ahead as far as the connections can be kept at work."""
+
+    def __init__(self, schedule: Schedule, order: Order, sources: Sequence[TokenSource]) -> None:
+        self._schedule, self._order, self._sources = schedule, order, sources
+        self._remote = any(source.remote for source in sources)
+        self._coming: deque[LocatedStep] = deque()
+        """Steps whose windows are there or on their way."""
+        self._later: deque[LocatedStep] = deque()
+        self._positions = 0
+
+    def first(self) -> LocatedStep:
+        """The next step; it stays the next one until :meth:`pop`.
+
+        Raises:
+            StopIteration: there is none.
+        """
+        if self._remote:
+            self._fetch_ahead()
+        if not self._coming:
+            if not self._later and not self._locate():
+                raise StopIteration
+            self._coming.append(self._later.popleft())
+        return self._coming[0]
+
+    def pop(self) -> None:
+        """Go on to the step after."""
+        self._positions -= self._coming.popleft().global_batch
+
+    def _locate(self) -> bool:
+        chunk = self._schedule.next_chunk()
+        self._later.extend(chunk)
+        self._positions += sum(step.global_batch for step in chunk)
+        return bool(chunk)
+
+    def _fetch_ahead(self) -> None:
+        while self._later or (self._positions < _LOOK_AHEAD and self._locate()):
+            if not self._begin(self._later[0]):
+                return
+            self._coming.append(self._later.popleft())
+
+    def _begin(self, step: LocatedStep) -> bool:
+        sources, sequences = step.source.ravel(), step.sequence.ravel()
+        for number in np.unique(sources).tolist():
+            wanted = sequences[sources == number]
+            windows = windows_of(self._order, self._sources, number, wanted)
+            if windows is not None and not self._sources[number].fetch_ahead(wanted, windows):
+                return False
+        return True
+
+
+def windows_of(order: Order, sources: Sequence[TokenSource], number: int, sequences: IntArray) -> IntArray | None:
+    """First and stop of what is fetched together with each sequence [n] of a source, int64 [2, n]; None: nothing is."""
+    return np.stack(order.window(number, sequences)) if sources[number].remote else None
+
+
+def neighbours(source: TokenSource, sequences: IntArray) -> IntArray:
+    """As :func:`windows_of`, where sequences are read in index order; int64 [2, n]."""
+    first = sequences // _NEIGHBOURS * _NEIGHBOURS
+    return np.stack([first, np.minimum(first + _NEIGHBOURS, source.sequences)])
