@@ -1,22 +1,16 @@
-"""The order as a whole: epochs, independence of sources, the inverse, the epoch check and what a resume compares."""
+"""The order ``full``: epochs, independence of sources, the inverse, the epoch check and what a resume compares."""
 
 from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
-import time
 from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from data_pipeline.errors import UserError
-from data_pipeline.mixture import MIXTURE_BLOCK, Phase
+from data_pipeline.mixture import Phase
 from data_pipeline.order import Order, OrderSource, difference
 from data_pipeline.permutation import LARGEST
 
@@ -72,17 +66,6 @@ def test_sources_of_equal_size_are_shuffled_apart() -> None:
     assert samples(order, "a", 0, 900)[:400] != samples(order, "b", 0, 900)[:400]
 
 
-@settings(max_examples=50, deadline=None)
-@given(start=st.integers(0, 3 * MIXTURE_BLOCK), lengths=st.lists(st.integers(0, 1500), min_size=1, max_size=5))
-def test_chunks_equal_one_call(start: int, lengths: list[int]) -> None:
-    order = Order(1, SMALL, [Phase(100_001, {"code": 1, "docs": 1, "one": 0})])
-    whole = order.locate(start, sum(lengths))
-    starts = start + np.cumsum([0, *lengths[:-1]])
-    parts = [order.locate(int(at), length) for at, length in zip(starts, lengths, strict=True)]
-    for column in range(3):
-        assert np.array_equal(whole[column], np.concatenate([part[column] for part in parts]))
-
-
 @pytest.mark.parametrize("start", [0, 5, 65_000, 99_990, 1_000_000])
 def test_the_inverse_finds_every_position(start: int) -> None:
     order = Order(1, SMALL, [Phase(100_001, {"code": 1, "docs": 1, "one": 0})])
@@ -115,29 +98,6 @@ def test_golden_vectors() -> None:
     assert located.source.tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 2, 0, 1, 2]
     assert located.epoch.tolist() == [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1]
     assert located.sequence.tolist() == [494, 955, 2, 4, 577, 6, 561, 664, 0, 662, 3, 0]
-
-
-def test_the_order_depends_on_no_hash_seed_and_on_no_random_state() -> None:
-    program = (
-        "import random, numpy, sys; random.seed(int(sys.argv[1])); numpy.random.seed(int(sys.argv[1]))\n"
-        "from data_pipeline.order import Order, OrderSource\n"
-        "order = Order(42, [OrderSource('a', 100, 2), OrderSource('b', 5, 1)])\n"
-        "print([column.tolist() for column in order.locate(65_500, 200)])"
-    )
-    outputs = {
-        subprocess.run(
-            [sys.executable, "-c", program, seed],
-            env={**os.environ, "PYTHONHASHSEED": seed},
-            capture_output=True,
-            text=True,
-            check=True,
-        ).stdout
-        for seed in ("0", "1", "4242")
-    }
-    assert len(outputs) == 1
-    random_state = np.random.get_state()[1].copy()  # type: ignore[index]
-    Order(0, SMALL).locate(0, 100)
-    assert np.array_equal(random_state, np.random.get_state()[1])  # type: ignore[index]
 
 
 def test_needed_and_the_epoch_check() -> None:
@@ -232,13 +192,3 @@ def test_an_order_of_another_version_is_told_in_words(key: str, value: Any, word
     other = copy.deepcopy(identity)
     other[key] = value
     assert difference(identity, other) == words
-
-
-def test_cost_per_sequence_in_chunks() -> None:
-    """Measured at 0.6 us (three sources, one of them with hundreds of epochs in a chunk)."""
-    order = Order(0, [OrderSource("a", 2_440_000_000, 5), OrderSource("b", 1000, 3), OrderSource("c", 1, 2)])
-    order.locate(0, 1)
-    began = time.perf_counter()
-    for chunk in range(20):
-        order.locate(chunk * 1024, 1024)
-    assert (time.perf_counter() - began) / (20 * 1024) < 20e-6
