@@ -1,0 +1,66 @@
+"""Headrace: the loader of a training run as it is, one rank, no thread; every block's CRC32C is checked in every epoch.
+
+An epoch opens its source anew, so that no block passes as checked before. Document boundaries come with the batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from data_pipeline import BatchPlan, Order, OrderSource, StepLoader, TokenSource
+from data_pipeline.windows import Windows
+
+VERSION = "this checkout"
+SKIP = 0
+
+_WINDOW = 256
+"""Sequences: 16 blocks of 65,536 tokens, 2 MB."""
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+Epoch = Callable[[int], Iterator[Batch]]
+
+
+def write(rows: npt.NDArray[np.uint16], folder: Path) -> None:
+    """Nothing: ours is the data set that the others were written from."""
+
+
+def _open(windowed: bool, folder: Path, batch: int, seq_len: int) -> Epoch:
+    def epoch(number: int) -> Iterator[Batch]:
+        source = TokenSource(folder, None, "train", seq_len)
+        sources = [OrderSource("text", source.sequences)]
+        if windowed:
+            order = Order(number, sources, mode="windowed", windows=Windows(batch, _WINDOW))
+        else:
+            order = Order(number, sources)
+        loader = StepLoader(
+            order,
+            [source],
+            rank=0,
+            world_size=1,
+            micro_batch=batch,
+            plan=BatchPlan(batch),
+            seq_len=seq_len,
+            start_step=0,
+            start_position=0,
+            end_step=source.sequences // batch,
+            prefetch=0,
+        )
+        return _batches(loader, source)
+
+    return epoch
+
+
+def _batches(loader: StepLoader, source: TokenSource) -> Iterator[Batch]:
+    with source:
+        for step in loader:
+            (made,) = step.micro_batches
+            yield made.tokens, made.labels
+
+
+VARIANTS = {"full": partial(_open, False), "windowed": partial(_open, True)}
