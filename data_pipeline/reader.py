@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from .checked_blocks import CheckedBlocks, read_rows
 from .damage import DamagedBlockError, OnDamage
-from .errors import DataError, UserError
+from .errors import UserError
 from .manifest import Manifest, load_manifest, read_manifest
 from .permutation import IntArray
-from .shard_files import LocalShards, OpenFile
+from .shard_files import LocalShards
 from .shard_table import ShardTable
 from .storage import StorageSettings, open_store
 
@@ -97,7 +98,7 @@ class TokenSource:
             from .remote_shards import RemoteShards
 
             self._files = RemoteShards(store, self.shards, self._layout, on_damage)
-        self.unusable = self._check_shards(*share)
+        self.unusable = self._files.check_sizes(*share, on_damage)
         """How many shards of this process's share were missing or of another size; not 0 only under ``"hole"``."""
         sequences = -(-self.shards.tokens // seq_len)
         self._ends = np.cumsum(sequences)
@@ -107,10 +108,7 @@ class TokenSource:
         self._many = self._per_block * _WHOLE_BLOCK
         self._first_offset, self._stride = self._layout.data_offset(0), self._layout.member_stride
         self._sequence_bytes = seq_len * self._layout.token_bytes
-        # one bit a block: 19 MB for the 10^13 tokens of 10^5 shards
-        self._checked = bytearray((int(self._first_blocks[-1]) + 7) // 8)
-        self._damaged: dict[int, DamagedBlockError] = {}
-        self._block = np.empty(self._layout.block_tokens + 1, self._layout.token_dtype)
+        self._blocks = CheckedBlocks(self._files, self._layout, int(self._first_blocks[-1]))
         self.reading: tuple[int, int] | None = None
         """(row of the shard, block) that a read is at; a new tuple for each, for a watchdog to look at."""
         self._lock = threading.Lock()
@@ -181,8 +179,8 @@ class TokenSource:
             IndexError: an index lies outside ``range(sequences)``.
             OSError: the disk.
         """
-        if rows.dtype != self._block.dtype or not rows.flags.c_contiguous:
-            raise ValueError(f"rows are {rows.dtype}; they must be contiguous {self._block.dtype}")
+        if rows.dtype != self._layout.token_dtype or not rows.flags.c_contiguous:
+            raise ValueError(f"rows are {rows.dtype}; they must be contiguous {self._layout.token_dtype}")
         if not len(indices):
             return {}
         by_offset = np.argsort(indices, kind="stable")
@@ -203,17 +201,15 @@ class TokenSource:
                     self.reading = (shard, block)
                     span = None if windows is None else self._span(shard, windows[:, by_offset[first]])
                     try:
-                        if number in self._damaged:
-                            raise self._damaged[number]
-                        if stop - first < self._many and self._checked[number >> 3] >> (number & 7) & 1:
+                        if stop - first < self._many and self._blocks.is_checked(number):
                             file = self._files.open(shard, block, span)
-                            if _read_rows(file, content, row_bytes, place_of[first:stop], offsets[first:stop]):
+                            if read_rows(file, content, row_bytes, place_of[first:stop], offsets[first:stop]):
                                 continue
                             # what was there before is gone: perhaps from a cache, where it can be fetched again
-                        self._read_block(number, shard, block, span)
+                        tokens = self._blocks.read(number, shard, block, span)
                         for place, offset in zip(place_of[first:stop], offsets[first:stop], strict=True):
-                            begin = (offset - self._layout.data_offset(block)) // self._block.itemsize
-                            rows[place] = self._block[begin : begin + self.seq_len + 1]
+                            begin = (offset - self._layout.data_offset(block)) // tokens.itemsize
+                            rows[place] = tokens[begin : begin + self.seq_len + 1]
                     except DamagedBlockError as error:
                         damage |= dict.fromkeys(place_of[first:stop], error)
             finally:
@@ -279,58 +275,10 @@ class TokenSource:
         blocks, within = np.divmod(indices - self._starts[shards], self._per_block)
         return shards, blocks, within
 
-    def _read_block(self, number: int, shard: int, block: int, span: tuple[int, int] | None) -> None:
-        """Read a whole block into ``_block``, check it on first touch; anew where it is damaged and that can help."""
-        while True:
-            try:
-                self._fetch_block(number, shard, block, span)
-                break
-            except DamagedBlockError as error:
-                if not self._files.again(shard, span):
-                    self._damaged[number] = error
-                    raise
-        self._checked[number >> 3] |= 1 << (number & 7)
-
-    def _fetch_block(self, number: int, shard: int, block: int, span: tuple[int, int] | None) -> None:
-        content, start = self._block.data.cast("B"), self._layout.data_offset(block)
-        got = self._files.open(shard, block, span).read(content, start)
-        if got < len(content):
-            what = f"ends at byte {start + got}, inside block {block} (bytes {start} to {start + len(content)})"
-            raise self._files.damage(shard, block, "short", what)
-        if not self._checked[number >> 3] >> (number & 7) & 1:
-            self._files.check(shard, block, content)
-
     def _span(self, shard: int, window: IntArray) -> tuple[int, int]:
         """The blocks of a shard that hold the sequences ``[first, stop)`` of the source."""
         first, stop = (window - self._starts[shard]).tolist()
         return max(0, first // self._per_block), min(int(self.shards.blocks[shard]), -(-stop // self._per_block))
-
-    def _check_shards(self, rank: int, world: int) -> int:
-        """Hold the shards of this share against the manifest; returns how many do not fit."""
-        mine = np.arange(rank, len(self.shards), world)
-        sizes, expected = self._files.sizes(mine), self.shards.bytes[mine]
-        missing, wrong = mine[sizes < 0], mine[(sizes >= 0) & (sizes != expected)]
-        if self.on_damage == "stop" and (len(missing) or len(wrong)):
-            advice = (
-                f"Run `pretrain-data verify {self.root}` to see all damage, then restore what is wrong from a copy."
-            )
-            raise DataError(
-                f"{self._list_wrong(missing, wrong, dict(zip(mine.tolist(), sizes, strict=True)))}. {advice}"
-            )
-        return len(missing) + len(wrong)
-
-    def _list_wrong(self, missing: IntArray, wrong: IntArray, sizes: dict[int, int]) -> str:
-        lines = [
-            f"shard {self.where(row)} is missing: the manifest lists it with {self.shards.tokens[row]} tokens"
-            for row in missing[:_NAMED].tolist()
-        ]
-        lines += [
-            f"shard {self.where(row)} has {sizes[row]} bytes where the manifest says {self.shards.bytes[row]}"
-            for row in wrong[: _NAMED - len(lines)].tolist()
-        ]
-        if (more := len(missing) + len(wrong) - len(lines)) > 0:
-            lines.append(f"and {more} more ({len(missing)} are missing in all, {len(wrong)} have another size)")
-        return "; ".join(lines)
 
     def _after_fork(self) -> None:
         # another thread of the parent may have held the lock at the moment of the fork
@@ -338,23 +286,7 @@ class TokenSource:
         self._files.after_fork()
 
 
-_NAMED = 5
-"""Shards that a message names one by one."""
-
 _ALIVE: weakref.WeakSet[TokenSource] = weakref.WeakSet()
-
-
-def _read_rows(file: OpenFile, content: memoryview, row_bytes: int, places: list[int], offsets: list[int]) -> bool:
-    """Read single sequences into their rows of ``content``; False where that failed: a slower reader says why."""
-    descriptor, start = file.descriptor, file.start
-    for place, offset in zip(places, offsets, strict=True):
-        begin = place * row_bytes
-        try:
-            if os.preadv(descriptor, [content[begin : begin + row_bytes]], offset - start) != row_bytes:
-                return False
-        except OSError:
-            return False
-    return True
 
 
 def _renew_all() -> None:

@@ -19,12 +19,15 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 
-from .damage import DamagedBlockError, Reason
+from .damage import DamagedBlockError, OnDamage, Reason
+from .errors import DataError
 from .layout import SHARD_FOLDER, BlockLayout
 from .permutation import IntArray
 from .shard_table import ShardTable
 
 _LOOKING = 8
+_NAMED = 5
+"""Shards that a message names one by one."""
 
 Key = TypeVar("Key")
 Value = TypeVar("Value")
@@ -152,6 +155,31 @@ class ShardFiles(ABC):
         """Called in a forked child: the parent's threads are gone, with the locks that they held."""
         self._checksums_lock = threading.Lock()
 
+    def check_sizes(self, rank: int, world: int, on_damage: OnDamage) -> int:
+        """Hold each ``world``-th shard, from row ``rank`` on, against the manifest; returns how many do not fit.
+
+        Raises:
+            DataError: some do not, and ``on_damage`` is ``"stop"``; names the first ones.
+        """
+        mine = np.arange(rank, len(self.shards), world)
+        sizes, expected = self.sizes(mine), self.shards.bytes[mine]
+        wrong = np.flatnonzero(sizes != expected)
+        if on_damage == "stop" and len(wrong):
+            listed = [
+                f"shard {self.where(row)} "
+                + (
+                    f"has {size} bytes where the manifest says {self.shards.bytes[row]}"
+                    if size >= 0
+                    else f"is missing: the manifest lists it with {self.shards.tokens[row]} tokens"
+                )
+                for row, size in zip(mine[wrong[:_NAMED]].tolist(), sizes[wrong[:_NAMED]].tolist(), strict=True)
+            ]
+            if (more := len(wrong) - len(listed)) > 0:
+                missing = int((sizes[wrong] < 0).sum())
+                listed.append(f"and {more} more (in all {missing} missing, {len(wrong) - missing} of another size)")
+            raise DataError(f"{'; '.join(listed)}. {self._advice}")
+        return len(wrong)
+
     def where(self, shard: int) -> str:
         """The path or address of a shard."""
         return f"{self.root}/{SHARD_FOLDER}/{self.shards.names[shard]}.tar"
@@ -189,11 +217,14 @@ class ShardFiles(ABC):
 
     def damage(self, shard: int, block: int, reason: Reason, what: str) -> DamagedBlockError:
         """The error of a block: ``what`` goes on after the name of the shard."""
-        advice = f"Run `pretrain-data verify {self.root}` to see all damage, then restore the shard from a copy."
         return DamagedBlockError(
-            f"shard {self.where(shard)}, {what}. {advice}",
+            f"shard {self.where(shard)}, {what}. {self._advice}",
             self.shards.names[shard], block, self.layout.data_offset(block), reason,
         )  # fmt: skip
+
+    @property
+    def _advice(self) -> str:
+        return f"Run `pretrain-data verify {self.root}` to see all damage, then restore what is wrong from a copy."
 
     def close(self) -> None:
         """Close the open files; a later read opens them again."""
