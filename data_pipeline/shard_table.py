@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pydantic import Field
 
+from .arrow import numbers, strings, values
 from .settings import Settings
 
 TRAIN = "train"
@@ -246,44 +247,41 @@ def read_table(content: bytes) -> ShardTable:
             return array
 
         domains, splits = column("domain"), column("split")
-        names = _values(column("name").cast(pa.binary()).cast(pa.binary(_NAME_BYTES)), f"S{_NAME_BYTES}")
-        columns = {name: _values(column(name), np.int64) for name in _COUNTS}
-        columns["first_key"] = _values(column("first_key"), np.uint64)
+        names = values(column("name").cast(pa.binary()).cast(pa.binary(_NAME_BYTES)), f"S{_NAME_BYTES}")
+        columns = {name: values(column(name), np.int64) for name in _COUNTS}
+        columns["first_key"] = values(column("first_key"), np.uint64)
         for name in _HASHES:
-            columns[name] = _values(column(name), f"V{_HASH_BYTES}").view(np.uint8).reshape(-1, _HASH_BYTES)
+            columns[name] = values(column(name), f"V{_HASH_BYTES}").view(np.uint8).reshape(-1, _HASH_BYTES)
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"it is not a parquet file ({error})") from error
     known = splits.dictionary.to_pylist()
     if not set(known) <= set(SPLITS):
         raise ValueError(f"splits {sorted(known)} are not among {', '.join(SPLITS)}")
     columns["split_codes"] = np.array([SPLITS.index(split) for split in known], np.int32)[
-        _values(splits.indices, np.int32)
+        values(splits.indices, np.int32)
     ]
-    columns["domain_codes"] = _values(domains.indices, np.int32)
+    columns["domain_codes"] = values(domains.indices, np.int32)
     made = ShardTable(names, domains.dictionary.to_pylist(), columns)
     made.check()
     return made
 
 
+def _encoded(codes: npt.NDArray[np.int32], known: Sequence[str]) -> Any:
+    return pa.DictionaryArray.from_arrays(numbers(codes, pa.int32()), strings([name.encode() for name in known]))
+
+
 def table_bytes(table: ShardTable) -> bytes:
     """``table`` as a parquet file; equal tables give equal bytes (under one version of pyarrow)."""
-    n = len(table)
     arrays = {
-        "name": pa.array(table.names, pa.string()),
-        "domain": pa.DictionaryArray.from_arrays(table.domain_codes, pa.array(table.domains, pa.string())),
-        "split": pa.DictionaryArray.from_arrays(table.split_codes, pa.array(SPLITS, pa.string())),
-        **{name: pa.array(getattr(table, name)) for name in (*_COUNTS, "first_key")},
+        "name": strings([name.encode() for name in table.names]),
+        "domain": _encoded(table.domain_codes, table.domains),
+        "split": _encoded(table.split_codes, SPLITS),
+        "first_key": numbers(table.first_key, pa.uint64()),
+        **{name: numbers(getattr(table, name), pa.int64()) for name in _COUNTS},
+        **{name: numbers(getattr(table, name), pa.binary(_HASH_BYTES)) for name in _HASHES},
     }
-    for name in _HASHES:
-        buffer = pa.py_buffer(np.ascontiguousarray(getattr(table, name)))
-        arrays[name] = pa.FixedSizeBinaryArray.from_buffers(pa.binary(_HASH_BYTES), n, [None, buffer])
     columns = pa.table([arrays[name] for name in _SCHEMA.names], schema=_SCHEMA)
     sink = io.BytesIO()
     compression = {name: "none" if name in _HASHES else "zstd" for name in _SCHEMA.names}
     pq.write_table(columns, sink, 1 << 14, compression=compression, use_dictionary=["domain", "split"])
     return sink.getvalue()
-
-
-def _values(array: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
-    """A copy of the values of an Arrow array of fixed width (pyarrow's own way there imports pandas)."""
-    return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)].copy()

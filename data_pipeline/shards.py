@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from crc32c import crc32c
 
+from .arrow import numbers, strings
 from .errors import DataError
 from .files import publish, publish_bytes, sha256_file
 from .layout import INDEX_DTYPE, BlockLayout, documents_path, index_bytes, index_path, shard_path
@@ -31,6 +32,8 @@ DOCUMENT_SCHEMA = pa.schema(
 """One row per document, in the order of the stream: its first token in the shard, its tokens (EOS included), its text's
 UTF-8 bytes, the hex hash of its text, its domain, where it came from, and what else its source said of it (a JSON
 object, or empty)."""
+
+_ROW_GROUP = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -158,18 +161,17 @@ def misplaced_document(
 
 
 def _write_documents(path: Path, domain: str, content: ShardContent) -> None:
-    columns = [
-        content.starts.astype(np.uint64),
-        content.lengths.astype(np.uint64),
-        content.text_bytes.astype(np.uint64),
-        content.ids,
-        [domain] * len(content.ids),
-        content.urls,
-        content.metadata,
-    ]
-    table = pa.table(
-        [pa.array(column, field.type) for column, field in zip(columns, DOCUMENT_SCHEMA, strict=True)],
-        schema=DOCUMENT_SCHEMA,
-    )
-    with publish(path) as handle:
-        pq.write_table(table, handle, compression="zstd")
+    with publish(path) as handle, pq.ParquetWriter(handle, DOCUMENT_SCHEMA, compression="zstd") as writer:
+        for first in range(0, len(content.ids), _ROW_GROUP):
+            rows = slice(first, first + _ROW_GROUP)
+            counts = [
+                numbers(column[rows], pa.uint64()) for column in (content.starts, content.lengths, content.text_bytes)
+            ]
+            domains = [domain.encode()] * len(content.ids[rows])
+            texts = [_utf8(content.ids[rows]), domains, _utf8(content.urls[rows]), _utf8(content.metadata[rows])]
+            columns = [*counts, *map(strings, texts)]
+            writer.write_batch(pa.record_batch(columns, schema=DOCUMENT_SCHEMA))
+
+
+def _utf8(texts: list[str]) -> list[bytes]:
+    return [text.encode() for text in texts]
