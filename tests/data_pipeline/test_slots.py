@@ -10,9 +10,10 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.errors import UserError
+from data_pipeline.lattice import even_step
 from data_pipeline.mixture import Phase
 from data_pipeline.permutation import IntArray
-from data_pipeline.slots import SlotMixture, even_step
+from data_pipeline.slots import SlotMixture
 
 WEIGHTS = {"web": 0.62, "code": 0.37, "rare": 0.0098, "speck": 0.0002}
 STRATA = [1, 2, 3, 7, 64, 1000, 1024, 4096, 65_535, 65_536]
