@@ -1,0 +1,133 @@
+"""What all remote stores with byte ranges share: retries, exact lengths, and reading ahead in parallel, in order."""
+
+from __future__ import annotations
+
+import os
+from abc import abstractmethod
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from .errors import StorageError
+from .retries import Retries
+from .settings import StorageSettings
+from .store import Store
+
+COPY_ADVICE = "Restore the file from a copy, or, if it was replaced on purpose, start again with the new one."
+
+
+@dataclass(frozen=True)
+class Version:
+    """What identifies the content of a remote file: its size in bytes and, if the server gives one, its tag."""
+
+    size: int
+    tag: str | None = None
+
+
+class RemoteStore(Store):
+    """A store whose files are read by byte range, each range retried on its own.
+
+    Args:
+        address: the root as it was given, credentials and query included; they stay out of messages.
+        root: the address without them.
+
+    A subclass gives single attempts, which raise :class:`~.errors.TransientError` where another may succeed.
+    """
+
+    def __init__(self, address: str, root: str, settings: StorageSettings) -> None:
+        super().__init__(root, settings)
+        self._address = address
+        self._start()
+
+    def _start(self) -> None:
+        """Set up what must not be shared with another process."""
+        self._pid = os.getpid()
+        self._retried = Retries(self.root, self.settings.remote)
+        self._threads = ThreadPoolExecutor(self.settings.remote.parallel, "headrace-storage")
+
+    def _here(self) -> None:
+        """After a fork: threads do not come along, and connections would be shared with the parent."""
+        if self._pid != os.getpid():
+            self._start()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._address, self.settings)
+
+    @property
+    def retries(self) -> int:
+        return self._retried.count
+
+    @abstractmethod
+    def _version(self, name: str, until: float) -> Version:
+        """One attempt to learn a file's size."""
+
+    @abstractmethod
+    def _get(self, name: str, start: int, stop: int, until: float) -> tuple[bytes, Version | None]:
+        """One attempt at exactly the bytes ``start`` to ``stop``, and the version they are of if the answer says so.
+
+        Raises:
+            StorageError: the file ends before ``stop``, or the server does not know byte ranges.
+        """
+
+    @abstractmethod
+    def _begin(self, name: str, until: float) -> tuple[bytes, Version]:
+        """One attempt at the first ``range_bytes`` of a file, or all of it if it has fewer."""
+
+    def size(self, name: str) -> int:
+        self._here()
+        return self._retried(name, 0, None, lambda until: self._version(self._checked(name), until)).size
+
+    def read_range(self, name: str, start: int, stop: int) -> bytes:
+        self._here()
+        self._checked(name)
+        if stop <= start:
+            return b""
+        if stop - start <= self.settings.remote.range_bytes:
+            return self._exact(name, start, stop, None)
+        return b"".join(self._ahead(name, start, stop, None))
+
+    def stream(self, name: str, size: int | None = None) -> Iterator[bytes]:
+        self._here()
+        self._checked(name)
+        done = 0
+        for content in self._pieces(name, size):
+            yield content
+            done += len(content)
+        self._check_size(name, done, size)
+
+    def _pieces(self, name: str, size: int | None) -> Iterator[bytes]:
+        content, version = self._retried(name, 0, None, lambda until: self._begin(name, until))
+        self._check_size(name, version.size, size)
+        yield content
+        yield from self._ahead(name, len(content), version.size, version)
+
+    def _check_size(self, name: str, found: int, wanted: int | None) -> None:
+        """Raise :class:`StorageError` unless the size found is the one wanted, if any is."""
+        if wanted is not None and found != wanted:
+            reason = f"the file has {found} bytes where {wanted} were expected"
+            raise StorageError(self.root, name, min(found, wanted), reason, COPY_ADVICE)
+
+    def _exact(self, name: str, start: int, stop: int, version: Version | None) -> bytes:
+        content, found = self._retried(name, start, stop, lambda until: self._get(name, start, stop, until))
+        if version and found and found != version:
+            reason = f"the file changed while it was read ({version} became {found})"
+            raise StorageError(self.root, name, start, reason, COPY_ADVICE)
+        return content
+
+    def _ahead(self, name: str, start: int, stop: int, version: Version | None) -> Iterator[bytes]:
+        """The pieces of ``start`` to ``stop`` in order, the next ones on their way while one is looked at."""
+        length, parallel = self.settings.remote.range_bytes, self.settings.remote.parallel
+        waiting: deque[Future[bytes]] = deque()
+        try:
+            for first in range(start, stop, length):
+                waiting.append(self._threads.submit(self._exact, name, first, min(first + length, stop), version))
+                # twice as many as run at once: while the foremost waits for a retry, the threads still have work
+                if len(waiting) >= 2 * parallel:
+                    yield waiting.popleft().result()
+            while waiting:
+                yield waiting.popleft().result()
+        finally:
+            for piece in waiting:
+                piece.cancel()

@@ -1,0 +1,105 @@
+"""Attempts repeated with exponential backoff, full jitter and a deadline; every repetition counted, some logged.
+
+The waits are drawn uniformly from 0 to a bound that doubles ("full jitter": Brooker, "Exponential Backoff And
+Jitter", AWS Architecture Blog 2015), so that many ranks that failed together do not come back together.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import TypeVar
+
+import tenacity
+
+from .errors import StorageError, TransientError
+from .settings import RemoteSettings
+
+logger = logging.getLogger("headrace.storage")
+Result = TypeVar("Result")
+_LOG_EVERY_SECONDS = 60.0
+
+
+class Retries:
+    """Repeats attempts on one root. Threads may share it."""
+
+    def __init__(self, root: str, settings: RemoteSettings) -> None:
+        self.root, self.settings = root, settings
+        self.count = 0
+        self._next_line = 0.0
+        self._lock = threading.Lock()
+
+    def __call__(self, name: str, start: int, stop: int | None, attempt: Callable[[float], Result]) -> Result:
+        """The result of ``attempt``, repeated as long as it raises :class:`TransientError`.
+
+        Args:
+            name: the file. start, stop: the bytes asked for, for the log (``stop`` ``None``: to the end).
+            attempt: called with the time (``time.monotonic()``) beyond which it must not go on.
+
+        Raises:
+            StorageError: the attempts or the time are used up; names the last cause.
+        """
+        began = time.monotonic()
+        until = began + self.settings.deadline_seconds
+        # built per call: a Retrying keeps the state of the call that runs
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(TransientError),
+            stop=tenacity.stop_after_attempt(self.settings.attempts)
+            | tenacity.stop_before_delay(self.settings.deadline_seconds),
+            wait=self._wait,
+            before_sleep=lambda state: self._note(name, start, stop, state),
+            reraise=True,
+        )
+        tries = 0
+
+        def counted() -> Result:
+            nonlocal tries
+            tries += 1
+            return attempt(until)
+
+        try:
+            return retrying(counted)
+        except TransientError as error:
+            reason = f"{error} (attempt {tries} of {self.settings.attempts}, {time.monotonic() - began:.1f} s)"
+            raise StorageError(
+                self.root,
+                name,
+                start,
+                reason,
+                "Look whether the storage is well and start again, or raise `remote.attempts` and "
+                "`remote.deadline_seconds`.",
+                transient=True,
+            ) from error
+
+    def _wait(self, state: tenacity.RetryCallState) -> float:
+        settings = self.settings
+        drawn = tenacity.wait_random_exponential(settings.first_backoff_seconds, settings.longest_backoff_seconds)(
+            state
+        )
+        error = state.outcome.exception() if state.outcome else None
+        asked = error.retry_after if isinstance(error, TransientError) else 0.0
+        return max(drawn, min(asked, settings.longest_backoff_seconds))
+
+    def _note(self, name: str, start: int, stop: int | None, state: tenacity.RetryCallState) -> None:
+        with self._lock:
+            self.count += 1
+            now = time.monotonic()
+            if now < self._next_line:
+                return
+            self._next_line = now + _LOG_EVERY_SECONDS
+            count = self.count
+        logger.warning(
+            "%s/%s, bytes %d to %s: %s (attempt %d of %d); trying again, as %d time(s) so far. "
+            "Next such line in %d s at the earliest.",
+            self.root.rstrip("/"),
+            name,
+            start,
+            "the end" if stop is None else stop,
+            state.outcome.exception() if state.outcome else None,
+            state.attempt_number,
+            self.settings.attempts,
+            count,
+            _LOG_EVERY_SECONDS,
+        )
