@@ -1,0 +1,76 @@
+"""The ledger of holes: all ranks, all attempts, each position once, and nothing that a later attempt has redone."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from data_pipeline.damage import Damage, DamageLedger, read_ledger
+
+
+def hole(position: int, block: int = 3) -> Damage:
+    return Damage(position, "web", 1000 + position, "000002", block, 132_736, "checksum")
+
+
+def positions(folder: Path) -> list[int]:
+    return [entry.damage.position for entry in read_ledger(folder)]
+
+
+def test_holes_of_all_ranks_come_back_in_the_order_of_their_positions(tmp_path: Path) -> None:
+    for rank in (1, 0):
+        with DamageLedger(tmp_path / "damage", rank) as ledger:
+            ledger.add(7, [hole(30 + rank), hole(20 + rank)])
+            ledger.add(8, [])
+    entries = read_ledger(tmp_path / "damage")
+    assert [(entry.rank, entry.step, entry.damage) for entry in entries] == [
+        (0, 7, hole(20)), (1, 7, hole(21)), (0, 7, hole(30)), (1, 7, hole(31)),
+    ]  # fmt: skip
+
+
+def test_a_step_is_in_the_file_when_add_returns(tmp_path: Path) -> None:
+    ledger = DamageLedger(tmp_path, 0)
+    ledger.add(1, [hole(5)])
+    assert positions(tmp_path) == [5]
+    line = json.loads((tmp_path / "rank00000.jsonl").read_text().splitlines()[1])
+    assert line == {
+        "attempt": 0, "step": 1, "rank": 0, "position": 5, "source": "web", "sample": 1005, "shard": "000002",
+        "block": 3, "offset": 132_736, "reason": "checksum",
+    }  # fmt: skip
+    ledger.close()
+
+
+def test_a_position_that_is_met_again_counts_once(tmp_path: Path) -> None:
+    for rank in (0, 1):
+        with DamageLedger(tmp_path, rank) as ledger:
+            ledger.add(1, [hole(5), hole(6)])
+    assert positions(tmp_path) == [5, 6]
+
+
+def test_what_a_later_attempt_has_redone_counts_no_more(tmp_path: Path) -> None:
+    """The first attempt dies at position 90; its last checkpoint is of 40; the second one finds 50 mended."""
+    with DamageLedger(tmp_path, 0, attempt=1, position=0) as ledger:
+        ledger.add(1, [hole(10), hole(39)])
+        ledger.add(2, [hole(40), hole(50)])
+    with DamageLedger(tmp_path, 1, attempt=1, position=0) as ledger:
+        ledger.add(2, [hole(60)])
+    with DamageLedger(tmp_path, 0, attempt=2, position=40) as ledger:
+        assert positions(tmp_path) == [10, 39]
+        ledger.add(2, [hole(40), hole(70)])
+    assert positions(tmp_path) == [10, 39, 40, 70]
+
+
+def test_a_half_written_line_is_left_out_and_does_not_spoil_the_next(tmp_path: Path) -> None:
+    with DamageLedger(tmp_path, 0) as ledger:
+        ledger.add(1, [hole(5)])
+    path = tmp_path / "rank00000.jsonl"
+    whole = path.read_bytes()
+    for cut in range(1, 40, 7):
+        path.write_bytes(whole[:-cut])
+        assert positions(tmp_path) == ([5] if cut == 1 else [])
+        with DamageLedger(tmp_path, 0) as ledger:
+            ledger.add(2, [hole(9)])
+        assert positions(tmp_path) == ([5, 9] if cut == 1 else [9])
+
+
+def test_no_ledger_is_no_damage(tmp_path: Path) -> None:
+    assert read_ledger(tmp_path / "nowhere") == []
