@@ -17,7 +17,8 @@ from pydantic import Field
 
 from ..errors import DataError
 from ..settings import Settings
-from .inputs import DEFAULT_STORAGE, StorageSettings, can_be_cut, find_inputs, input_sizes, input_stamp
+from ..storage import StorageSettings
+from .inputs import DEFAULT_STORAGE, can_be_cut, find_inputs, input_sizes, input_stamp
 from .records import RecordError
 
 

@@ -10,8 +10,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..errors import DataError, UserError
+from ..storage import StorageSettings
 from .base import Document, Part, Rejected, Source, Span
-from .inputs import DEFAULT_STORAGE, StorageSettings, input_stamp, is_remote
+from .inputs import DEFAULT_STORAGE, input_stamp, is_remote
 from .records import RecordError, checked_text, json_ready
 
 

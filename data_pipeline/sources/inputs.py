@@ -7,29 +7,27 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import BinaryIO, Final
+from urllib.parse import urlsplit, urlunsplit
 
 import braceexpand
 
 from ..errors import DataError, UserError
-from ..settings import Settings
+from ..storage import StorageSettings, Store, open_input, open_store
+from ..storage.store import PIPE, scheme
 from .unpacking import DAMAGE, packing_of_content, packing_of_name, unpacked
 
-_REMOTE: Final = re.compile(r"pipe:|[a-z][a-z0-9+.-]*://")
-_BUFFER_BYTES: Final = 1 << 20
-
-
-class StorageSettings(Settings):
-    secure: bool = False
-
-
 DEFAULT_STORAGE: Final = StorageSettings()
+
+_BUFFER_BYTES: Final = 1 << 20
+_ADDRESS_OF_A_FILE: Final = re.compile(r"(?P<root>[^?#]*/)(?P<name>[^/?#%]+)")
 
 
 def is_remote(name: str) -> bool:
     """Whether ``name`` is an address (``https://``, ``s3://``) or a ``pipe:`` command, not a path."""
-    return _REMOTE.match(name) is not None
+    return scheme(name) != ""
 
 
 def can_be_cut(name: str) -> bool:
@@ -44,7 +42,7 @@ def find_inputs(patterns: Sequence[str], owner: str, storage: StorageSettings) -
         UserError: a pattern that names no file, can't be understood, or is not allowed.
     """
     found: set[str] = set()
-    for pattern in patterns:
+    for pattern in (pattern.removeprefix("file://") for pattern in patterns):
         if os.path.isfile(pattern):
             found.add(pattern)
             continue
@@ -63,8 +61,36 @@ def find_inputs(patterns: Sequence[str], owner: str, storage: StorageSettings) -
 
 
 def input_sizes(names: Sequence[str], storage: StorageSettings) -> list[int]:
-    """Bytes of each input as it is stored; 0 where that is not known before it is read (`pipe:`)."""
-    return [os.path.getsize(name) for name in names]
+    """Bytes of each input as it is stored; 0 for a command, whose output has no size before it is read.
+
+    Raises:
+        UserError: an address can't be opened with what is installed.
+        StorageError: a remote file is missing, or the storage does not tell its size.
+    """
+    stores: dict[str, Store] = {}
+    with ThreadPoolExecutor(storage.remote.parallel) as threads:
+        waiting = []
+        for name in names:
+            if not is_remote(name):
+                waiting.append(threads.submit(os.path.getsize, name))
+            elif name.startswith(PIPE):
+                waiting.append(threads.submit(int))
+            else:
+                # one store, so one pool of connections, for all files of a folder; an address that has more to it
+                # than folder and name (a query, escapes) is a store of its own
+                parts = _ADDRESS_OF_A_FILE.fullmatch(name)
+                root, file = (parts["root"], parts["name"]) if parts else (name, "")
+                store = stores[root] if root in stores else stores.setdefault(root, open_store(root, storage))
+                waiting.append(threads.submit(store.size, file))
+        return [size.result() for size in waiting]
+
+
+def shown_name(name: str) -> str:
+    """``name`` for documents and messages: an address without login and query, which may hold secrets."""
+    if not is_remote(name) or name.startswith(PIPE):
+        return name
+    parts = urlsplit(name)
+    return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
 def input_stamp(name: str, size: int) -> str:
@@ -79,31 +105,36 @@ def input_stamp(name: str, size: int) -> str:
 def open_input_file(name: str, storage: StorageSettings, recognise: bool = False) -> Iterator[BinaryIO]:
     """The unpacked bytes of a path, an address or a ``pipe:`` command.
 
-    What is packed is known by the end of its name, or, for a command and where ``recognise`` is set, by its first
-    bytes.
+    What is packed is known by the end of its name, or, for what is remote and where ``recognise`` is set, by its
+    first bytes. The end of the stream is the end of the input: a transfer cut short or a command that failed is an
+    error, too.
 
     Raises:
         UserError: the input can't be opened.
-        DataError: (also inside the block) what is packed is cut short or damaged.
+        DataError: (also inside the block) what is packed is cut short or damaged, or can't be read to its end.
     """
     with _open(name, storage) as stream:
         packing = packing_of_name(name)
         found = packing_of_content(stream.peek(4)[:4])
         if packing is not None and found != packing:
-            raise DataError(f"{name}: is empty or not packed with {packing}, as its name says. Fetch it again.")
-        if packing is None and (recognise or name.startswith("pipe:")):
+            raise DataError(
+                f"{shown_name(name)}: is empty or not packed with {packing}, as its name says. Fetch it again."
+            )
+        if packing is None and (recognise or is_remote(name)):
             packing = found
         content = unpacked(stream, packing) if packing else stream
         try:
             yield content
         except DAMAGE as error:
-            place = f"{name}: damaged after {content.tell()} unpacked bytes"
+            place = f"{shown_name(name)}: damaged after {content.tell()} unpacked bytes"
             raise DataError(f"{place} ({error}). Fetch it again.") from error
 
 
 def _open(name: str, storage: StorageSettings) -> io.BufferedReader:
+    if is_remote(name):
+        return open_input(name, storage)
     try:
-        return open(name, "rb", buffering=_BUFFER_BYTES)
+        return io.BufferedReader(io.FileIO(name), _BUFFER_BYTES)
     except OSError as error:
         raise UserError(f"input file {name} can't be read: {error.strerror}. Mend its path or its rights.") from error
 
@@ -120,7 +151,7 @@ def _expand_braces(pattern: str, owner: str) -> list[str]:
 
 
 def _allowed(name: str, owner: str, storage: StorageSettings) -> str:
-    if storage.secure and name.startswith("pipe:"):
+    if storage.secure and name.startswith(PIPE):
         raise UserError(
             f"input {name!r} ({owner}) runs a command, which `secure: true` forbids. Name its output instead."
         )

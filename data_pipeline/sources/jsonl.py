@@ -8,8 +8,9 @@ from typing import Any, Literal
 
 from pydantic import Field
 
+from ..storage import StorageSettings
 from .base import Document, FileSource, Part, Rejected, Span, cut_files
-from .inputs import DEFAULT_STORAGE, StorageSettings, open_input_file
+from .inputs import DEFAULT_STORAGE, open_input_file, shown_name
 from .lines import byte_place, line_place, read_lines
 from .records import RecordError, checked_object, checked_text, decode_json
 
@@ -33,6 +34,7 @@ class JsonlSource(FileSource):
     def records(self, part: Part, storage: StorageSettings) -> Iterator[Document | Rejected]:
         """The records whose lines begin in the part's byte ranges. The file's last line may be blank, no other."""
         for span in part.spans:
+            name = shown_name(span.path)
             with open_input_file(span.path, storage) as handle:
                 blank: int | None = None
                 for offset, line in read_lines(handle, span.start):
@@ -44,9 +46,9 @@ class JsonlSource(FileSource):
                     if line.isspace():
                         blank = offset
                         continue
-                    yield self._document(span.path, offset, line) or self._rejected(span, offset, line, storage)
+                    yield self._document(name, offset, line) or self._rejected(span, offset, line, storage)
 
-    def _document(self, path: str, offset: int, line: bytes) -> Document | None:
+    def _document(self, name: str, offset: int, line: bytes) -> Document | None:
         """The document of a line, or None where it holds none."""
         try:
             record: dict[str, Any] = json.loads(line.decode("utf-8"))
@@ -57,7 +59,7 @@ class JsonlSource(FileSource):
         except (ValueError, KeyError, TypeError, IndexError, RecursionError):
             return None
         kept = {field: record[field] for field in self.metadata_fields if field in record}
-        return Document(text, url or f"{path}#byte={offset}", kept or None)
+        return Document(text, url or f"{name}#byte={offset}", kept or None)
 
     def _rejected(self, span: Span, offset: int, line: bytes, storage: StorageSettings) -> Rejected:
         """Why a line is no document; a slow path, so that the fast one stays short.
@@ -75,4 +77,4 @@ class JsonlSource(FileSource):
                 checked_text(record[field], field, place)
             raise RecordError("no document", f"{place}: can't be read as a document. Mend or remove the line.")
         except RecordError as error:
-            return Rejected.of(f"{span.path}#byte={offset}", error)
+            return Rejected.of(f"{shown_name(span.path)}#byte={offset}", error)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import BinaryIO
 
-from .inputs import StorageSettings, is_remote, open_input_file
+from ..storage import StorageSettings
+from .inputs import is_remote, open_input_file, shown_name
 
 
 def read_lines(handle: BinaryIO, start: int) -> Iterator[tuple[int, bytes]]:
@@ -36,4 +37,4 @@ def line_place(name: str, offset: int, storage: StorageSettings) -> str:
 
 def byte_place(name: str, offset: int) -> str:
     """``NAME, byte OFFSET``."""
-    return f"{name}, byte {offset}"
+    return f"{shown_name(name)}, byte {offset}"

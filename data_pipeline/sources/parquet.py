@@ -10,8 +10,9 @@ import pyarrow.parquet as pq
 from pydantic import Field
 
 from ..errors import DataError, UserError
+from ..storage import StorageSettings
 from .base import Document, FileSource, Part, Rejected, Span
-from .inputs import DEFAULT_STORAGE, StorageSettings, is_remote
+from .inputs import DEFAULT_STORAGE, is_remote
 from .records import RecordError, checked_text, json_ready
 
 _BATCH_ROWS = 1024

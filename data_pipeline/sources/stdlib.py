@@ -14,8 +14,9 @@ from typing import Any, Literal
 from pydantic import Field
 
 from ..errors import UserError
+from ..storage import StorageSettings
 from .base import Document, Part, Rejected, Source, Span, whole_files
-from .inputs import DEFAULT_STORAGE, StorageSettings
+from .inputs import DEFAULT_STORAGE
 
 _LEFT_OUT = frozenset(
     # Tests, what is not the library's own, and generated tables of characters and topics.

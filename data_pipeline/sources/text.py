@@ -7,8 +7,9 @@ from typing import Literal
 
 from pydantic import Field
 
+from ..storage import StorageSettings
 from .base import Document, FileSource, Part, Rejected, Span, cut_files, whole_files
-from .inputs import DEFAULT_STORAGE, StorageSettings, open_input_file
+from .inputs import DEFAULT_STORAGE, open_input_file, shown_name
 from .lines import byte_place, line_place, read_lines
 from .records import not_utf8
 
@@ -38,10 +39,10 @@ class TextSource(FileSource):
                 continue
             with open_input_file(span.path, storage) as handle:
                 content = handle.read()
-            yield _whole(span.path, content)
+            yield _whole(shown_name(span.path), content)
 
     def _document(self, path: str, begin: int, content: bytes, storage: StorageSettings) -> Document | Rejected:
-        url = f"{path}#byte={begin}"
+        url = f"{shown_name(path)}#byte={begin}"
         try:
             return Document(content.decode("utf-8"), url)
         except UnicodeDecodeError as error:
@@ -51,11 +52,11 @@ class TextSource(FileSource):
             return Rejected.of(url, not_utf8(error, place))
 
 
-def _whole(path: str, content: bytes) -> Document | Rejected:
+def _whole(name: str, content: bytes) -> Document | Rejected:
     try:
-        return Document(content.decode("utf-8"), path)
+        return Document(content.decode("utf-8"), name)
     except UnicodeDecodeError as error:
-        return Rejected.of(path, not_utf8(error, path))
+        return Rejected.of(name, not_utf8(error, name))
 
 
 def _separated(span: Span, separator: bytes, storage: StorageSettings) -> Iterator[tuple[int, bytes]]:

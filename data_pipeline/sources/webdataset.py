@@ -9,9 +9,10 @@ from typing import Any, Final, Literal
 from pydantic import Field
 
 from ..errors import UserError
+from ..storage import StorageSettings
 from ..tars import BadSample, Sample, group_samples, walk_tar
 from .base import Document, FileSource, Part, Rejected, single_files
-from .inputs import DEFAULT_STORAGE, StorageSettings, open_input_file
+from .inputs import DEFAULT_STORAGE, open_input_file, shown_name
 from .records import NOT_UTF8, RecordError, checked_object, checked_text, decode_json, decode_utf8
 from .unpacking import DAMAGE
 
@@ -51,19 +52,19 @@ class WebDatasetSource(FileSource):
     def records(self, part: Part, storage: StorageSettings) -> Iterator[Document | Rejected]:
         """The samples of the part's tars (url: tar#key)."""
         for span in part.spans:
+            name = shown_name(span.path)
             with open_input_file(span.path, storage, recognise=True) as stream:
-                members = walk_tar(stream, span.path)
-                for sample in group_samples(members, span.path, self._wanted, self.optional_fields):
-                    yield self._record(span.path, sample)
+                for sample in group_samples(walk_tar(stream, name), name, self._wanted, self.optional_fields):
+                    yield self._record(name, sample)
 
     def _wanted(self, field: str, size: int) -> bool:
         if field == self.text_extension or (self.text_extension is None and field in _TEXT_FIELDS):
             return True
         return size <= _LARGEST_METADATA if self.metadata_fields is None else field in self.metadata_fields
 
-    def _record(self, path: str, sample: Sample | BadSample) -> Document | Rejected:
-        url = f"{path}#{sample.key}"
-        place = f"{path}, byte {sample.offset}"
+    def _record(self, name: str, sample: Sample | BadSample) -> Document | Rejected:
+        url = f"{name}#{sample.key}"
+        place = f"{name}, byte {sample.offset}"
         if isinstance(sample, BadSample):
             return Rejected(url, sample.reason, f"{place}: {sample.problem}")
         try:
