@@ -111,7 +111,7 @@ class SlurmCluster:
         tasks = [_parse_task(line) for line in text.splitlines() if line.strip()]
         return sorted(tasks, key=lambda task: -1 if task.array_task is None else task.array_task)
 
-    def wait(self, job: int, timeout: float = 60.0) -> list[Task]:
+    def wait(self, job: int, timeout: float = 180.0) -> list[Task]:
         """The tasks of a job when all have ended, whether well or not.
 
         Raises:
@@ -119,7 +119,7 @@ class SlurmCluster:
         """
         return self.wait_until(job, lambda tasks: all(task.ended for task in tasks), timeout)
 
-    def wait_until(self, job: int, reached: Callable[[list[Task]], bool], timeout: float = 60.0) -> list[Task]:
+    def wait_until(self, job: int, reached: Callable[[list[Task]], bool], timeout: float = 180.0) -> list[Task]:
         """The tasks of a job as soon as ``reached`` holds for them.
 
         Raises:
@@ -215,6 +215,8 @@ SelectTypeParameters=CR_CPU
 SlurmdParameters=config_overrides
 SchedulerParameters=batch_sched_delay=0,bf_interval=1,sched_interval=1
 ReturnToService=2
+# jobs have to ask for it, as on a cluster whose administrator wants that
+JobRequeue=0
 KillWait=5
 MinJobAge=3600
 {nodes}

@@ -21,7 +21,8 @@ from tests.slurm_cluster import SlurmCluster
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "prepare.sbatch"
 WORDS = "the quick brown fox jumps over the lazy dog and then it sleeps until morning comes".split()  # noqa: SIM905
-ENVIRONMENT = f'export PATH="{Path(sys.executable).parent}:$PATH"\n'
+SETUP = f'export PATH="{Path(sys.executable).parent}:$PATH"\n'
+CONTAINER = 'echo "in the container, $OMP_NUM_THREADS thread: $1" >&2; exec "$@"\n'
 
 
 @dataclass(frozen=True)
@@ -88,7 +89,8 @@ def preparation(tmp_path: Path, slurm: SlurmCluster) -> Preparation:
         return {"kind": "jsonl", "domain": name, "files": [str(tmp_path / f"{name}.jsonl")]}
 
     (tmp_path / "given.model").write_bytes(tiny_tokenizer().model)
-    (tmp_path / "setup.sh").write_text(ENVIRONMENT)
+    (tmp_path / "setup.sh").write_text(SETUP)
+    (tmp_path / "container.sh").write_text(CONTAINER)
     settings = {
         "output": "set",
         "tokenizer": {"path": "given.model"},
@@ -102,19 +104,22 @@ def preparation(tmp_path: Path, slurm: SlurmCluster) -> Preparation:
 
 
 def test_a_submitted_chain_writes_what_one_plain_command_writes(preparation: Preparation, slurm: SlurmCluster) -> None:
-    submitted = preparation.submit_chain("3", "data.yaml", HEADRACE_CONTAINER="nice -n 5")
+    environment = {"HEADRACE_CONTAINER": "bash container.sh", "OMP_NUM_THREADS": ""}
+    submitted = preparation.submit_chain("3%2", "data.yaml", **environment)
     assert submitted.returncode == 0, submitted.stderr
     tokenizer, first, second, merge = job_ids(submitted.stdout)
-    assert [task.state for task in slurm.wait(merge)] == ["COMPLETED"], slurm.output(merge)
+    assert "ArrayTaskThrottle=2" in slurm.call("scontrol", "show", "job", str(second))
+    assert [task.state for task in slurm.wait(merge)] == ["COMPLETED"], slurm.output(first) + slurm.output(merge)
     for job in (first, second):
         assert [(task.array_task, task.exit_code) for task in slurm.tasks(job)] == [(0, 0), (1, 0), (2, 0)]
     assert "pretrain-data tokenizer data.yaml" in slurm.output(tokenizer)
     assert "pretrain-data prepare data.yaml processes=1 --task 1 --tasks 3" in slurm.output(first)
+    assert slurm.output(first).count("in the container, 1 thread: pretrain-data") == 3
     assert preparation.hashes() == preparation.local()
 
 
 def test_killed_tasks_continue(preparation: Preparation, slurm: SlurmCluster) -> None:
-    work = "data.yaml", "part_bytes=1000"  # many parts, so that there is a middle
+    work = "data.yaml", "part_bytes=2000"  # many parts, so that there is a middle
     job = preparation.submit(*work, options=["--array=4-8:4"])  # indices may begin anywhere and have steps
     done = preparation.freeze_in_the_middle(job, 0, 2)
     preparation.freeze_in_the_middle(job, 1, 2)
