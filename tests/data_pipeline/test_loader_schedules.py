@@ -9,7 +9,6 @@ import os
 import pickle
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -80,7 +79,7 @@ def loaders_of(data: Data, order: Order, plan: BatchPlan, world: int, micro: int
 
 
 def global_step(loaders: list[StepLoader]) -> tuple[list[int], list[int], torch.Tensor, int]:
-    """Positions, samples and tokens of one step over all ranks in the order of the architecture, and what comes next."""
+    """Positions, samples and tokens of one step over all ranks in their order, and where the next step begins."""
     steps = [loader.next_step() for loader in loaders]
     assert len({(step.position, step.next_position, step.global_batch) for step in steps}) == 1
     batches = [step.micro_batches[g] for g in range(len(steps[0].micro_batches)) for step in steps]
@@ -154,7 +153,7 @@ def test_a_huge_skipped_range_costs_nothing(data: Data) -> None:
 
 def test_every_batch_of_a_ramp_must_divide(data: Data) -> None:
     plan = BatchPlan(12, ramp=((5, 6), (5, 9)))
-    with pytest.raises(UserError, match="global batch of 9 sequences can't be divided .* 3 x 2 = 6"):
+    with pytest.raises(UserError, match=r"global batch of 9 sequences can't be divided .* 3 x 2 = 6"):
         loaders_of(data, data.orders["full"], plan, 2, 3, start_step=0, start_position=0, end_step=9)
 
 

@@ -1,0 +1,260 @@
+"""Shards on remote storage: whole, or the windows that the order asks for, fetched ahead into the node's cache."""
+
+from __future__ import annotations
+
+import hashlib
+import threading
+from collections.abc import Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any, BinaryIO, NamedTuple
+
+import crc32c
+import numpy as np
+
+from .damage import OnDamage, Reason
+from .errors import DataError
+from .layout import SHARD_FOLDER, BlockLayout
+from .permutation import IntArray
+from .shard_files import OpenFile, RecentlyUsed, ShardFiles, open_files_limit
+from .shard_table import ShardTable
+from .storage import MissingFileError, NodeCache, StorageError, Store
+
+
+class Piece(NamedTuple):
+    """The blocks ``[first, stop)`` of a shard, by the shard's row: what is fetched at once."""
+
+    shard: int
+    first: int
+    stop: int
+
+
+class RemoteShards(ShardFiles):
+    """Shards of a store, read from the node's cache.
+
+    A whole shard is checked by its SHA-256 before it is trusted, a window by the CRC32C of each of its blocks. Under
+    ``"hole"`` what stays damaged when it is fetched again is kept as it was found: each block is checked once more when
+    it is read, so that only the damaged ones are lost.
+
+    Args:
+        store: holds the data set; its settings say where the node's cache is.
+        shards: rows of the source's shards.
+        layout: the arithmetic of the shards.
+        on_damage: what becomes of damage that stays.
+    """
+
+    def __init__(self, store: Store, shards: ShardTable, layout: BlockLayout, on_damage: OnDamage) -> None:
+        super().__init__(store.root, shards, layout)
+        self._store, self._on_damage = store, on_damage
+        self._cache = NodeCache(store.settings.cache)
+        self._files: RecentlyUsed[Piece, OpenFile] = RecentlyUsed(open_files_limit(), OpenFile.close)
+        self._coming: dict[Piece, Future[OpenFile]] = {}
+        self._lost: dict[Piece, StorageError] = {}
+        self._fetched_again: set[Piece] = set()
+        self._pool: ThreadPoolExecutor | None = None
+        self._counting = threading.Lock()
+        self.fetched = 0
+        """How many pieces this process has brought into the cache."""
+
+    def open(self, shard: int, block: int, span: tuple[int, int] | None) -> OpenFile:
+        piece = self.piece(shard, span)
+        if (file := self._files.get(piece)) is not None:
+            return file
+        try:
+            if piece in self._lost:
+                raise self._lost[piece]
+            coming = self._coming.pop(piece, None)
+            return self._files.put(piece, coming.result() if coming else self._obtain(piece))
+        except StorageError as error:
+            # that a command fails is all that it can say about a file that is not there
+            if error.transient and (self._store.ranges or self._on_damage == "stop"):
+                raise
+            self._lost[piece] = error
+            reason: Reason = "missing" if isinstance(error, MissingFileError) or error.transient else "short"
+            raise self.damage(shard, block, reason, f"block {block}, can't be had: {error}") from error
+
+    def again(self, shard: int, span: tuple[int, int] | None) -> bool:
+        piece = self.piece(shard, span)
+        if piece in self._fetched_again or piece in self._lost:
+            return False
+        self._fetched_again.add(piece)
+        self._files.remove(piece)
+        self._cache.discard(self._key(piece))
+        return True
+
+    def ahead(self, pieces: Iterable[Piece]) -> None:
+        """Begin to fetch what will be opened soon, in the order of need."""
+        for piece in pieces:
+            if piece in self._coming or piece in self._lost or piece in self._files:
+                continue
+            if self._pool is None:
+                self._pool = ThreadPoolExecutor(self._store.settings.remote.parallel, "shard-fetch")
+            self._coming[piece] = self._pool.submit(self._obtain, piece)
+
+    @property
+    def busy(self) -> bool:
+        """Whether enough is coming to keep all connections at work."""
+        return len(self._coming) >= 2 * self._store.settings.remote.parallel
+
+    def piece(self, shard: int, span: tuple[int, int] | None) -> Piece:
+        """What must be fetched for these blocks: the whole shard where there are no byte ranges."""
+        if span is None or not self._store.ranges:
+            return Piece(shard, 0, int(self.shards.blocks[shard]))
+        return Piece(shard, *span)
+
+    def sizes(self, shards: IntArray) -> IntArray:
+        if not self._store.ranges:
+            return self.shards.bytes[shards]  # a command's output has no size but that of all of it
+        with ThreadPoolExecutor(self._store.settings.remote.parallel) as pool:
+            return np.fromiter(pool.map(self._size, shards.tolist()), np.int64, len(shards))
+
+    def read_index(self, shard: int) -> bytes:
+        expected = self.shards.idx_sha256[shard].tobytes()
+
+        def fill(to: BinaryIO) -> None:
+            content = self._store.read(_name(self.shards.names[shard], "idx"))
+            if hashlib.sha256(content).digest() != expected:
+                raise _WrongIndexError
+            to.write(content)
+
+        try:
+            with self._cache.open(expected.hex(), fill) as handle:
+                content: bytes = handle.readall()
+                return content
+        except MissingFileError as error:
+            raise FileNotFoundError(str(error)) from error
+        except _WrongIndexError:
+            return b""
+
+    def after_fork(self) -> None:
+        super().after_fork()
+        self._pool, self._coming, self._counting = None, {}, threading.Lock()
+
+    def close(self) -> None:
+        super().close()
+        if self._pool:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+        for coming in self._coming.values():
+            coming.add_done_callback(_close_result)
+        self._coming.clear()
+        self._files.clear()
+
+    def _size(self, shard: int) -> int:
+        try:
+            return self._store.size(_name(self.shards.names[shard], "tar"))
+        except MissingFileError:
+            return -1
+
+    def _obtain(self, piece: Piece) -> OpenFile:
+        """The piece from the cache, fetched if it is not there."""
+        key, whole = self._key(piece), self._is_whole(piece)
+        start = 0 if whole else self.layout.data_offset(piece.first)
+        try:
+            fill = self._fill_whole if whole else self._fill_window
+            handle = self._cache.open(key, lambda to: fill(piece, to), self._size_of(piece))
+        except MissingFileError:
+            raise
+        except (DataError, StorageError) as error:
+            if self._on_damage == "stop" or (isinstance(error, StorageError) and error.transient):
+                raise
+            with self._counting:
+                self._fetched_again.add(piece)
+            handle = self._cache.open(f"{key}-as-found", lambda to: self._fill_as_found(piece, to))
+        return OpenFile(handle, start, self.where(piece.shard))
+
+    def _fill_whole(self, piece: Piece, to: BinaryIO) -> None:
+        self._count()
+        shard, name = piece.shard, _name(self.shards.names[piece.shard], "tar")
+        expected = self.shards.sha256[shard].tobytes()
+        for _ in range(2):
+            to.seek(0)
+            to.truncate()
+            hashing = _Hashing(to)
+            self._store.fetch(name, hashing, int(self.shards.bytes[shard]))  # type: ignore[arg-type]  # only appends
+            if hashing.sha256.digest() == expected:
+                return
+        raise DataError(
+            f"shard {self.where(shard)} is damaged: its SHA-256 is {hashing.sha256.hexdigest()}, the manifest says "
+            f"{expected.hex()}, and fetching it again gave no other. Restore it from a copy."
+        )
+
+    def _fill_window(self, piece: Piece, to: BinaryIO) -> None:
+        self._count()
+        layout, name = self.layout, _name(self.shards.names[piece.shard], "tar")
+        start, stop = self._bytes_of(piece)
+        content = bytearray(self._store.read_range(name, start, stop))
+        expected = self.checksums(piece.shard, piece.first)
+        for block in range(piece.first, piece.stop):
+            first = layout.data_offset(block)
+            here = slice(first - start, first - start + layout.block_bytes)
+            if crc32c.crc32c(content[here]) == expected[block]:
+                continue
+            content[here] = self._store.read_range(name, first, first + layout.block_bytes)
+            if (found := crc32c.crc32c(content[here])) != expected[block]:
+                raise self.wrong_checksum(piece.shard, block, found, int(expected[block]))
+        to.write(content)
+
+    def _fill_as_found(self, piece: Piece, to: BinaryIO) -> None:
+        """Whatever there is, up to where it ends."""
+        name = _name(self.shards.names[piece.shard], "tar")
+        if self._is_whole(piece):
+            self._store.fetch(name, to)
+            return
+        for block in range(piece.first, piece.stop):
+            # also what lies between the blocks, so that the bytes stand as they do in the shard
+            start, stop = self._bytes_of(Piece(piece.shard, block, block + 1))
+            if block > piece.first:
+                to.write(bytes(self.layout.member_stride - self.layout.block_bytes))
+            try:
+                to.write(self._store.read_range(name, start, stop))
+            except StorageError as error:
+                if error.transient:
+                    raise
+                return
+
+    def _bytes_of(self, piece: Piece) -> tuple[int, int]:
+        """From the first token of the first block to the last token of the last."""
+        return (
+            self.layout.data_offset(piece.first),
+            self.layout.data_offset(piece.stop - 1) + self.layout.block_bytes,
+        )
+
+    def _size_of(self, piece: Piece) -> int:
+        start, stop = self._bytes_of(piece)
+        return int(self.shards.bytes[piece.shard]) if self._is_whole(piece) else stop - start
+
+    def _is_whole(self, piece: Piece) -> bool:
+        return piece.first == 0 and piece.stop == int(self.shards.blocks[piece.shard])
+
+    def _key(self, piece: Piece) -> str:
+        """Named by content, so that neither the place of a data set nor a token in its address matters."""
+        name = self.shards.sha256[piece.shard].tobytes().hex()
+        return name if self._is_whole(piece) else f"{name}-{piece.first:06d}-{piece.stop:06d}"
+
+    def _count(self) -> None:
+        with self._counting:
+            self.fetched += 1
+
+
+class _WrongIndexError(DataError):
+    """The index of a shard is not the manifest's."""
+
+
+class _Hashing:
+    """Hashes what is written through it."""
+
+    def __init__(self, to: BinaryIO) -> None:
+        self._to, self.sha256 = to, hashlib.sha256()
+
+    def write(self, content: Any) -> int:
+        self.sha256.update(content)
+        return self._to.write(content)
+
+
+def _name(shard: str, suffix: str) -> str:
+    return f"{SHARD_FOLDER}/{shard}.{suffix}"
+
+
+def _close_result(coming: Future[OpenFile]) -> None:
+    if not coming.cancelled() and coming.exception() is None:
+        coming.result().close()
