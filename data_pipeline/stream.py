@@ -18,7 +18,7 @@ from .order import Order, OrderSource
 from .reader import TokenSource
 from .settings import Settings
 from .storage import StorageSettings
-from .windowed import Windows
+from .windows import Windows
 
 
 class SourceSettings(Settings):
@@ -44,8 +44,8 @@ class WindowSettings(Settings):
     """The ``windowed`` order; part of the data's identity, so a run can't change it on the way."""
 
     strata: int = Field(default=256, ge=1, le=65_536)
-    """Into how many contiguous strata each source is cut; a position p draws from stratum p mod strata. The global batch
-    is a good choice: then a batch holds one sequence of every stratum, and a rank always the same strata."""
+    """Into how many contiguous strata each source is cut; any so many positions in a row draw one sequence from each.
+    The global batch is a good choice: then so does a batch, and a rank always reads the same strata."""
     tokens: int = Field(default=1 << 22, ge=1)
     """Tokens of a window: the sequences that are fetched together and shuffled among themselves (4 Mi tokens of 2 bytes
     are range reads of 8 MB)."""
@@ -159,6 +159,7 @@ def open_split(settings: StreamSettings, name: str, split: str, share: tuple[int
             source.domain,
             split,
             settings.seq_len,
+            storage=settings,
             share=share,
             on_damage=settings.on_damage,
         )

@@ -17,7 +17,6 @@ from .explain import Reading, open_reading
 from .history import read_history
 from .manifest import HELDOUT, ShardTable
 from .prepare.parts import shuffle_key
-from .reader import TokenSource
 
 _ID = re.compile(r"[0-9a-f]{32}")
 

@@ -11,7 +11,7 @@ from .optimizer import check_schedule
 
 
 def check_run(config: Config, world_size: int, rank: int = 0) -> RunData:
-    """The opened data of a run that ``world_size`` ranks can start, seen by ``rank``, which looks for its share of shards.
+    """The opened data of a run that ``world_size`` ranks can start; ``rank`` looks for its share of the shards.
 
     Raises:
         UserError: the batch does not divide, ``engine.deepspeed`` contradicts other settings, the schedule is longer

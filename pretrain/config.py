@@ -74,8 +74,8 @@ class TrainingSettings(Settings):
     global_batch: int = Field(ge=1)
     """Sequences in an optimizer step, over all ranks and accumulation steps."""
     batch_ramp: tuple[RampSettings, ...] = ()
-    """Stages with other batches before ``global_batch`` holds for the rest of the run. The order of the samples does not
-    change."""
+    """Stages with other batches, after which ``global_batch`` holds for the rest of the run. The order of the samples
+    does not change."""
     micro_batch: int = Field(ge=1)
     """Sequences of one rank in one forward pass."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -201,7 +201,7 @@ class Config(Settings):
 
     @cached_property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run: the first number that consumes ``training.tokens``, where those are given."""
+        """Optimizer steps of the whole run: the first number that consumes ``training.tokens``, where that is given."""
         if self.training.steps is not None:
             return self.training.steps
         assert self.training.tokens is not None

@@ -94,9 +94,7 @@ def stretch_of_run(config: Config, data: RunData, step: int, position: int, worl
 def _common_tokenizer(config: Config, stream: Stream) -> Tokenizer:
     settings, first = config.data, stream.names[0]
     paths = {name: source.path for name, source in settings.sources.items()}
-    hashes = {
-        name: source.manifest.tokenizer_sha256 for name, source in zip(stream.names, stream.sources, strict=True)
-    }
+    hashes = {name: source.manifest.tokenizer_sha256 for name, source in zip(stream.names, stream.sources, strict=True)}
     for name, digest in hashes.items():
         if digest != hashes[first]:
             raise UserError(

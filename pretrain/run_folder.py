@@ -106,7 +106,11 @@ def plain(config: Config) -> dict[str, Any]:
 
 def set_aside(folder: Path, attempt: int) -> Path | None:
     """``resume=never``: move what earlier attempts left into ``before_attempt_N``; None when there was nothing."""
-    present = [folder / name for name in (CHECKPOINTS, DAMAGE, HISTORY_FILE, "metrics.jsonl", "tensorboard") if (folder / name).exists()]
+    present = [
+        folder / name
+        for name in (CHECKPOINTS, DAMAGE, HISTORY_FILE, "metrics.jsonl", "tensorboard")
+        if (folder / name).exists()
+    ]
     if not present:
         return None
     names = (f"before_attempt_{attempt}{suffix}" for suffix in ("", *(f"_{number}" for number in range(2, 1000))))

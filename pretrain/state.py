@@ -37,9 +37,7 @@ class TrainState:
 
     def advance(self, next_position: int, holes: int) -> TrainState:
         """After one more optimizer step, with ``holes`` missing sequences."""
-        return replace(
-            self, step=self.step + 1, position=next_position, holes=self.holes + holes, evaluated=False
-        )
+        return replace(self, step=self.step + 1, position=next_position, holes=self.holes + holes, evaluated=False)
 
 
 def checkpoint_state(state: TrainState, config: Config, data: RunData, ranks: Distributed) -> dict[str, Any]:
@@ -125,7 +123,7 @@ def _check_end(path: Path, config: Config, data: RunData, state: TrainState) -> 
 
 def _check_skipped(path: Path, config: Config, state: TrainState, saved: list[list[int]]) -> None:
     """What lies before the checkpoint's position is done: it can't be skipped, or taken, afterwards."""
-    there, here = ([tuple(each) for each in saved], _skipped_before(config.data.skip_ranges, state.position))
+    there, here = ([(start, stop) for start, stop in saved], _skipped_before(config.data.skip_ranges, state.position))
     if there != here:
         raise UserError(
             f"{path} can't be resumed: before its position {state.position} the positions {_ranges(there)} were left "
@@ -179,7 +177,10 @@ def _accepted_change(path: Path, config: Config, there: dict[str, Any], here: di
     order, data = difference(there["order"], here["order"]), _differences(others[0], others[1])
     if not order and not data:
         return ""
-    what = [*([f"the order of the data differs ({order})"] if order else []), *([f"the data differs ({data})"] if data else [])]
+    what = [
+        *([f"the order of the data differs ({order})"] if order else []),
+        *([f"the data differs ({data})"] if data else []),
+    ]
     code = hashlib.sha256(json.dumps([there, here], sort_keys=True).encode()).hexdigest()[:12]
     if config.data.accept_change == code:
         return "; ".join(what)

@@ -60,7 +60,7 @@ def test_the_ramp_decides_steps_positions_and_the_end() -> None:
 
 
 def test_a_ramp_that_does_not_divide_or_never_ends_is_refused() -> None:
-    with pytest.raises(UserError, match=r"batch_ramp\.0\.global_batch = 2 is not a multiple of micro_batch 1 x 4 ranks"):
+    with pytest.raises(UserError, match=r"batch_ramp\.0\.global_batch = 2 is not a multiple of micro_batch 1 x 4"):
         accumulation_steps(tiny_config(training={"batch_ramp": UP}), 4)
     with pytest.raises(UserError, match=r"batch_ramp\.1\.global_batch 3 is not a multiple of micro_batch 2"):
         tiny_config(training={"batch_ramp": [UP[1], {"steps": 1, "global_batch": 3}], "micro_batch": 2})

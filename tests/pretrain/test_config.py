@@ -112,7 +112,7 @@ def test_steps_out_of_tokens_round_up() -> None:
 
 
 def test_every_setting_is_documented() -> None:
-    """Every field has its sentence in the source, as its description or right below it; sections speak for themselves."""
+    """Every field has its sentence, as its description or right below it; a whole section speaks for itself."""
     for section in _sections(Config):
         body = ast.parse(textwrap.dedent(inspect.getsource(section))).body[0]
         assert isinstance(body, ast.ClassDef)

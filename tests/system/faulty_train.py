@@ -37,11 +37,11 @@ def before(function: Callable[..., Any]) -> Callable[..., Any]:
     return dying
 
 
-def die_in_step(begin_step: Callable[..., None]) -> Callable[..., None]:
-    def dying(self: Objective, step: int, *arguments: Any) -> None:
+def die_in_step(begin_step: Callable[..., int]) -> Callable[..., int]:
+    def dying(self: Objective, step: int, *arguments: Any) -> int:
         if step == int(NUMBER):
             os.kill(os.getpid(), signal.SIGKILL)
-        begin_step(self, step, *arguments)
+        return begin_step(self, step, *arguments)
 
     return dying
 

@@ -43,7 +43,7 @@ def test_the_tour(tmp_path: Path) -> None:
 def test_the_yaml_blocks_fit_their_schemas(tmp_path: Path) -> None:
     prepare, run = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     sources = build_settings(PrepareSettings, yaml.safe_load(prepare), "README").sources
-    assert set(sources) == {"web", "books", "notes", "hub"}
+    assert set(sources) == {"web", "tars", "books", "notes", "hub"}
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     (tmp_path / "mine.yaml").write_text(run)
     config = load_config(tmp_path / "mine.yaml")
