@@ -106,15 +106,12 @@ def plain(config: Config) -> dict[str, Any]:
 
 def set_aside(folder: Path, attempt: int) -> Path | None:
     """``resume=never``: move what earlier attempts left into ``before_attempt_N``; None when there was nothing."""
-    present = [
-        folder / name
-        for name in (CHECKPOINTS, DAMAGE, HISTORY_FILE, "metrics.jsonl", "tensorboard")
-        if (folder / name).exists()
-    ]
+    names = (CHECKPOINTS, DAMAGE, HISTORY_FILE, "metrics.jsonl", "tensorboard")
+    present = [folder / name for name in names if (folder / name).exists()]
     if not present:
         return None
-    names = (f"before_attempt_{attempt}{suffix}" for suffix in ("", *(f"_{number}" for number in range(2, 1000))))
-    target = next(folder / name for name in names if not (folder / name).exists())
+    targets = (f"before_attempt_{attempt}{suffix}" for suffix in ("", *(f"_{number}" for number in range(2, 1000))))
+    target = next(folder / name for name in targets if not (folder / name).exists())
     try:
         target.mkdir()
         for path in present:

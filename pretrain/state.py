@@ -60,8 +60,8 @@ def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) 
     ``data_changes`` has one more entry than the checkpoint's where ``data.accept_change`` lets other data be.
 
     Raises:
-        UserError: the checkpoint is of another model, of other data or another order, of other skipped ranges before its
-            position, or of a topology from which this one can't be restored; the message says what differs.
+        UserError: the checkpoint is of another model, of other data or another order, of other skipped ranges before
+            its position, or of a topology from which this one can't be restored; the message says what differs.
         DataError: ``state.json`` can't be read.
     """
     saved = read_state(path)
@@ -177,10 +177,8 @@ def _accepted_change(path: Path, config: Config, there: dict[str, Any], here: di
     order, data = difference(there["order"], here["order"]), _differences(others[0], others[1])
     if not order and not data:
         return ""
-    what = [
-        *([f"the order of the data differs ({order})"] if order else []),
-        *([f"the data differs ({data})"] if data else []),
-    ]
+    what = [f"the order of the data differs ({order})"] if order else []
+    what += [f"the data differs ({data})"] if data else []
     code = hashlib.sha256(json.dumps([there, here], sort_keys=True).encode()).hexdigest()[:12]
     if config.data.accept_change == code:
         return "; ".join(what)

@@ -53,7 +53,7 @@ class StoppedError(HeadraceError):
 
 @dataclass
 class Pace:
-    """Seconds and sequences of the steps since the last line of metrics.jsonl, and the seconds spent waiting for data."""
+    """Seconds and sequences of the steps since the last line of metrics.jsonl, and the seconds of waiting for data."""
 
     steps: int = 0
     sequences: int = 0
@@ -179,8 +179,8 @@ class Trainer:
         if self.state.step != self._saved_step:
             self.save()
         raise TooManyHolesError(
-            f"step {self.state.step + 1} has {holes} damaged sequences, and {self.state.holes} were missing before: more "
-            f"than data.max_hole_fraction = {self.config.data.max_hole_fraction} of the run's sequences allows "
+            f"step {self.state.step + 1} has {holes} damaged sequences, and {self.state.holes} were missing before: "
+            f"more than data.max_hole_fraction = {self.config.data.max_hole_fraction} of the run's sequences allows "
             f"({self._most_holes}). Damaged now: {'; '.join(each.place for each in found[:3])}"
             f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}. Restore the shards from a copy "
             "(`pretrain-data verify` lists all damage), or raise the fraction."

@@ -1,4 +1,4 @@
-"""`explain` and `when-seen`: every row of every step named by its documents, and the way back, over changes of a run."""
+"""`explain` and `when-seen`: every row of every step named by its documents, and the way back, over a run's changes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Law 6 through a whole run: damaged blocks stop it, or become holes that log, metrics, ledger and report count alike."""
+"""Law 6 through a whole run: damaged blocks stop it, or become holes that log, metrics, ledger, report count alike."""
 
 from __future__ import annotations
 
