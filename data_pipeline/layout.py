@@ -23,6 +23,7 @@ MANIFEST_FILE = "manifest.json"
 SHARD_TABLE_FILE = "shards.parquet"
 TOKENIZER_FILE = "tokenizer.model"
 SHARD_FOLDER = "shards"
+REJECTED_FOLDER = "rejected"
 
 INDEX_DTYPE = np.dtype([("offset", "<u8"), ("crc32c", "<u4")])
 
@@ -34,6 +35,11 @@ _NPY_HEADER_BYTES = 128
 def shard_path(folder: Path, name: str) -> Path:
     """The archive of shard ``name`` (six digits) of the data set ``folder``."""
     return folder / SHARD_FOLDER / f"{name}.tar"
+
+
+def rejected_path(folder: Path, name: str) -> Path:
+    """A file of records that were left out."""
+    return folder / REJECTED_FOLDER / f"{name}.parquet"
 
 
 def index_path(folder: Path, name: str) -> Path:

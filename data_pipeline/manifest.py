@@ -25,11 +25,20 @@ from .settings import Settings, build_settings
 from .shard_table import HELDOUT, SPLITS, TRAIN, Shard, ShardTable, read_table, table_bytes
 
 __all__ = [
-    "FORMAT_VERSION", "HELDOUT", "SPLITS", "TRAIN", "Manifest", "Shard", "ShardTable", "load_manifest",
+    "FORMAT_VERSION", "HELDOUT", "SPLITS", "TRAIN", "Manifest", "RejectedFile", "Shard", "ShardTable", "load_manifest",
     "read_manifest", "write_manifest",
 ]  # fmt: skip
 
 FORMAT_VERSION = 2
+
+
+class RejectedFile(Settings):
+    """A file of records that were left out, ``rejected/NAME.parquet``."""
+
+    name: str = Field(pattern=r"^\d{6}$", description="Six digits.")
+    rows: int = Field(gt=0, description="Records in it.")
+    bytes: int = Field(gt=0, description="Size of the file in bytes.")
+    sha256: str = Field(description="Of the file.")
 
 
 class Manifest(Settings):
@@ -50,6 +59,7 @@ class Manifest(Settings):
     tokenizer_sha256: str = Field(description="Of tokenizer.model.")
     shards: Annotated[InstanceOf[ShardTable], BeforeValidator(ShardTable.of)] = Field(description="In name order.")
     sources: dict[str, dict[str, Any]] = Field(description="Per source: domain and counts.")
+    rejected: tuple[RejectedFile, ...] = Field(default=(), description="What was left out, in name order.")
     settings: dict[str, Any] = Field(description="The settings that decide the content.")
 
     @property
@@ -60,7 +70,8 @@ class Manifest(Settings):
     @property
     def identity(self) -> str:
         """Hex SHA-256 over everything a training run can see (the module's docstring says what that is)."""
-        digest = hashlib.sha256(_canonical(self.model_dump(mode="json", exclude={"shards", "sources", "settings"})))
+        unseen = {"shards", "sources", "rejected", "settings"}
+        digest = hashlib.sha256(_canonical(self.model_dump(mode="json", exclude=unseen)))
         self.shards.update_digest(digest)
         return digest.hexdigest()
 

@@ -16,6 +16,7 @@ from .errors import DataError
 from .files import publish_bytes, sha256_file
 from .layout import (
     INDEX_DTYPE,
+    REJECTED_FOLDER,
     SHARD_FOLDER,
     TOKENIZER_FILE,
     BlockLayout,
@@ -23,6 +24,7 @@ from .layout import (
     index_bytes,
     index_path,
     read_index,
+    rejected_path,
 )
 from .layout import shard_path as archive_path
 from .manifest import Manifest, Shard, read_manifest
@@ -103,6 +105,12 @@ def _stray_files(folder: Path, manifest: Manifest) -> Iterator[Damage]:
         yield Damage(TOKENIZER_FILE, "missing")
     elif sha256_file(model) != manifest.tokenizer_sha256:
         yield Damage(TOKENIZER_FILE, "is not the tokenizer the shards were written with")
+    for rejected in manifest.rejected:
+        path = rejected_path(folder, rejected.name)
+        if not path.is_file():
+            yield Damage(f"{REJECTED_FOLDER}/{path.name}", "missing")
+        elif sha256_file(path) != rejected.sha256:
+            yield Damage(f"{REJECTED_FOLDER}/{path.name}", "its SHA-256 is not that of the manifest")
     known = {
         path(folder, name) for name in manifest.shards.names for path in (archive_path, index_path, documents_path)
     }

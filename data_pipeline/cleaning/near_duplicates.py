@@ -61,6 +61,7 @@ class Signer:
 
     def __init__(self, settings: NearDuplicatesSettings) -> None:
         self._settings = settings
+        self.permutations = settings.permutations
         self._permutations = MinHash(settings.permutations, settings.seed, scheme="affine32").permutations
 
     def sign(self, text: str) -> Signature:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field
 
 from ..settings import Settings
@@ -32,3 +34,14 @@ class CleaningSettings(Settings):
         ge=0,
         description="Characters of each rejected document's text to keep in the side files; 0: none of it.",
     )
+
+    @property
+    def compares(self) -> bool:
+        """Whether documents are compared with each other."""
+        return self.exact_duplicates or self.near_duplicates is not None
+
+    @property
+    def of_documents(self) -> dict[str, Any]:
+        """The settings of the stages that look at one document at a time (JSON)."""
+        others = {"exact_duplicates", "near_duplicates", "rejected_characters"}
+        return self.model_dump(mode="json", exclude=others)

@@ -3,7 +3,7 @@
 A document's number is the place of its run among all runs plus its row. Numbers depend on how the input was cut into
 parts, so nothing else may depend on them: groups are ordered by *priority*, which hangs on content and origin alone:
 held-out documents first (training text that repeats held-out text goes, never the other way), then the order of the
-sources in the configuration, the shuffle key, the content hash, the url.
+sources in the configuration, the shuffle key, the content hash, the url, the metadata.
 
 Exact duplicates have equal content hashes, hence equal keys, and runs are sorted by key: ranges of keys are compared
 one after another. Near duplicates of what is left are looked for band by band, ranges of band hashes one after
@@ -22,12 +22,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
 
 from ..cleaning.near_duplicates import Signature, agreement, connected_components
 from ..files import publish
+from .runs import DROP_DTYPE
 
 Ints = npt.NDArray[np.int64]
 
@@ -39,16 +41,13 @@ EXACT, NEAR = 1, 2
 PAIR_DTYPE = np.dtype([("document", "<i8"), ("kept", "<i8")])
 """A document's number and that of the one it repeats."""
 
-DROP_DTYPE = np.dtype([("row", "<u8"), ("stage", "u1"), ("kept", "<i8")])
-"""A row of one run to leave out, :data:`EXACT` or :data:`NEAR`, and the number of the document it repeats."""
-
 
 @dataclass(frozen=True)
 class RunFiles:
     """The files of one run as the comparison needs them.
 
     Attributes:
-        path: their common path without the suffixes ``.docs.npy``, ``.urls``, ``.minhash.npy``, ``.bands.npy``.
+        path: their common path without suffixes; ``.minhash.npy`` and ``.bands.npy`` only for near duplicates.
         source: the place of its source in the configuration.
         train: rows of training documents; held-out ones follow. Both are sorted by key.
         documents: all rows.
@@ -86,15 +85,31 @@ class Corpus:
             first, last = np.searchsorted(owner, [run, run + 1])
             yield run, order[first:last], ascending[first:last] - self.offsets[run]
 
-    def urls(self, numbers: Ints) -> list[bytes]:
-        """Where each document came from."""
+    def heldout(self, numbers: Ints) -> npt.NDArray[np.bool_]:
+        """Whether each document is held out."""
+        train = np.array([run.train for run in self.runs], np.int64)
+        owner = np.searchsorted(self.offsets, numbers, side="right") - 1
+        heldout: npt.NDArray[np.bool_] = numbers - self.offsets[owner] >= train[owner]
+        return heldout
+
+    def ids(self, numbers: Ints) -> list[bytes]:
+        """The content hash of each document."""
+        found: list[bytes] = [b""] * len(numbers)
+        for run, places, rows in self.by_run(numbers):
+            for place, identity in zip(places.tolist(), self.runs[run].table()["id"][rows], strict=True):
+                found[place] = identity.tobytes()
+        return found
+
+    def texts(self, numbers: Ints, column: Literal["url", "metadata"]) -> list[bytes]:
+        """What each document's run holds beside its tokens."""
         found: list[bytes] = [b""] * len(numbers)
         for run, places, rows in self.by_run(numbers):
             table = self.runs[run].table()[rows]
-            with open(f"{self.runs[run].path}.urls", "rb") as handle:
+            path = f"{self.runs[run].path}.{'urls' if column == 'url' else column}"
+            with open(path, "rb") as handle:
                 for place, row in zip(places.tolist(), table, strict=True):
-                    handle.seek(int(row["url_start"]))
-                    found[place] = handle.read(int(row["url_bytes"]))
+                    handle.seek(int(row[f"{column}_start"]))
+                    found[place] = handle.read(int(row[f"{column}_bytes"]))
         return found
 
     def signatures(self, numbers: Ints) -> Signature:
@@ -123,11 +138,12 @@ class Corpus:
         same_as_last = np.append(np.zeros(min(1, len(order)), bool), tied)
         begins = np.flatnonzero(~same_as_last)
         sizes = np.diff(np.append(begins, len(order)))
-        tied_places = np.repeat(sizes > 1, sizes)
-        urls = dict(zip(np.flatnonzero(tied_places).tolist(), self.urls(numbers[order[tied_places]]), strict=True))
+        tied_places = np.flatnonzero(np.repeat(sizes > 1, sizes))
+        tied_numbers = numbers[order[tied_places]]
+        urls, metadata = self.texts(tied_numbers, "url"), self.texts(tied_numbers, "metadata")
+        ranks = dict(zip(tied_places.tolist(), zip(urls, metadata, tied_numbers.tolist(), strict=True), strict=True))
         for begin, size in zip(begins[sizes > 1].tolist(), sizes[sizes > 1].tolist(), strict=True):
-            own = sorted(range(begin, begin + size), key=lambda place: (urls[place], numbers[order[place]]))
-            order[begin : begin + size] = order[own]
+            order[begin : begin + size] = order[sorted(range(begin, begin + size), key=ranks.__getitem__)]
         return order
 
 
@@ -180,7 +196,7 @@ def choose(corpus: Corpus, matches: npt.NDArray[np.void]) -> npt.NDArray[np.void
 
 
 def write_drops(corpus: Corpus, exact: npt.NDArray[np.void], near: npt.NDArray[np.void]) -> None:
-    """Publish ``.drop.npy`` (:data:`DROP_DTYPE`, by row) beside every run; no document is in both lists."""
+    """Publish ``.drop.npy`` (:data:`.runs.DROP_DTYPE`, by row) beside every run; no document is in both lists."""
     stages = np.repeat([EXACT, NEAR], [len(exact), len(near)])
     pairs = np.concatenate([exact, near])
     order = np.argsort(pairs["document"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -58,26 +58,36 @@ class ShardJob:
 
 
 def plan_shards(
-    workspace: Workspace, records: Sequence[dict[str, Any]], shard_tokens: int, processes: int | None
+    workspace: Workspace,
+    records: Sequence[dict[str, Any]],
+    dropped: Mapping[str, dict[str, Any]],
+    shard_tokens: int,
+    processes: int | None,
 ) -> None:
     """Cut every (split, domain) into ceil(tokens / shard_tokens) ranges of keys, and publish the cuts.
+
+    Args:
+        records: what the first pass recorded of each part.
+        dropped: :func:`.compare.dropped_totals`; empty if duplicates stay.
 
     Raises:
         UserError: over a million shards.
     """
-    runs: dict[str, dict[str, list[tuple[str, int, int]]]] = {split: {} for split in SPLITS}
+    runs: dict[str, dict[str, list[tuple[str, int, int, bool]]]] = {split: {} for split in SPLITS}
     groups: list[dict[str, Any]] = []
     for split in SPLITS:
         for domain in sorted({record["domain"] for record in records}):
-            described = [run for record in records if record["domain"] == domain for run in record["runs"]]
-            found = [Run.of(workspace.parts, run, split) for run in described if run[split]["documents"]]
-            count = -(-sum(run[split]["tokens"] for run in described) // shard_tokens)
+            own = [record for record in records if record["domain"] == domain]
+            described = [run for record in own for run in record["runs"]]
+            found = [Run.of(workspace.parts, run, split, bool(dropped)) for run in described if run[split]["documents"]]
+            gone = sum(dropped[source]["tokens"][split] for source in {record["source"] for record in own} if dropped)
+            count = -(-(sum(run[split]["tokens"] for run in described) - gone) // shard_tokens)
             tokens = _tokens_per_range(found, count, processes)
             filled = np.flatnonzero(tokens).tolist()
             groups.append(
                 {"split": split, "domain": domain, "count": count, "index": filled, "tokens": tokens[filled].tolist()}
             )
-            runs[split][domain] = [(Path(run.path).name, run.first, run.last) for run in found]
+            runs[split][domain] = [(Path(run.path).name, run.first, run.last, run.deduplicated) for run in found]
     if (shards := sum(len(group["index"]) for group in groups)) > 1_000_000:
         raise UserError(f"{shards} shards are too many (names have six digits). Raise shard_tokens.")
     publish_json(workspace.shard_runs, runs)
@@ -139,9 +149,7 @@ def _runs(path: Path, modified: int) -> dict[str, dict[str, list[Run]]]:
     parts = Workspace(path.parent.parent).parts
     listed = json.loads(path.read_bytes())
     return {
-        split: {
-            domain: [Run(str(parts / name), first, last) for name, first, last in runs] for domain, runs in of.items()
-        }
+        split: {domain: [Run(str(parts / name), *place) for name, *place in runs] for domain, runs in of.items()}
         for split, of in listed.items()
     }
 

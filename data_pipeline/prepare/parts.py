@@ -7,9 +7,8 @@ uniform shuffle of all documents whatever the parts were.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
@@ -18,11 +17,16 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..cleaning import Cleaner, CleaningSettings, Rejection
+from ..cleaning.near_duplicates import Signer
 from ..errors import DataError
-from ..files import publish_json
+from ..files import publish, publish_json
 from ..manifest import HELDOUT, TRAIN
 from ..sources import Document, Part, Rejected, Source
 from ..tokenizer import Tokenizer
+from .accounts import Rejected as RejectedCounts
+from .accounts import count_rejected
+from .rejected import Rejects, rejected_row, write_rejects
 from .runs import ID_BYTES, Documents, IntArray, write_run
 
 _BATCH_CHARACTERS = 1 << 20
@@ -41,6 +45,7 @@ class PartJob:
     seed: int
     heldout_fraction: float
     run_bytes: int
+    cleaning: CleaningSettings
 
     @property
     def label(self) -> str:
@@ -52,15 +57,42 @@ class PartJob:
         """Published when all runs of the part are."""
         return self.folder / f"{self.number:06d}.json"
 
+    @property
+    def rejected(self) -> Path:
+        """The records of the part that are left out, if there are any."""
+        return self.folder / f"{self.number:06d}.rejected.parquet"
 
-@dataclass
+
 class _Counts:
-    documents: int = 0
-    empty_documents: int = 0
-    inexact_documents: int = 0
-    text_bytes: int = 0
-    tokens: int = 0
-    dropped_records: Counter[str] = field(default_factory=Counter)
+    """What becomes of the records of one part."""
+
+    def __init__(self, job: PartJob) -> None:
+        self._job = job
+        self.records = 0
+        self.documents = 0
+        self.empty_documents = 0
+        self.normalised_documents = 0
+        self.inexact_documents = 0
+        self.text_bytes = 0
+        self.tokens = 0
+        self.rejected: RejectedCounts = {}
+        self.rows: Rejects = []
+
+    def reject(self, record: Rejected | Rejection) -> None:
+        """Count a record that is left out, and keep a row of it."""
+        if isinstance(record, Rejected):
+            record = Rejection("source", record.reason, record.message, record.url, "")
+        utf8 = record.text.encode()
+        count_rejected(self.rejected, record.stage, record.reason, len(utf8))
+        identity = content_id(utf8) if utf8 else b""
+        self.rows.append(
+            rejected_row(record, self._job.source_name, identity, len(utf8), self._job.cleaning.rejected_characters)
+        )
+
+    def as_json(self) -> dict[str, Any]:
+        """The counts, and how many rows of rejected records there are."""
+        counts = {name: value for name, value in vars(self).items() if name not in ("_job", "rows")}
+        return {**counts, "rejected_rows": len(self.rows)}
 
 
 def content_id(utf8: bytes) -> bytes:
@@ -82,16 +114,16 @@ def tokenise_part(job: PartJob) -> None:
     """Write the runs of a part, then its record.
 
     The record (JSON) holds ``source``, ``domain``, ``runs`` (name, documents and tokens by split) and counts:
-    ``documents``, ``empty_documents`` (without text or tokens; left out), ``inexact_documents`` (their tokens do not
-    stand for all their bytes; an exact tokenizer has none), ``text_bytes``, ``tokens``, ``dropped_records`` (by
-    reason).
+    ``records``, ``documents``, ``empty_documents`` (without text or tokens; left out), ``normalised_documents``
+    (changed by it), ``inexact_documents`` (their tokens do not stand for all their bytes; an exact tokenizer has none),
+    ``text_bytes``, ``tokens``, ``rejected`` (by stage and reason), ``rejected_rows`` (in the file of rejected records).
     """
     tokenizer = _load_tokenizer(job.tokenizer)
-    counts = _Counts()
+    counts = _Counts(job)
     runs: list[dict[str, Any]] = []
     pieces: list[Documents] = []
     run_bytes = 0
-    for batch in _batches(job.source.read(job.part), counts):
+    for batch in _batches(job.source.read(job.part), make_cleaner(job.cleaning), counts):
         piece = _encode(batch, tokenizer, job, counts)
         pieces.append(piece)
         run_bytes += int(piece.text_bytes.sum())
@@ -99,7 +131,10 @@ def tokenise_part(job: PartJob) -> None:
             runs += _write_run(job, len(runs), pieces)
             pieces, run_bytes = [], 0
     runs += _write_run(job, len(runs), pieces)
-    publish_json(job.record, {"source": job.source_name, "domain": job.source.domain, "runs": runs, **vars(counts)})
+    if counts.rows:
+        write_rejects(job.rejected, counts.rows)
+    about = {"source": job.source_name, "domain": job.source.domain, "runs": runs}
+    publish_json(job.record, {**about, **counts.as_json()})
 
 
 @lru_cache(maxsize=1)
@@ -107,18 +142,32 @@ def _load_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer.load(path)
 
 
-def _batches(records: Iterable[Document | Rejected], counts: _Counts) -> Iterator[list[Document]]:
+@lru_cache(maxsize=1)
+def make_cleaner(settings: CleaningSettings) -> Cleaner:
+    """The stages that look at one document at a time; kept for the next part."""
+    return Cleaner(settings)
+
+
+@lru_cache(maxsize=1)
+def _signer(settings: CleaningSettings) -> Signer | None:
+    return Signer(settings.near_duplicates) if settings.near_duplicates else None
+
+
+def _batches(records: Iterable[Document | Rejected], cleaner: Cleaner, counts: _Counts) -> Iterator[list[Document]]:
     batch: list[Document] = []
     characters = 0
     for record in records:
-        if isinstance(record, Rejected):
-            counts.dropped_records[record.reason] += 1
+        counts.records += 1
+        document = record if isinstance(record, Rejected) else cleaner.clean(record)
+        if not isinstance(document, Document):
+            counts.reject(document)
             continue
-        if not record.text:
+        if not document.text:
             counts.empty_documents += 1
             continue
-        batch.append(record)
-        characters += len(record.text)
+        counts.normalised_documents += isinstance(record, Document) and document.text != record.text
+        batch.append(document)
+        characters += len(document.text)
         if characters >= _BATCH_CHARACTERS:
             yield batch
             batch, characters = [], 0
@@ -150,7 +199,14 @@ def _encode(batch: list[Document], tokenizer: Tokenizer, job: PartJob, counts: _
         urls=[document.url.encode() for document in batch],
         metadata=[json.dumps(d.metadata, sort_keys=True).encode() if d.metadata else b"" for d in batch],
         tokens=tokens,
+        signatures=_signatures(batch, _signer(job.cleaning)),
     )
+
+
+def _signatures(batch: Sequence[Document], signer: Signer | None) -> npt.NDArray[np.uint32]:
+    if signer is None or not batch:
+        return np.zeros((len(batch), 0 if signer is None else signer.permutations), np.uint32)
+    return np.stack([signer.sign(document.text) for document in batch])
 
 
 def _with_ends(
@@ -188,7 +244,13 @@ def _write_run(job: PartJob, number: int, pieces: list[Documents]) -> list[dict[
     heldout = _heldout([row.tobytes() for row in documents.ids], job.heldout_fraction)
     chosen = {split: documents.shuffled(np.flatnonzero(heldout == (split == HELDOUT))) for split in (TRAIN, HELDOUT)}
     name = f"{job.number:06d}-{number:04d}"
-    write_run(job.folder / name, documents, np.concatenate([chosen[TRAIN], chosen[HELDOUT]]))
+    order = np.concatenate([chosen[TRAIN], chosen[HELDOUT]])
+    if signer := _signer(job.cleaning):
+        signatures = documents.signatures[order]
+        for suffix, array in (("minhash", signatures), ("bands", signer.bands(signatures))):
+            with publish(job.folder / f"{name}.{suffix}.npy") as handle:
+                np.save(handle, array)
+    write_run(job.folder / name, documents, order)
     counted = {
         split: {"documents": len(rows), "tokens": int(documents.lengths[rows].sum())} for split, rows in chosen.items()
     }

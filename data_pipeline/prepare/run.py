@@ -11,7 +11,6 @@ import json
 import os
 import shutil
 import sys
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -21,11 +20,15 @@ from typing import Any
 from ..errors import UserError
 from ..files import publish_bytes
 from ..layout import MANIFEST_FILE, BlockLayout
-from ..manifest import HELDOUT, Manifest, Shard, ShardTable, read_manifest, write_manifest
+from ..manifest import HELDOUT, TRAIN, Manifest, RejectedFile, Shard, ShardTable, read_manifest, write_manifest
 from ..tokenizer import Tokenizer
+from .accounts import check_documents, count_sources
 from .claims import Claimed, Item, Share, claim
+from .compare import CompareJob, compare, dropped_totals, plan_comparisons
+from .duplicates import RunFiles
 from .gather import Format, ShardJob, gather_shard, plan_shards, shard_jobs
-from .parts import PartJob, tokenise_part
+from .parts import PartJob, make_cleaner, tokenise_part
+from .rejected import RejectedJob, gather_rejected, plan_rejected
 from .settings import PrepareSettings
 from .train_tokenizer import train_tokenizer
 from .workers import run_jobs
@@ -134,22 +137,28 @@ class _Preparation:
         """The passes in their order; each is made when those before are complete."""
         parts = _part_jobs(self.settings, self.workspace)
         yield _Stage("tokenise", "B", parts, tokenise_part, lambda job: job.part.bytes)
-        yield _Stage("write shards", "token", self._shard_jobs(parts), gather_shard, lambda job: job.tokens)
+        for comparisons in self._comparisons(parts):
+            yield _Stage(comparisons[0].title, "item", comparisons, compare, lambda job: 1)
+        jobs = [*self._shard_jobs(parts), *self._rejected_jobs(parts)]
+        yield _Stage("write shards", "token", jobs, _write, lambda job: job.tokens)
 
     def advance(self, stage: _Stage) -> None:
         """Do this task's share of a pass."""
         own = set(map(id, self.share.of(stage.items)))
         items = [item for item in stage.missing() if id(item) in own]
-        if items and isinstance(items[0], ShardJob):
-            _check_space(self.workspace.folder, items)
+        if shards := [item for item in items if isinstance(item, ShardJob)]:
+            _check_space(self.workspace.folder, shards)
         function = Claimed(stage.function, self.workspace.claims, self.share)
         run_jobs(function, items, self.settings.processes, stage.name, stage.unit, stage.weight)
 
     def publish(self) -> Manifest:
         """Write the manifest, the last step."""
-        sources = _count_sources(self.settings, self._records(_part_jobs(self.settings, self.workspace)))
+        parts = _part_jobs(self.settings, self.workspace)
+        sources = count_sources(self.settings, self._records(parts), self._dropped())
         shards = [Shard.model_validate(record) for record in self._records(self._shard_jobs(()))]
-        manifest = _manifest(self.settings, self.tokenizer, shards, sources)
+        rejected = self._records(self._rejected_jobs(parts))
+        manifest = _manifest(self.settings, self.tokenizer, shards, sources, rejected)
+        check_documents(sources, sum(shard.documents for shard in shards))
         _warn_of_missing_splits(self.settings, manifest)
         write_manifest(self.workspace.folder, manifest)
         return _finished(self.workspace)
@@ -159,10 +168,44 @@ class _Preparation:
         with claim(workspace.claims, "the shard plan", self.share, patience=None):
             if not workspace.shard_plan.exists():
                 records = self._records(parts)
-                _count_sources(settings, records)
-                plan_shards(workspace, records, settings.shard_tokens, settings.processes)
+                dropped = self._dropped()
+                count_sources(settings, records, dropped)
+                plan_shards(workspace, records, dropped, settings.shard_tokens, settings.processes)
         layout = BlockLayout(settings.block_tokens, self.tokenizer.dtype)
         return shard_jobs(workspace, Format(layout, self.tokenizer.eos_id, settings.pack_tokens))
+
+    def _comparisons(self, parts: Sequence[PartJob]) -> list[list[CompareJob]]:
+        if not self.settings.cleaning.compares:
+            return []
+        runs = self._runs(parts)
+        return plan_comparisons(self.workspace.duplicates, runs, tuple(self.settings.sources), self.settings.cleaning)
+
+    def _rejected_jobs(self, parts: Sequence[PartJob]) -> list[RejectedJob]:
+        return plan_rejected(
+            self.workspace.folder,
+            self._records(parts),
+            [part.rejected for part in parts],
+            self._runs(parts),
+            tuple(self.settings.sources),
+            self._dropped(),
+            self.settings.cleaning.rejected_characters,
+        )
+
+    def _runs(self, parts: Sequence[PartJob]) -> list[RunFiles]:
+        numbers = {source: number for number, source in enumerate(self.settings.sources)}
+        return [
+            RunFiles(
+                path=str(self.workspace.parts / run["name"]),
+                source=numbers[record["source"]],
+                train=run[TRAIN]["documents"],
+                documents=run[TRAIN]["documents"] + run[HELDOUT]["documents"],
+            )
+            for record in self._records(parts)
+            for run in record["runs"]
+        ]
+
+    def _dropped(self) -> dict[str, dict[str, Any]]:
+        return dropped_totals(self.workspace.duplicates) if self.settings.cleaning.compares else {}
 
     def _records(self, items: Sequence[Item]) -> list[dict[str, Any]]:
         return [json.loads(item.record.read_bytes()) for item in items]
@@ -172,11 +215,24 @@ def _begin(settings: PrepareSettings, workspace: Workspace, share: Share) -> _Pr
     stamps = _stamps(settings)
     tokenizer = _tokenizer(settings, workspace, stamps, share)
     plan = {"settings": settings.content, "part_bytes": settings.part_bytes, "tokenizer": tokenizer.sha256}
-    workspace.agree("plan", {**plan, "input": stamps}, share)
+    workspace.agree("plan", {**plan, "input": stamps, **_evaluation_texts(settings)}, share)
     work = _Preparation(settings, workspace, share, tokenizer)
     if work.complete:
         print(f"{settings.output} is already complete", file=sys.stderr)
     return work
+
+
+def _write(job: ShardJob | RejectedJob) -> None:
+    if isinstance(job, ShardJob):
+        gather_shard(job)
+    else:
+        gather_rejected(job)
+
+
+def _evaluation_texts(settings: PrepareSettings) -> dict[str, Any]:
+    """The files that decontamination reads, by their content."""
+    decontaminate = settings.cleaning.decontaminate
+    return {"evaluation_texts": decontaminate.stamp()} if decontaminate else {}
 
 
 def _stamps(settings: PrepareSettings) -> dict[str, Any]:
@@ -202,11 +258,15 @@ def _tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: dict[str
             "sources": settings.content["sources"],
             "heldout_fraction": settings.heldout_fraction,
             "input": stamps,
+            "cleaning": settings.cleaning.of_documents,
+            **_evaluation_texts(settings),
         }
         workspace.agree("tokenizer", wanted, share)
         if workspace.tokenizer.exists():
             return Tokenizer.load(workspace.tokenizer)
-        tokenizer = train_tokenizer(settings.tokenizer.train, settings.sources, settings.heldout_fraction)
+        tokenizer = train_tokenizer(
+            settings.tokenizer.train, settings.sources, settings.heldout_fraction, make_cleaner(settings.cleaning)
+        )
         publish_bytes(workspace.tokenizer, tokenizer.model)
         return tokenizer
 
@@ -226,30 +286,10 @@ def _part_jobs(settings: PrepareSettings, workspace: Workspace) -> list[PartJob]
                     seed=settings.seed,
                     heldout_fraction=settings.heldout_fraction,
                     run_bytes=settings.part_bytes,
+                    cleaning=settings.cleaning,
                 )
             )
     return jobs
-
-
-def _count_sources(settings: PrepareSettings, records: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What each source gave, for the manifest.
-
-    Raises:
-        UserError: a source gave no document.
-    """
-    counted: dict[str, dict[str, Any]] = {}
-    for name, source in settings.sources.items():
-        own = [record for record in records if record["source"] == name]
-        keys = ("documents", "empty_documents", "inexact_documents", "text_bytes", "tokens")
-        counts = {key: sum(record[key] for record in own) for key in keys}
-        dropped = sum((Counter(record["dropped_records"]) for record in own), Counter[str]())
-        if counts["documents"] == 0:
-            raise UserError(
-                f"source {name!r} holds no document but {counts['empty_documents']} empty ones and "
-                f"{dropped.total()} bad records. Take it out of `sources`, or mend its settings."
-            )
-        counted[name] = {"domain": source.domain, **counts, "dropped_records": dict(sorted(dropped.items()))}
-    return counted
 
 
 def _check_space(folder: Path, jobs: Sequence[ShardJob]) -> None:
@@ -275,7 +315,7 @@ def _warn_of_missing_splits(settings: PrepareSettings, manifest: Manifest) -> No
 
 def _finished(workspace: Workspace) -> Manifest:
     """Drop what only a restart needs; the records of what was asked for stay."""
-    for folder in (workspace.parts, workspace.shard_records, workspace.claims):
+    for folder in workspace.passing:
         shutil.rmtree(folder)
     for path in (workspace.shard_plan, workspace.shard_runs):
         path.unlink(missing_ok=True)
@@ -283,7 +323,11 @@ def _finished(workspace: Workspace) -> Manifest:
 
 
 def _manifest(
-    settings: PrepareSettings, tokenizer: Tokenizer, shards: Sequence[Shard], sources: dict[str, dict[str, Any]]
+    settings: PrepareSettings,
+    tokenizer: Tokenizer,
+    shards: Sequence[Shard],
+    sources: dict[str, dict[str, Any]],
+    rejected: Sequence[dict[str, Any]],
 ) -> Manifest:
     return Manifest(
         block_tokens=settings.block_tokens,
@@ -296,6 +340,7 @@ def _manifest(
         tokenizer_sha256=tokenizer.sha256,
         shards=ShardTable.of(shards),
         sources=sources,
+        rejected=tuple(RejectedFile.model_validate(record) for record in rejected),
         settings=settings.content,
     )
 

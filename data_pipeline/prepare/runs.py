@@ -38,6 +38,10 @@ RUN_DTYPE = np.dtype(
     ]
 )
 
+DROP_DTYPE = np.dtype([("row", "<u8"), ("stage", "u1"), ("kept", "<i8")])
+"""A row of one run to leave out, the stage that found it (:mod:`.duplicates`), and the number of the document that it
+repeats."""
+
 _HEADER_BYTES = 512
 
 IntArray = npt.NDArray[np.int64]
@@ -55,6 +59,7 @@ class Documents:
         text_bytes: [n] UTF-8 bytes of each text.
         urls: where each came from, UTF-8.
         metadata: what else is known of each: a JSON object, or empty.
+        signatures: [n, permutations] uint32 MinHash signatures; no columns if near duplicates stay.
         tokens: [sum of lengths] the documents end to end.
     """
 
@@ -65,6 +70,7 @@ class Documents:
     urls: list[bytes]
     metadata: list[bytes]
     tokens: Tokens
+    signatures: npt.NDArray[np.uint32]
 
     def __len__(self) -> int:
         return len(self.urls)
@@ -80,6 +86,21 @@ class Documents:
             urls=[url for piece in pieces for url in piece.urls],
             metadata=[value for piece in pieces for value in piece.metadata],
             tokens=np.concatenate([piece.tokens for piece in pieces]),
+            signatures=np.concatenate([piece.signatures for piece in pieces]),
+        )
+
+    def only(self, kept: npt.NDArray[np.bool_]) -> Documents:
+        """The documents that ``kept`` [n] names."""
+        numbers = np.flatnonzero(kept).tolist()
+        return Documents(
+            keys=self.keys[kept],
+            ids=self.ids[kept],
+            lengths=self.lengths[kept],
+            text_bytes=self.text_bytes[kept],
+            urls=[self.urls[number] for number in numbers],
+            metadata=[self.metadata[number] for number in numbers],
+            tokens=self.tokens[np.repeat(kept, self.lengths)],
+            signatures=self.signatures[kept],
         )
 
     def shuffled(self, chosen: IntArray) -> IntArray:
@@ -122,18 +143,22 @@ def write_run(path: Path, documents: Documents, order: IntArray) -> None:
 
 @dataclass(frozen=True)
 class Run:
-    """The documents of one split in one run: rows ``first`` to ``last`` of its table. Opens files when asked."""
+    """The documents of one split in one run: rows ``first`` to ``last`` of its table. Opens files when asked.
+
+    ``deduplicated``: the run has a drop list, and what stands there is left out.
+    """
 
     path: str
     first: int
     last: int
+    deduplicated: bool
 
     @classmethod
-    def of(cls, folder: Path, run: dict[str, Any], split: str) -> Run:
+    def of(cls, folder: Path, run: dict[str, Any], split: str, deduplicated: bool) -> Run:
         """The rows of ``split`` in a run as a part's record describes it."""
         train, heldout = run[TRAIN]["documents"], run[HELDOUT]["documents"]
         first, last = (0, train) if split == TRAIN else (train, train + heldout)
-        return cls(str(folder / run["name"]), first, last)
+        return cls(str(folder / run["name"]), first, last, deduplicated)
 
     def table(self) -> npt.NDArray[np.void]:
         """The rows, sorted by key; mapped, not read."""
@@ -151,7 +176,7 @@ class Run:
         rows = np.array(table[first:last])
         begin, end = int(rows["start"][0]), int(rows["start"][-1] + rows["length"][-1])
         tokens = np.frombuffer(_read_range(f"{self.path}.tokens", begin * dtype.itemsize, end * dtype.itemsize), dtype)
-        return Documents(
+        documents = Documents(
             keys=rows["key"],
             ids=rows["id"],
             lengths=rows["length"].astype(np.int64),
@@ -159,15 +184,36 @@ class Run:
             urls=_texts(f"{self.path}.urls", rows["url_start"], rows["url_bytes"]),
             metadata=_texts(f"{self.path}.metadata", rows["metadata_start"], rows["metadata_bytes"]),
             tokens=tokens,
+            signatures=np.zeros((len(rows), 0), np.uint32),
         )
+        if not self.deduplicated:
+            return documents
+        kept = self._kept()[first:last]
+        return documents.only(kept) if kept.any() else None
 
     def tokens_per_range(self, cuts: npt.NDArray[np.uint64]) -> IntArray:
         """[cuts + 1] the tokens of the documents before, between and after the keys ``cuts``, which ascend."""
         table = self.table()
-        ends = np.concatenate([[0], np.cumsum(table["length"].astype(np.int64))])
+        lengths = table["length"].astype(np.int64)
+        if self.deduplicated:
+            lengths *= self._kept()
+        ends = np.concatenate([[0], np.cumsum(lengths)])
         places = np.searchsorted(np.ascontiguousarray(table["key"]), cuts, side="left")
         tokens: IntArray = np.diff(ends[np.concatenate([[0], places, [len(table)]])])
         return tokens
+
+    def _kept(self) -> npt.NDArray[np.bool_]:
+        """[last - first] whether each row stays."""
+        kept = np.ones(self.last - self.first, bool)
+        rows = read_drops(self.path)["row"].astype(np.int64) - self.first
+        kept[rows[(rows >= 0) & (rows < len(kept))]] = False
+        return kept
+
+
+def read_drops(run_path: str) -> npt.NDArray[np.void]:
+    """:data:`DROP_DTYPE`: the rows of one run to leave out, ascending."""
+    drops: npt.NDArray[np.void] = np.load(f"{run_path}.drop.npy")
+    return drops
 
 
 def _beside(path: Path, suffix: str) -> Path:

@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
+from ..cleaning import CleaningSettings
 from ..settings import Settings
 from ..sources import AnySource
 
@@ -51,6 +52,9 @@ class PrepareSettings(Settings):
     )
     tokenizer: TokenizerSettings
     sources: dict[str, AnySource] = Field(min_length=1, description="Where the text comes from, by a name of your own.")
+    cleaning: CleaningSettings = Field(
+        default_factory=CleaningSettings, description="What is done to the text on the way; by default nothing."
+    )
     heldout_fraction: float = Field(
         default=0.01,
         ge=0,
@@ -110,7 +114,9 @@ class PrepareSettings(Settings):
     @property
     def passes(self) -> int:
         """How often the tasks of a shared `prepare` must be started, each time when all of the time before are done."""
-        return 2
+        cleaning = self.cleaning
+        comparisons = cleaning.exact_duplicates + (cleaning.near_duplicates is not None)
+        return 2 + comparisons + (comparisons > 0)
 
     @property
     def content(self) -> dict[str, Any]:

@@ -8,8 +8,9 @@ from collections.abc import Iterator, Mapping
 
 import sentencepiece
 
+from ..cleaning import Cleaner
 from ..errors import HeadraceError, UserError
-from ..sources import Rejected, Source
+from ..sources import Document, Rejected, Source
 from ..tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer
 from .parts import content_id, is_heldout
 from .settings import TokenizerTraining
@@ -22,8 +23,10 @@ _PARTS_AT_MOST = 4096
 _SAMPLE_PART_BYTES = 16 << 20
 
 
-def train_tokenizer(settings: TokenizerTraining, sources: Mapping[str, Source], heldout_fraction: float) -> Tokenizer:
-    """Train on a sample of the training documents; the same input gives the same bytes (one thread).
+def train_tokenizer(
+    settings: TokenizerTraining, sources: Mapping[str, Source], heldout_fraction: float, cleaner: Cleaner
+) -> Tokenizer:
+    """Train on a sample of the cleaned training documents; the same input gives the same bytes (one thread).
 
     Raises:
         UserError: no text, or a vocabulary size that the sample does not allow; names the largest or smallest that
@@ -31,7 +34,9 @@ def train_tokenizer(settings: TokenizerTraining, sources: Mapping[str, Source], 
     """
     model = io.BytesIO()
     failures: list[HeadraceError] = []
-    sentences = _keep_error(_sentences(sample_text(sources, settings.sample_bytes, heldout_fraction)), failures)
+    sentences = _keep_error(
+        _sentences(sample_text(sources, settings.sample_bytes, heldout_fraction, cleaner)), failures
+    )
     first = next(sentences, None)
     if first is None:
         raise UserError(f"the sources ({', '.join(sources)}) hold no text to train a tokenizer on. Check `sources`.")
@@ -63,7 +68,9 @@ def train_tokenizer(settings: TokenizerTraining, sources: Mapping[str, Source], 
     return Tokenizer(model.getvalue(), "the trained tokenizer")
 
 
-def sample_text(sources: Mapping[str, Source], sample_bytes: int, heldout_fraction: float) -> Iterator[str]:
+def sample_text(
+    sources: Mapping[str, Source], sample_bytes: int, heldout_fraction: float, cleaner: Cleaner
+) -> Iterator[str]:
     """At most about ``sample_bytes`` of training text, from the beginnings of parts all over every source.
 
     Each source gives in proportion to its input bytes (equally, where one does not know its size).
@@ -77,8 +84,9 @@ def sample_text(sources: Mapping[str, Source], sample_bytes: int, heldout_fracti
         chosen = parts[name][:: -(-len(parts[name]) // _PARTS_AT_MOST) or 1]
         for number, part in enumerate(chosen):
             quota = share // (len(chosen) - number)
-            for document in source.read(part):
-                if isinstance(document, Rejected):
+            for record in source.read(part):
+                document = record if isinstance(record, Rejected) else cleaner.clean(record)
+                if not isinstance(document, Document):
                     continue
                 utf8 = document.text.encode()
                 if is_heldout(content_id(utf8), heldout_fraction):

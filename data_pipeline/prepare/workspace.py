@@ -40,6 +40,11 @@ class Workspace:
         return self.work / "shards"
 
     @property
+    def duplicates(self) -> Path:
+        """What was found out about duplicates, between the passes."""
+        return self.work / "duplicates"
+
+    @property
     def shard_plan(self) -> Path:
         """What goes into which shard: made when all parts are done."""
         return self.work / "shard_plan.json"
@@ -48,6 +53,11 @@ class Workspace:
     def shard_runs(self) -> Path:
         """The runs by split and domain, for the processes that write shards."""
         return self.work / "shard_runs.json"
+
+    @property
+    def passing(self) -> tuple[Path, ...]:
+        """Folders that go when the data set is complete."""
+        return self.parts, self.duplicates, self.shard_records, self.claims
 
     @property
     def claims(self) -> Path:
@@ -95,7 +105,7 @@ def open_workspace(folder: Path, share: Share | None = None) -> Iterator[Workspa
     try:
         if not workspace.work.exists() and any((folder / name).exists() for name in (MANIFEST_FILE, SHARD_FOLDER)):
             raise UserError(f"{folder} holds a data set that was not prepared there. Give another `output` folder.")
-        for path in (workspace.parts, workspace.shard_records, workspace.claims, folder / SHARD_FOLDER):
+        for path in (*workspace.passing, folder / SHARD_FOLDER):
             path.mkdir(parents=True, exist_ok=True)
         lock = os.open(workspace.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
     except OSError as error:

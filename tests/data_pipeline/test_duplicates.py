@@ -19,7 +19,8 @@ from data_pipeline.prepare.duplicates import (
     exact_duplicates,
     write_drops,
 )
-from data_pipeline.prepare.parts import ID_BYTES, RUN_DTYPE, content_id, is_heldout, shuffle_key
+from data_pipeline.prepare.parts import content_id, is_heldout, shuffle_key
+from data_pipeline.prepare.runs import ID_BYTES, RUN_DTYPE
 
 HELDOUT = 0.2
 SETTINGS = NearDuplicatesSettings()
@@ -31,6 +32,7 @@ class Item:
     source: int
     text: str
     url: str
+    metadata: str = ""
 
     @property
     def id(self) -> bytes:
@@ -41,22 +43,23 @@ class Item:
         return is_heldout(self.id, HELDOUT)
 
     @property
-    def priority(self) -> tuple[bool, int, int, bytes, str]:
-        return not self.heldout, self.source, shuffle_key(self.id, 7), self.id, self.url
+    def priority(self) -> tuple[bool, int, int, bytes, str, str]:
+        return not self.heldout, self.source, shuffle_key(self.id, 7), self.id, self.url, self.metadata
 
 
 def write_run(path: Path, items: list[Item]) -> tuple[RunFiles, list[Item]]:
     """The files of a run of one source, as the first pass leaves them."""
-    rows = sorted(items, key=lambda item: (item.heldout, shuffle_key(item.id, 7), item.id, item.url))
+    rows = sorted(items, key=lambda item: (item.heldout, shuffle_key(item.id, 7), item.id, item.url, item.metadata))
     table = np.zeros(len(rows), RUN_DTYPE)
-    urls = [item.url.encode() for item in rows]
     table["key"] = [shuffle_key(item.id, 7) for item in rows]
     table["id"] = np.frombuffer(b"".join(item.id for item in rows), np.uint8).reshape(-1, ID_BYTES)
-    table["url_bytes"] = [len(url) for url in urls]
-    table["url_start"] = np.cumsum(table["url_bytes"]) - table["url_bytes"]
+    for column, suffix in (("url", "urls"), ("metadata", "metadata")):
+        texts = [getattr(item, column).encode() for item in rows]
+        table[f"{column}_bytes"] = [len(text) for text in texts]
+        table[f"{column}_start"] = np.cumsum(table[f"{column}_bytes"]) - table[f"{column}_bytes"]
+        Path(f"{path}.{suffix}").write_bytes(b"".join(texts))
     signatures = np.stack([SIGNER.sign(item.text) for item in rows])
     np.save(f"{path}.docs.npy", table)
-    Path(f"{path}.urls").write_bytes(b"".join(urls))
     np.save(f"{path}.minhash.npy", signatures)
     np.save(f"{path}.bands.npy", SIGNER.bands(signatures))
     train = sum(not item.heldout for item in rows)
