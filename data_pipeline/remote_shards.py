@@ -70,7 +70,7 @@ class RemoteShards(ShardFiles):
                 raise
             self._lost[piece] = error
             reason: Reason = "missing" if isinstance(error, MissingFileError) or error.transient else "short"
-            raise self.damage(shard, block, reason, f"block {block}, can't be had: {error}") from error
+            raise self.damage(shard, block, reason, f"block {block}, can't be read: {error.reason}") from error
 
     def again(self, shard: int, span: tuple[int, int] | None) -> bool:
         piece = self.piece(shard, span)
@@ -124,6 +124,10 @@ class RemoteShards(ShardFiles):
             raise FileNotFoundError(str(error)) from error
         except _WrongIndexError:
             return b""
+
+    @property
+    def _advice(self) -> str:
+        return f"Look whether {self.root} answers, and restore there what is wrong from a copy."
 
     def after_fork(self) -> None:
         super().after_fork()

@@ -1,0 +1,241 @@
+"""The damage matrix: what is done to a shard x where it lies x stop or hole; nothing else ever moves or changes."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from data_pipeline.batch_plan import BatchPlan
+from data_pipeline.damage import Damage
+from data_pipeline.errors import DataError
+from data_pipeline.layout import BlockLayout, shard_path
+from data_pipeline.loader import EvaluationLoader, Step, StepLoader
+from data_pipeline.order import Order, OrderSource
+from data_pipeline.reader import TokenSource
+from data_pipeline.storage import CacheSettings, RemoteSettings, StorageSettings
+from data_pipeline.testing import write_token_dataset
+from data_pipeline.windowed import Windows
+from tests.http_server import HttpServer
+
+SEQ, BLOCK, BLOCKS, SHARDS = 16, 64, 24, 3
+PER_BLOCK = BLOCK // SEQ
+LAYOUT = BlockLayout(BLOCK, "uint16")
+SEQUENCES = SHARDS * BLOCKS * PER_BLOCK
+PLAN, MICRO = BatchPlan(24), 12
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Three shards of 24 blocks, all of one size; each document fills a block."""
+    rng = np.random.default_rng(0)
+    folder = tmp_path_factory.mktemp("damage") / "data"
+    documents = [rng.integers(3, 300, BLOCK - 1).tolist() for _ in range(SHARDS * BLOCKS)]
+    content = {("web", "train"): documents, ("web", "heldout"): documents[:BLOCKS]}
+    write_token_dataset(folder, content, block_tokens=BLOCK, documents_per_shard=BLOCKS)
+    return folder
+
+
+def flip(path: Path, offset: int, count: int = 1) -> None:
+    with open(path, "r+b") as handle:
+        handle.seek(offset)
+        old = handle.read(count)
+        handle.seek(offset)
+        handle.write(bytes(byte ^ 0x15 for byte in old))
+
+
+def zero(path: Path, start: int, stop: int) -> None:
+    with open(path, "r+b") as handle:
+        handle.seek(start)
+        handle.write(bytes(stop - start))
+
+
+def header(block: int) -> int:
+    return block * LAYOUT.member_stride
+
+
+def swap(one: Path, other: Path) -> None:
+    kept = one.read_bytes()
+    shutil.copy(other, one)
+    other.write_bytes(kept)
+
+
+@dataclass(frozen=True)
+class Case:
+    """What is done to shard 1, and what of it is lost: blocks (or everything) by reason."""
+
+    damage: Callable[[Path], Any]
+    lost: dict[int, str]
+    other: dict[int, str] | None = None
+    """What is lost of shard 2."""
+
+
+def all_blocks(reason: str, first: int = 0) -> dict[int, str]:
+    return dict.fromkeys(range(first, BLOCKS), reason)
+
+
+def other(path: Path, number: int) -> Path:
+    return path.with_name(f"{number:06d}.tar")
+
+
+CASES = {
+    "header": Case(lambda path: flip(path, header(5) + 148, 8), {}),
+    "payload": Case(lambda path: flip(path, LAYOUT.data_offset(5) + 77), {5: "checksum"}),
+    "look-ahead": Case(lambda path: flip(path, LAYOUT.data_offset(5) + 2 * BLOCK), {5: "checksum"}),
+    "cut in a header": Case(lambda path: os.truncate(path, header(7) + 100), all_blocks("short", 7)),
+    "cut in a payload": Case(lambda path: os.truncate(path, LAYOUT.data_offset(7) + 50), all_blocks("short", 7)),
+    "cut between members": Case(lambda path: os.truncate(path, header(7)), all_blocks("short", 7)),
+    "cut in the end of the archive": Case(lambda path: os.truncate(path, header(BLOCKS) + 512), {}),
+    "zeroed": Case(lambda path: zero(path, header(3) + 300, header(5) + 200), dict.fromkeys((3, 4), "checksum")),
+    "missing": Case(os.remove, all_blocks("missing")),
+    "duplicated": Case(lambda path: shutil.copy(other(path, 0), path), all_blocks("checksum")),
+    "swapped": Case(lambda path: swap(path, other(path, 2)), all_blocks("checksum"), all_blocks("checksum")),
+}
+PLACES = ("local", "http", "http windowed", "pipe")
+
+
+@dataclass
+class Bench:
+    """A copy of the data set, and how to open it where it lies."""
+
+    folder: Path
+    root: str
+    storage: StorageSettings
+    windowed: bool
+
+    def source(self, on_damage: str, split: str = "train") -> TokenSource:
+        return TokenSource(self.root, "web", split, SEQ, storage=self.storage, on_damage=on_damage)  # type: ignore[arg-type]
+
+    @property
+    def order(self) -> Order:
+        sources = [OrderSource("text", SEQUENCES)]
+        if self.windowed:
+            return Order(3, sources, mode="windowed", windows=Windows(strata=3, sequences=32))
+        return Order(3, sources)
+
+    def steps(self, source: TokenSource, on_damage: str, prefetch: int = 2) -> Iterator[Step]:
+        with StepLoader(
+            self.order, [source], rank=0, world_size=1, micro_batch=MICRO, plan=PLAN, seq_len=SEQ, start_step=0,
+            start_position=0, end_step=SEQUENCES // 24, prefetch=prefetch, on_damage=on_damage,  # type: ignore[arg-type]
+        ) as loader:  # fmt: skip
+            yield from loader
+
+
+@pytest.fixture(params=PLACES)
+def bench(request: pytest.FixtureRequest, whole: Path, tmp_path: Path) -> Iterator[Bench]:
+    folder = Path(shutil.copytree(whole, tmp_path / "data"))
+    storage = StorageSettings(
+        cache=CacheSettings(folder=str(tmp_path / "cache")),
+        remote=RemoteSettings(attempts=2, first_backoff_seconds=0.001, longest_backoff_seconds=0.001),
+    )
+    with ExitStack() as stack:
+        root = str(folder)
+        if request.param.startswith("http"):
+            root = stack.enter_context(HttpServer(folder)).url
+        elif request.param == "pipe":
+            root = f"pipe:cat {folder}/{{}}"
+        yield Bench(folder, root, storage, request.param == "http windowed")
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_holes_keep_their_positions_and_nothing_else_changes(name: str, bench: Bench, whole: Path) -> None:
+    case = CASES[name]
+    undamaged = list(bench.steps(TokenSource(whole, "web", "train", SEQ), "stop"))
+    case.damage(shard_path(bench.folder, "000001"))
+    source = bench.source("hole")
+    steps = list(bench.steps(source, "hole"))
+    assert len(steps) == len(undamaged) == SEQUENCES // 24
+    lost = {(1, block): reason for block, reason in case.lost.items()}
+    lost |= {(2, block): reason for block, reason in (case.other or {}).items()}
+    holes = 0
+    for before, after in zip(undamaged, steps, strict=True):
+        expected = []
+        for one, two in zip(before.micro_batches, after.micro_batches, strict=True):
+            assert torch.equal(one.run_positions, two.run_positions)
+            assert torch.equal(one.source_ids, two.source_ids)
+            for row, sample in enumerate(one.sample_ids.tolist()):
+                shard, rest = divmod(sample, BLOCKS * PER_BLOCK)
+                block = rest // PER_BLOCK
+                reason = lost.get((shard, block))
+                if reason is None:
+                    assert two.sample_ids[row] == sample
+                    assert torch.equal(one.rows[row], two.rows[row])
+                    continue
+                assert two.sample_ids[row] == -1
+                assert (two.rows[row] == source.eos_id).all()
+                assert not two.loss_mask[row].any()
+                offset, position = LAYOUT.data_offset(block), int(one.run_positions[row])
+                expected.append(Damage(position, "text", sample, f"{shard:06d}", block, offset, reason))  # type: ignore[arg-type]
+        assert after.damage == tuple(expected)
+        holes += len(expected)
+    assert holes == len(lost) * PER_BLOCK
+
+
+@pytest.mark.parametrize("name", list(CASES))
+def test_stop_names_the_shard_before_a_wrong_token_is_handed_out(name: str, bench: Bench, whole: Path) -> None:
+    case = CASES[name]
+    undamaged = list(bench.steps(TokenSource(whole, "web", "train", SEQ), "stop"))
+    case.damage(shard_path(bench.folder, "000001"))
+    harmless = name == "header" and (bench.windowed or not bench.source("hole").remote)
+    handed_out: list[Step] = []
+
+    def run() -> None:
+        source = bench.source("stop")
+        handed_out.extend(bench.steps(source, "stop"))
+
+    if harmless:
+        run()
+        assert len(handed_out) == len(undamaged)
+    else:
+        with pytest.raises(DataError, match=r"00000[12]\.tar"):
+            run()
+    for before, after in zip(undamaged, handed_out, strict=False):
+        assert all(torch.equal(a.rows, b.rows) for a, b in zip(before.micro_batches, after.micro_batches, strict=True))
+
+
+def test_an_evaluation_counts_its_damaged_sequences_and_masks_them(bench: Bench) -> None:
+    whole = bench.source("stop", "heldout").read(np.arange(BLOCKS * PER_BLOCK))
+    shutil.rmtree(bench.storage.cache.folder or "", ignore_errors=True)
+    flip(shard_path(bench.folder, "000003"), LAYOUT.data_offset(2) + 9)
+    for rank in range(2):
+        loader = EvaluationLoader(
+            bench.source("hole", "heldout"), rank=rank, world_size=2, micro_batch=5, on_damage="hole", name="text"
+        )
+        for _ in range(2):
+            batches = list(loader)
+            samples = torch.cat([batch.sample_ids for batch in batches]).tolist()
+            wanted = [q for g in range(len(batches)) for q in range(g * 10 + rank * 5, g * 10 + rank * 5 + 5)]
+            lost = [q for q in wanted if q // PER_BLOCK == 2]
+            assert samples == [-1 if q in lost or q >= len(whole) else q for q in wanted]
+            rows = torch.cat([batch.rows for batch in batches])
+            assert all(np.array_equal(rows[k], whole[q]) for k, q in enumerate(samples) if q >= 0)
+            assert [(hole.position, hole.sample, hole.source) for hole in loader.damage] == [
+                (q, q, "text") for q in lost
+            ]
+        with pytest.raises(DataError, match=r"000003\.tar"):
+            list(EvaluationLoader(bench.source("stop", "heldout"), rank=0, world_size=1, micro_batch=5))
+
+
+def test_missing_shards_are_counted_at_the_start(bench: Bench) -> None:
+    assert bench.source("hole").unusable == 0
+    os.remove(shard_path(bench.folder, "000001"))
+    os.truncate(shard_path(bench.folder, "000002"), 5000)
+    if bench.root.startswith("pipe:"):  # a command can't say what there is
+        assert bench.source("stop").unusable == 0
+        return
+    assert bench.source("hole").unusable == 2
+    with pytest.raises(DataError, match=r"000001\.tar is missing.*000002\.tar has 5000 bytes where the manifest says"):
+        bench.source("stop")
+    halves = [
+        TokenSource(bench.root, "web", "train", SEQ, storage=bench.storage, share=(rank, 2), on_damage="hole").unusable
+        for rank in range(2)
+    ]
+    assert halves == [1, 1]
