@@ -180,7 +180,7 @@ SKIPPABLE = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
 
 
 def zstd_frames(lines: list[bytes], frames: int) -> bytes:
-    return b"".join(ZSTD.compress(b"".join(lines[i::frames])) + SKIPPABLE for i in range(frames))
+    return b"".join(SKIPPABLE + ZSTD.compress(b"".join(lines[i::frames])) + SKIPPABLE for i in range(frames))
 
 
 @pytest.mark.parametrize("frames", [1, 3])

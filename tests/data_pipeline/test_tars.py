@@ -140,6 +140,15 @@ def test_numbers_in_base_256_and_sizes_of_pax_records() -> None:
     assert ours(unsized) == tarfiles(unsized) == [("renamed.txt", "file", "", 1024, 700, b"x" * 700)]
 
 
+def test_global_pax_records_hold_until_a_member_says_otherwise() -> None:
+    target = io.BytesIO()
+    with tarfile.open(fileobj=target, mode="w", format=tarfile.PAX_FORMAT, pax_headers={"path": "all.txt"}) as tar:
+        for name in ("a.txt", "é.txt", "b.txt"):  # only the second has a pax header of its own
+            tar.addfile(tarfile.TarInfo(name))
+    assert [row[0] for row in ours(target.getvalue())] == ["all.txt", "é.txt", "all.txt"]
+    assert ours(target.getvalue()) == tarfiles(target.getvalue())
+
+
 def test_a_folder_of_the_oldest_form_is_known_by_its_slash() -> None:
     archive = with_field(with_field(make_tar([("d/", b""), ("d/a.txt", b"x")]), 0, 156, b"\0"), 512, 156, b"\0")
     assert [row[:2] for row in ours(archive)] == [("d", "folder"), ("d/a.txt", "file")]
