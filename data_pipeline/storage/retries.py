@@ -7,6 +7,7 @@ Jitter", AWS Architecture Blog 2015), so that many ranks that failed together do
 from __future__ import annotations
 
 import logging
+import random
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,8 @@ class Retries:
         self.count = 0
         self._next_line = 0.0
         self._lock = threading.Lock()
+        # tenacity's own jitter draws from the global generator, whose state a checkpoint keeps: a retry would change it
+        self._random = random.Random()
 
     def __call__(self, name: str, start: int, stop: int | None, attempt: Callable[[float], Result]) -> Result:
         """The result of ``attempt``, repeated as long as it raises :class:`TransientError`.
@@ -75,9 +78,8 @@ class Retries:
 
     def _wait(self, state: tenacity.RetryCallState) -> float:
         settings = self.settings
-        drawn = tenacity.wait_random_exponential(settings.first_backoff_seconds, settings.longest_backoff_seconds)(
-            state
-        )
+        bound = settings.first_backoff_seconds * 2.0 ** min(state.attempt_number - 1, 60)
+        drawn = self._random.uniform(0.0, min(bound, settings.longest_backoff_seconds))
         error = state.outcome.exception() if state.outcome else None
         asked = error.retry_after if isinstance(error, TransientError) else 0.0
         return max(drawn, min(asked, settings.longest_backoff_seconds))
