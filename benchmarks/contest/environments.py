@@ -43,7 +43,7 @@ def interpreter(name: str) -> Path:
     print(f"making the environment {folder} from {LOCKS[name].name} ...", file=sys.stderr, flush=True)
     shutil.rmtree(folder, ignore_errors=True)
     subprocess.run([sys.executable, "-m", "venv", folder], check=True)
-    pip = [folder / "bin/python", "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    pip = [folder / "bin/python", "-m", "pip", "install", "--quiet", "--quiet", "--disable-pip-version-check"]
     constraints = BENCHMARKS.parent / "constraints.txt"
     torch = next(line for line in constraints.read_text().split() if line.startswith("torch=="))
     subprocess.run([*pip, torch], check=True)
