@@ -58,20 +58,20 @@ class HttpServer:
 
     Attributes:
         url: its address. gets: GET requests per path so far. log: (method, path, Range header) of every request.
-        faulty: how many answers were spoilt.
+        faulty: how many answers were spoilt. most_at_once: requests that were being answered at one time.
     """
 
-    def __init__(self, folder: Path, faults: Faults | None = None) -> None:
+    def __init__(self, folder: Path, faults: Faults | None = None, port: int = 0) -> None:
         self.folder, self.faults = Path(folder), faults or Faults()
         self.gets: Counter[str] = Counter()
-        self.faulty = 0
+        self.faulty = self.at_once = self.most_at_once = 0
         self.log: list[tuple[str, str, str | None]] = []
         self.lock = threading.Lock()
         self.stopping = threading.Event()
         self._plans: defaultdict[str, deque[str]] = defaultdict(deque)
         self._random = random.Random(self.faults.seed)
         self._link_free = 0.0
-        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.owner = self
         self.url = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
@@ -144,7 +144,17 @@ class _Handler(BaseHTTPRequestHandler):
     def _answer(self, method: str) -> None:
         owner: HttpServer = self.server.owner  # type: ignore[attr-defined]
         path = unquote(urlsplit(self.path).path).lstrip("/")
-        owner.log.append((method, path, self.headers.get("Range")))
+        with owner.lock:
+            owner.log.append((method, path, self.headers.get("Range")))
+            owner.at_once += 1
+            owner.most_at_once = max(owner.most_at_once, owner.at_once)
+        try:
+            self._respond(owner, path, method)
+        finally:
+            with owner.lock:
+                owner.at_once -= 1
+
+    def _respond(self, owner: HttpServer, path: str, method: str) -> None:
         if owner.faults.latency:
             time.sleep(owner.faults.latency)
         if method == "HEAD" and not owner.faults.head:

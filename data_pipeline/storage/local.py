@@ -16,11 +16,12 @@ _PIECE = 2**20
 
 
 class LocalStore(Store):
-    """The files below a folder."""
+    """The files below a folder, given as a path or as ``file://`` and a path."""
 
     def __init__(self, root: str, settings: StorageSettings) -> None:
-        super().__init__(root, settings)
-        self.local: Path = Path(root)
+        path = root.removeprefix("file://")
+        super().__init__(root, path, settings)
+        self.local: Path = Path(path)
 
     def size(self, name: str) -> int:
         try:

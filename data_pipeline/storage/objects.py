@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
-import fsspec  # type: ignore[import-untyped]
+import fsspec
 
 from ..errors import UserError
 from ..settings import nearest

@@ -19,7 +19,6 @@ from typing import IO, BinaryIO
 
 from ..errors import UserError
 from .errors import StorageError, TransientError
-from .retries import Retries
 from .settings import StorageSettings
 from .store import PIPE, Store
 
@@ -33,7 +32,6 @@ class PipeStore(Store):
     ranges = False
 
     def __init__(self, root: str, settings: StorageSettings) -> None:
-        super().__init__(root, settings)
         refuse_if_secure(root, settings)
         self._command = root.removeprefix(PIPE)
         if "{}" not in self._command:
@@ -41,11 +39,7 @@ class PipeStore(Store):
                 f"the root {root!r} has no {{}} where the name of a file is to stand. "
                 "Write it as `pipe:COMMAND with {}`, for example `pipe:ssh host cat /data/{}`."
             )
-        self._retried = Retries(root, settings.remote)
-
-    @property
-    def retries(self) -> int:
-        return self._retried.count
+        super().__init__(root, root, settings)
 
     def size(self, name: str) -> int:
         raise self._not_seekable(name)
@@ -54,6 +48,7 @@ class PipeStore(Store):
         raise self._not_seekable(name)
 
     def read(self, name: str) -> bytes:
+        self._here()
         return self._retried(name, 0, None, lambda until: b"".join(self._run(name)))
 
     def stream(self, name: str, size: int | None = None) -> Iterator[bytes]:
@@ -70,6 +65,7 @@ class PipeStore(Store):
     def fetch(self, name: str, to: BinaryIO, size: int | None = None) -> int:
         """As of every store. A command that fails is run again; its output is taken from where the last run broke
         off, once the bytes before are known (by SHA-256) to be those already delivered."""
+        self._here()
         delivered = hashlib.sha256()
         done = 0
 

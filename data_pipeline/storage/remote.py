@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 from .errors import StorageError
-from .retries import Retries
-from .settings import StorageSettings
 from .store import Store
 
 COPY_ADVICE = "Restore the file from a copy, or, if it was replaced on purpose, start again with the new one."
@@ -27,37 +23,11 @@ class Version:
 
 
 class RemoteStore(Store):
-    """A store whose files are read by byte range, each range retried on its own.
-
-    Args:
-        address: the root as it was given, credentials and query included; they stay out of messages.
-        root: the address without them.
-
-    A subclass gives single attempts, which raise :class:`~.errors.TransientError` where another may succeed.
-    """
-
-    def __init__(self, address: str, root: str, settings: StorageSettings) -> None:
-        super().__init__(root, settings)
-        self._address = address
-        self._start()
+    """A store whose files are read by byte range, each range retried on its own."""
 
     def _start(self) -> None:
-        """Set up what must not be shared with another process."""
-        self._pid = os.getpid()
-        self._retried = Retries(self.root, self.settings.remote)
+        super()._start()
         self._threads = ThreadPoolExecutor(self.settings.remote.parallel, "headrace-storage")
-
-    def _here(self) -> None:
-        """After a fork: threads do not come along, and connections would be shared with the parent."""
-        if self._pid != os.getpid():
-            self._start()
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self._address, self.settings)
-
-    @property
-    def retries(self) -> int:
-        return self._retried.count
 
     @abstractmethod
     def _version(self, name: str, until: float) -> Version:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import os
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..errors import UserError
 from .errors import MissingFileError
+from .retries import Retries
 from .settings import StorageSettings
 
 PIPE = "pipe:"
@@ -27,17 +29,32 @@ class Store(ABC):
             are refused, and only whole files are read.
     """
 
-    root: str
     local: Path | None = None
     ranges: bool = True
 
-    def __init__(self, root: str, settings: StorageSettings) -> None:
-        self.root, self.settings = root, settings
+    def __init__(self, address: str, root: str, settings: StorageSettings) -> None:
+        """``address`` is the root as it was given, ``root`` the same without what must not be shown."""
+        self._address, self.root, self.settings = address, root, settings
+        self._start()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self._address, self.settings)
+
+    def _start(self) -> None:
+        """Set up what must not be shared with another process."""
+        self._pid = os.getpid()
+        self._retried = Retries(self.root, self.settings.remote)
+
+    def _here(self) -> None:
+        """After a fork: threads do not come along, locks may be held, connections would be shared with the parent."""
+        if self._pid != os.getpid():
+            self._start()
 
     @property
     def retries(self) -> int:
-        """How many attempts of this process had to be repeated so far."""
-        return 0
+        """How many attempts had to be repeated so far; counted in each process."""
+        self._here()
+        return self._retried.count
 
     def read(self, name: str) -> bytes:
         """A whole small file.
@@ -142,7 +159,7 @@ def open_store(root: str, settings: StorageSettings | None = None) -> Store:
     if kind in ("", "file"):
         from .local import LocalStore
 
-        return LocalStore(root.removeprefix("file://"), settings)
+        return LocalStore(root, settings)
     if kind in ("http", "https"):
         from .http import HttpStore
 
