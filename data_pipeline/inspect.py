@@ -40,6 +40,7 @@ def inspect_dataset(folder: Path, samples: int = 0, entropy: bool = False) -> di
         "vocab_size": manifest.vocab_size,
         "dtype": manifest.dtype,
         "block_tokens": manifest.block_tokens,
+        "pack_tokens": manifest.pack_tokens,
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "shards": len(manifest.shards),
         "groups": manifest.shards.totals(),
@@ -103,18 +104,24 @@ def render(report: dict[str, Any]) -> str:
         f"identity   {report['identity']}",
         f"tokenizer  {report['vocab_size']:,} pieces, {report['tokenizer_sha256'][:16]}",
         f"format     {report['shards']} shards of blocks of {report['block_tokens']:,} {report['dtype']} tokens",
+        f"packing    {_packing(report)}",
         "",
         f"{'domain':<16}{'split':<9}{'shards':>7}{'documents':>12}{'tokens':>16}{'text bytes':>16}{'bytes/token':>13}",
     ]
     for group in report["groups"]:
+        per_token = group["text_bytes"] / (group["tokens"] - group["filling"])
         lines.append(
             f"{group['domain']:<16}{group['split']:<9}{group['shards']:>7,}{group['documents']:>12,}"
-            f"{group['tokens']:>16,}{group['text_bytes']:>16,}{group['text_bytes'] / group['tokens']:>13.2f}"
+            f"{group['tokens']:>16,}{group['text_bytes']:>16,}{per_token:>13.2f}"
         )
     for name, source in report["sources"].items():
         left_out, inexact = source["empty_documents"], source["inexact_documents"]
         if left_out or inexact:
             lines.append(f"source {name}: {left_out:,} empty documents left out, {inexact:,} not exactly tokenised")
+        for stage, reasons in source["rejected"].items():
+            counted = ", ".join(f"{reason} ({counts['documents']:,})" for reason, counts in reasons.items())
+            total = sum(counts["documents"] for counts in reasons.values())
+            lines.append(f"source {name}: {total:,} of {source['records']:,} records rejected by {stage}: {counted}")
     for split, values in report.get("entropy", {}).items():
         what = "unigram entropy" if split == TRAIN else "cross-entropy under all training unigrams"
         lines += ["", f"{split}: {what}, nats per token"]
@@ -123,6 +130,13 @@ def render(report: dict[str, Any]) -> str:
         lines += ["", f"--- {sample['domain']}/{sample['split']} {sample['id']} {sample['url']} "
                       f"({sample['tokens']:,} tokens)", _shortened(sample["text"])]  # fmt: skip
     return "\n".join(lines)
+
+
+def _packing(report: dict[str, Any]) -> str:
+    if report["pack_tokens"] is None:
+        return "documents end to end"
+    filling, tokens = (sum(group[key] for group in report["groups"]) for key in ("filling", "tokens"))
+    return f"best fit into rows of {report['pack_tokens']:,} tokens; {filling:,} ({filling / tokens:.2%}) are filling"
 
 
 def _count(folder: Path, manifest: Manifest, shards: Sequence[Shard]) -> npt.NDArray[np.int64]:

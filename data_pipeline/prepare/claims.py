@@ -86,16 +86,16 @@ class Claimed(Generic[ItemType]):
 
 
 @contextmanager
-def claim(folder: Path, label: str, share: Share, patience: float | None = PATIENCE_SECONDS) -> Iterator[None]:
-    """Hold what ``label`` names; ``patience`` is in seconds, ``None``: as long as it takes.
+def claim(folder: Path, label: str, share: Share, wait: bool = False) -> Iterator[None]:
+    """Hold what ``label`` names; ``wait`` for as long as somebody else does, or only for ``PATIENCE_SECONDS``.
 
     Raises:
         UserError: another process holds it; names that one. Or the file system has no locks.
     """
     path = folder / label.replace(" ", "-")
-    deadline = None if patience is None else time.monotonic() + patience
+    deadline = time.monotonic() + PATIENCE_SECONDS
     while (descriptor := _try_lock(path)) is None:
-        if deadline is not None and time.monotonic() > deadline:
+        if not wait and time.monotonic() > deadline:
             raise UserError(
                 f"{label} is being done by {_holder(path)}; this is {share} (host {socket.gethostname()}, process "
                 f"{os.getpid()}). Give each running task a --task of its own and all of them the same --tasks."

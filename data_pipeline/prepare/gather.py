@@ -82,7 +82,7 @@ def plan_shards(
             found = [Run.of(workspace.parts, run, split, bool(dropped)) for run in described if run[split]["documents"]]
             gone = sum(dropped[source]["tokens"][split] for source in {record["source"] for record in own} if dropped)
             count = -(-(sum(run[split]["tokens"] for run in described) - gone) // shard_tokens)
-            tokens = _tokens_per_range(found, count, processes)
+            tokens = _tokens_per_range(found if count else (), count, processes)
             filled = np.flatnonzero(tokens).tolist()
             groups.append(
                 {"split": split, "domain": domain, "count": count, "index": filled, "tokens": tokens[filled].tolist()}

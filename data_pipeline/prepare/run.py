@@ -165,7 +165,7 @@ class _Preparation:
 
     def _shard_jobs(self, parts: Sequence[PartJob]) -> list[ShardJob]:
         settings, workspace = self.settings, self.workspace
-        with claim(workspace.claims, "the shard plan", self.share, patience=None):
+        with claim(workspace.claims, "the shard plan", self.share, wait=True):
             if not workspace.shard_plan.exists():
                 records = self._records(parts)
                 dropped = self._dropped()
@@ -241,7 +241,7 @@ def _stamps(settings: PrepareSettings) -> dict[str, Any]:
 
 def _tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: dict[str, Any], share: Share) -> Tokenizer:
     wanted: dict[str, Any] = {"tokenizer": settings.tokenizer.model_dump(mode="json")}
-    with claim(workspace.claims, "the tokenizer", share, patience=None):
+    with claim(workspace.claims, "the tokenizer", share, wait=True):
         if workspace.tokenizer.exists() and not (workspace.work / "tokenizer.json").exists():
             raise UserError(
                 f"{workspace.tokenizer} was not made here, so it is unknown from what. Move it elsewhere and name it "

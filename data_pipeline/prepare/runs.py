@@ -188,7 +188,7 @@ class Run:
         )
         if not self.deduplicated:
             return documents
-        kept = self._kept()[first:last]
+        kept = self._kept(first, last)
         return documents.only(kept) if kept.any() else None
 
     def tokens_per_range(self, cuts: npt.NDArray[np.uint64]) -> IntArray:
@@ -196,23 +196,24 @@ class Run:
         table = self.table()
         lengths = table["length"].astype(np.int64)
         if self.deduplicated:
-            lengths *= self._kept()
+            lengths *= self._kept(0, len(table))
         ends = np.concatenate([[0], np.cumsum(lengths)])
         places = np.searchsorted(np.ascontiguousarray(table["key"]), cuts, side="left")
         tokens: IntArray = np.diff(ends[np.concatenate([[0], places, [len(table)]])])
         return tokens
 
-    def _kept(self) -> npt.NDArray[np.bool_]:
-        """[last - first] whether each row stays."""
-        kept = np.ones(self.last - self.first, bool)
-        rows = read_drops(self.path)["row"].astype(np.int64) - self.first
-        kept[rows[(rows >= 0) & (rows < len(kept))]] = False
+    def _kept(self, first: int, last: int) -> npt.NDArray[np.bool_]:
+        """[last - first] whether each of these rows of :meth:`table` stays."""
+        kept = np.ones(last - first, bool)
+        rows = read_drops(self.path)["row"]
+        begin = bisect_left(rows, self.first + first)
+        kept[rows[begin : bisect_left(rows, self.first + last, begin)].astype(np.int64) - self.first - first] = False
         return kept
 
 
 def read_drops(run_path: str) -> npt.NDArray[np.void]:
-    """:data:`DROP_DTYPE`: the rows of one run to leave out, ascending."""
-    drops: npt.NDArray[np.void] = np.load(f"{run_path}.drop.npy")
+    """:data:`DROP_DTYPE`: the rows of one run to leave out, ascending; mapped, not read."""
+    drops: npt.NDArray[np.void] = np.load(f"{run_path}.drop.npy", mmap_mode="r")
     return drops
 
 

@@ -76,7 +76,7 @@ class Workspace:
             UserError: names what differs.
         """
         path = self.work / f"{record}.json"
-        with claim(self.claims, f"the {record} record", share, patience=None):
+        with claim(self.claims, f"the {record} record", share, wait=True):
             if not path.exists():
                 publish_json(path, wanted)
                 return
