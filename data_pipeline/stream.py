@@ -17,7 +17,7 @@ from .mixture import Phase
 from .order import Order, OrderSource
 from .reader import TokenSource
 from .settings import Settings
-from .storage import StorageSettings
+from .storage import StorageSettings, open_store
 from .windows import Windows
 
 
@@ -128,11 +128,13 @@ def open_stream(settings: StreamSettings, seed: int, share: tuple[int, int] = (0
         share: (rank, ranks): which part of the shards this process looks for at the start.
 
     Raises:
-        UserError: a data set is missing, or ``seq_len`` does not divide its blocks.
+        UserError: a data set is missing, ``seq_len`` does not divide its blocks, or the node's cache is too small for
+            the order.
         DataError: a data set is damaged and ``on_damage`` is ``stop``.
     """
     names = tuple(settings.sources)
     sources = tuple(open_split(settings, name, TRAIN, share) for name in names)
+    _check_cache(settings, dict(zip(names, sources, strict=True)), share[1])
     order = Order(
         seed,
         [
@@ -144,6 +146,31 @@ def open_stream(settings: StreamSettings, seed: int, share: tuple[int, int] = (0
         windows=settings.order_windows,
     )
     return Stream(names, sources, order)
+
+
+def _check_cache(settings: StreamSettings, sources: dict[str, TokenSource], ranks: int) -> None:
+    """Refuse a cache in which what is needed again soon would have to be fetched again and again."""
+    stores = {name: open_store(source.root, settings) for name, source in sources.items()}
+    remote = {name: source for name, source in sources.items() if stores[name].local is None}
+    whole = sum(int(source.shards.bytes.sum()) for source in remote.values())
+    windows = settings.order_windows
+    if windows is None:
+        needed, why = whole, "the order full draws from all shards at any time"
+        advice = "Raise data.cache.bytes, set data.order: windowed, or copy the data set to a local disk"
+    else:
+        at_a_time, tokens = -(-windows.strata // ranks), windows.sequences * settings.seq_len
+        pieces = [
+            tokens * source.manifest.layout.token_bytes if stores[name].ranges else int(source.shards.bytes.max())
+            for name, source in remote.items()
+        ]
+        needed = min(whole, at_a_time * sum(pieces))
+        why = f"a rank reads from {at_a_time} windows of {tokens} tokens of each source at a time"
+        advice = "Raise data.cache.bytes, or lower data.windows.strata or data.windows.tokens"
+    if needed > settings.cache.bytes:
+        raise UserError(
+            f"data.cache.bytes = {settings.cache.bytes:,} is too small for the sources {', '.join(remote)}: {why}, "
+            f"which takes {needed:,} bytes. {advice}."
+        )
 
 
 def open_split(settings: StreamSettings, name: str, split: str, share: tuple[int, int] = (0, 1)) -> TokenSource:
