@@ -110,6 +110,18 @@ def verify(
         raise typer.Exit(EXIT_USER_ERROR)
 
 
+@app.command()
+def index(
+    dataset: Folder,
+    form: Annotated[str, typer.Option(help="energon or wids.")],
+) -> None:
+    """Write the index files with which another library reads the shards; the shards stay as they are."""
+    from .interop import write_index
+
+    for path in write_index(dataset, form):
+        print(path)
+
+
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.")]
 
 
