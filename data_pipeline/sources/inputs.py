@@ -7,7 +7,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import BinaryIO, Final
 from urllib.parse import urlsplit, urlunsplit
@@ -69,20 +69,20 @@ def input_sizes(names: Sequence[str], storage: StorageSettings) -> list[int]:
     """
     stores: dict[str, Store] = {}
     with ThreadPoolExecutor(storage.remote.parallel) as threads:
-        waiting = []
+        sizes: list[int | Future[int]] = []
         for name in names:
             if not is_remote(name):
-                waiting.append(threads.submit(os.path.getsize, name))
+                sizes.append(os.path.getsize(name))
             elif name.startswith(PIPE):
-                waiting.append(threads.submit(int))
+                sizes.append(0)
             else:
                 # one store, so one pool of connections, for all files of a folder; an address that has more to it
                 # than folder and name (a query, escapes) is a store of its own
                 parts = _ADDRESS_OF_A_FILE.fullmatch(name)
                 root, file = (parts["root"], parts["name"]) if parts else (name, "")
                 store = stores[root] if root in stores else stores.setdefault(root, open_store(root, storage))
-                waiting.append(threads.submit(store.size, file))
-        return [size.result() for size in waiting]
+                sizes.append(threads.submit(store.size, file))
+        return [size if isinstance(size, int) else size.result() for size in sizes]
 
 
 def shown_name(name: str) -> str:
@@ -105,8 +105,8 @@ def input_stamp(name: str, size: int) -> str:
 def open_input_file(name: str, storage: StorageSettings, recognise: bool = False) -> Iterator[BinaryIO]:
     """The unpacked bytes of a path, an address or a ``pipe:`` command.
 
-    What is packed is known by the end of its name, or, for what is remote and where ``recognise`` is set, by its
-    first bytes. The end of the stream is the end of the input: a transfer cut short or a command that failed is an
+    What is packed is known by the end of its name, or, for commands, for addresses that say nothing, and where
+    ``recognise`` is set, by its first bytes. The end of the stream is the end of the input: a transfer cut short or a command that failed is an
     error, too.
 
     Raises:
@@ -114,7 +114,7 @@ def open_input_file(name: str, storage: StorageSettings, recognise: bool = False
         DataError: (also inside the block) what is packed is cut short or damaged, or can't be read to its end.
     """
     with _open(name, storage) as stream:
-        packing = packing_of_name(name)
+        packing = None if name.startswith(PIPE) else packing_of_name(name)  # `pipe:zcat a.gz` prints no gzip
         found = packing_of_content(stream.peek(4)[:4])
         if packing is not None and found != packing:
             raise DataError(
@@ -154,5 +154,10 @@ def _allowed(name: str, owner: str, storage: StorageSettings) -> str:
     if storage.secure and name.startswith(PIPE):
         raise UserError(
             f"input {name!r} ({owner}) runs a command, which `secure: true` forbids. Name its output instead."
+        )
+    if "*" in name and not name.startswith(PIPE):
+        raise UserError(
+            f"input {name!r} ({owner}): remote folders are not listed, so `*` finds nothing there. Name the files, "
+            "with brace patterns (`{000..127}`) where they are many."
         )
     return name

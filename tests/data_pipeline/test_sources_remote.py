@@ -255,6 +255,19 @@ def until_error(items: Iterable[object]) -> tuple[list[object], Exception | None
     return found, None
 
 
+def test_what_a_command_unpacks_is_not_unpacked_again(tmp_path: Path) -> None:
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar_of(TEXTS)))
+    for command in ("zcat", "cat"):
+        assert [text for text, _ in read(webdataset(f"pipe:{command} {tmp_path}/a.tar.gz"))] == TEXTS
+
+
+def test_a_star_in_an_address_is_explained() -> None:
+    with pytest.raises(
+        UserError, match=r"input 's3://bucket/\*\.tar' \(source of domain 'd'\): remote folders are not"
+    ):
+        webdataset("s3://bucket/*.tar").parts(1)
+
+
 def test_each_command_is_a_part() -> None:
     commands = tuple(f"""pipe:echo '\\{{"text": "{i}"\\}}'""" for i in range(3))  # braces of its own are escaped
     source = JsonlSource(kind="jsonl", domain="d", files=commands)
