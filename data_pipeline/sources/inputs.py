@@ -105,9 +105,9 @@ def input_stamp(name: str, size: int) -> str:
 def open_input_file(name: str, storage: StorageSettings, recognise: bool = False) -> Iterator[BinaryIO]:
     """The unpacked bytes of a path, an address or a ``pipe:`` command.
 
-    What is packed is known by the end of its name, or, for commands, for addresses that say nothing, and where
-    ``recognise`` is set, by its first bytes. The end of the stream is the end of the input: a transfer cut short or a command that failed is an
-    error, too.
+    What is packed is known by the end of its name, or by its first bytes: those of commands, of addresses whose name
+    says nothing, and where ``recognise`` is set. The end of the stream is the end of the input: a transfer cut short
+    or a command that failed is an error, too.
 
     Raises:
         UserError: the input can't be opened.
