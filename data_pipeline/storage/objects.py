@@ -30,7 +30,8 @@ class ObjectStore(RemoteStore):
     """Files below an address that fsspec serves.
 
     Credentials and endpoints come from where the scheme's package looks for them (for s3 ``AWS_*`` variables and
-    ``~/.aws``, for gs Google's default credentials), or from fsspec's own configuration (``FSSPEC_S3_...``).
+    ``~/.aws``, for gs Google's default credentials), or from fsspec's own configuration (``FSSPEC_S3_...``). gcsfs
+    repeats requests on its own below our attempts; those are not counted.
     """
 
     def __init__(self, root: str, settings: StorageSettings) -> None:
@@ -57,11 +58,19 @@ class ObjectStore(RemoteStore):
         """The file system, made on first use in each process: its event loop does not survive a fork."""
         if self._system is None:
             # no caches: fsspec would keep connections of the parent process, and sizes from before a change
-            self._system, self._path = fsspec.core.url_to_fs(
-                self._address, skip_instance_cache=True, use_listings_cache=False
-            )
+            options: dict[str, Any] = {"skip_instance_cache": True, "use_listings_cache": False}
+            if scheme(self._address) in ("s3", "s3a"):
+                remote = self.settings.remote
+                options["config_kwargs"] = {
+                    "connect_timeout": remote.timeout_seconds,
+                    "read_timeout": remote.timeout_seconds,
+                    "max_pool_connections": 2 * remote.parallel,
+                    # ours are counted, logged and bounded by the deadline
+                    "retries": {"max_attempts": 0},
+                }
+            self._system, self._path = fsspec.core.url_to_fs(self._address, **options)
             if hasattr(self._system, "retries"):
-                self._system.retries = 1  # ours are counted, logged and bounded by the deadline
+                self._system.retries = 1  # attempts of s3fs, above those of botocore
         return self._system
 
     def _version(self, name: str, until: float) -> Version:
