@@ -45,7 +45,7 @@ def make_corpus(folder: Path, text_bytes: int) -> Corpus:
     text, dataset, rows = folder / "text.jsonl", folder / "dataset", folder / "rows.npy"
     folder.mkdir(parents=True, exist_ok=True)
     if not text.exists():
-        _write_text(text, text_bytes)
+        write_text(text, text_bytes)
     if not (dataset / "manifest.json").exists():
         prepare(prepare_settings(text, dataset))
     manifest = read_manifest(dataset)
@@ -86,7 +86,7 @@ def prepare_settings(
     )
 
 
-def _write_text(path: Path, text_bytes: int) -> None:
+def write_text(path: Path, text_bytes: int) -> None:
     temporary = path.with_name(f".{path.name}")
     with open(temporary, "w", encoding="utf-8") as handle:
         for name, text in _python_sources(text_bytes):

@@ -83,7 +83,7 @@ class _Bytes(_Decoding):
 
 
 def _open(encoder: type[_Decoding], folder: Path, batch: int, seq_len: int) -> Epoch:
-    """Goes on for ever, as it would in training; what is called an epoch here is as many batches as there are in one."""
+    """Goes on for ever, as it would in training; what is called an epoch here is as many batches as one has."""
     dataset = megatron.energon.get_train_dataset(
         folder,
         worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),

@@ -1,5 +1,5 @@
-"""No library: rows of one uint16 array in memory, mapped, taken at random and cast. What nothing that makes these batches
-can be much faster than; it checks nothing, resumes nothing and its shuffle is a list of all indices."""
+"""No library: rows of one mapped uint16 array, taken at random and cast. Nothing that makes these batches can be much
+faster; it checks nothing, resumes nothing and its shuffle is a list of all indices."""
 
 from __future__ import annotations
 
