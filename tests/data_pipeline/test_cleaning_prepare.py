@@ -17,6 +17,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
+import data_pipeline.prepare.rejected
 from data_pipeline.cleaning import Cleaner
 from data_pipeline.errors import UserError
 from data_pipeline.inspect import inspect_dataset, render
@@ -201,7 +202,14 @@ def test_what_stays(plain: dict[str, Any], manifest: Manifest) -> None:
                 for row in read_documents(Path(plain["output"]), s).to_pylist()
             ]
             assert [row["id"] for row in rows] == [r.id.hex() for r in sorted(own, key=lambda r: r.key)]
-    assert verify_dataset(Path(plain["output"]), 1) == []
+            tokens = sum(shard.tokens for shard in manifest.select(domain, split))
+            assert len(manifest.select(domain, split)) == -(-tokens // plain["shard_tokens"])
+
+
+def rows_of(folder: Path) -> list[dict[str, Any]]:
+    files = [folder / "rejected" / f"{file.name}.parquet" for file in read_manifest(folder).rejected]
+    assert files == sorted((folder / "rejected").iterdir())
+    return [row for path in files for row in pq.read_table(path).to_pylist()]
 
 
 def fate_of(row: dict[str, Any]) -> str:
@@ -211,9 +219,7 @@ def fate_of(row: dict[str, Any]) -> str:
 
 
 def test_what_goes_is_counted_and_listed(plain: dict[str, Any], manifest: Manifest) -> None:
-    files = [Path(plain["output"]) / "rejected" / f"{file.name}.parquet" for file in manifest.rejected]
-    assert sorted(files) == sorted((Path(plain["output"]) / "rejected").iterdir())
-    rows = [row for path in files for row in pq.read_table(path).to_pylist()]
+    rows = rows_of(Path(plain["output"]))
     early = [row for row in rows if "duplicates" not in row["stage"]]
     rejected = [r for name in SOURCES for r in RECORDS if r.source == name and r.fate not in ("keep", "empty")]
     assert [(row["source"], fate_of(row)) for row in early] == [(r.source, r.fate) for r in rejected]
@@ -223,6 +229,7 @@ def test_what_goes_is_counted_and_listed(plain: dict[str, Any], manifest: Manife
         elif record.fate.startswith("decontaminate"):
             assert "first: 'what is the answer to the great question of life the universe and'" in row["detail"]
         assert row["text"] == record.text.strip()[:50] or record.fate in ("source", "quality/min_words")
+    tokenizer = tiny_tokenizer()
     for name, domain in SOURCES.items():
         counts = manifest.sources[name]
         own = [r for r in RECORDS if r.source == name]
@@ -231,6 +238,9 @@ def test_what_goes_is_counted_and_listed(plain: dict[str, Any], manifest: Manife
         assert counts["records"] == len(own)
         assert counts["documents"] == len(kept)
         assert counts["text_bytes"] == sum(len(r.text.encode()) for r in kept)
+        assert counts["tokens"] == sum(len(tokenizer.encode_batch([r.text])[0]) + 1 for r in kept)
+        changed = [r for r in own if r.fate == "keep" and json.loads(r.line)["text"] != r.text]
+        assert counts["normalised_documents"] == len(changed)
         assert counts["empty_documents"] == sum(r.fate == "empty" for r in own)
         found = Counter(
             {f"{stage}/{Path(reason).name}": one["documents"] for stage, reasons in counts["rejected"].items()
@@ -255,22 +265,66 @@ def test_what_goes_is_counted_and_listed(plain: dict[str, Any], manifest: Manife
 def test_a_duplicates_row_names_what_it_repeats(plain: dict[str, Any], manifest: Manifest) -> None:
     by_id = {record.id.hex(): record for record in RECORDS if record.fate == "keep"}
     reasons = Counter()
-    for file in manifest.rejected:
-        for row in pq.read_table(Path(plain["output"]) / "rejected" / f"{file.name}.parquet").to_pylist():
-            if "duplicates" in row["stage"]:
-                gone, kept = by_id[row["id"]], by_id[row["detail"].split(" ")[0]]
-                assert row["text"] == gone.text[:50]
-                assert row["text_bytes"] == len(gone.text.encode())
-                assert row["reason"] == f"repeats {'heldout' if kept.heldout else 'train'} text"
-                assert kept.heldout or not gone.heldout
-                if row["stage"] == "exact_duplicates":
-                    assert gone.text == kept.text
-                else:
-                    assert len(shingles(gone.text) & shingles(kept.text)) > 0.8 * len(shingles(gone.text))
-                    assert kept in EXPECTED.kept
-                reasons[gone.heldout, kept.heldout] += 1
+    for row in rows_of(Path(plain["output"])):
+        if "duplicates" in row["stage"]:
+            gone, kept = by_id[row["id"]], by_id[row["detail"].split(" ")[0]]
+            assert row["text"] == gone.text[:50]
+            assert row["text_bytes"] == len(gone.text.encode())
+            assert row["reason"] == f"repeats {'heldout' if kept.heldout else 'train'} text"
+            assert kept.heldout or not gone.heldout
+            if row["stage"] == "exact_duplicates":
+                assert gone.text == kept.text
+            else:
+                assert len(shingles(gone.text) & shingles(kept.text)) > 0.8 * len(shingles(gone.text))
+                assert kept in EXPECTED.kept
+            reasons[gone.heldout, kept.heldout] += 1
     assert reasons[False, True] > 3
     assert reasons[True, True] > 3
+
+
+def test_side_files_are_cut_by_rows(
+    plain: dict[str, Any], manifest: Manifest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(data_pipeline.prepare.rejected, "ROWS_PER_FILE", 7)
+    found = prepare(settings(plain, output=str(tmp_path / "set"), part_bytes=9000))
+    assert sorted({file.rows for file in found.rejected}) != [7]
+    assert len(found.rejected) > 15
+    assert all(0 < file.rows <= 16 for file in found.rejected)
+
+    def place(row: dict[str, Any]) -> tuple[int, int]:
+        key = 0 if "duplicates" not in row["stage"] else int(row["id"], 16)
+        return list(SOURCES).index(row["source"]), key
+
+    one, other = rows_of(Path(plain["output"])), rows_of(tmp_path / "set")
+    early = [row for row in one if "duplicates" not in row["stage"]]
+    assert other[: len(early)] == early
+    assert sorted(other[len(early) :], key=place) == sorted(one[len(early) :], key=place)
+
+
+def test_verify_reads_the_side_files(plain: dict[str, Any], tmp_path: Path) -> None:
+    prepare(settings(plain, output=str(tmp_path / "set"), cleaning={"quality": {"min_words": 10}}))
+    assert verify_dataset(tmp_path / "set", 1) == []
+    path = tmp_path / "set" / "rejected" / "000000.parquet"
+    path.write_bytes(path.read_bytes()[:-1] + b"?")
+    assert [str(damage) for damage in verify_dataset(tmp_path / "set", 1)] == [
+        "rejected/000000.parquet: its SHA-256 is not that of the manifest"
+    ]
+    path.unlink()
+    assert [str(damage) for damage in verify_dataset(tmp_path / "set", 1)] == ["rejected/000000.parquet: missing"]
+
+
+def test_a_range_of_keys_that_loses_all_its_documents_is_no_shard(plain: dict[str, Any], tmp_path: Path) -> None:
+    generator = np.random.default_rng(6)
+    texts = [" ".join(f"w{n}" for n in generator.integers(0, 900, 60)) for _ in range(66)]
+    sources = {}
+    for name, domain, own in (("a", "one", texts[:60]), ("b", "other", texts)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in own))
+        sources[name] = {"kind": "jsonl", "domain": domain, "files": [str(tmp_path / f"{name}.jsonl")]}
+    common = {"output": str(tmp_path / "set"), "sources": sources, "heldout_fraction": 0, "shard_tokens": 250}
+    made = prepare(settings(plain, **common, cleaning={"exact_duplicates": True}))
+    shards = made.select("other", "train")
+    assert sum(shard.documents for shard in shards) == 6
+    assert len(shards) < -(-sum(shard.tokens for shard in shards) // 250)
 
 
 def test_inspect_tells_it(plain: dict[str, Any], manifest: Manifest) -> None:
