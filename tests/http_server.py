@@ -111,7 +111,8 @@ class HttpServer:
         if not self.faults.bandwidth:
             return
         with self.lock:
-            self._link_free = max(self._link_free, time.monotonic()) + size / self.faults.bandwidth
+            # a link that was idle for a moment has a buffer's worth of credit; without, every oversleep would be lost
+            self._link_free = max(self._link_free, time.monotonic() - 0.02) + size / self.faults.bandwidth
             pause = self._link_free - time.monotonic()
         # short waits would oversleep; the debt is kept in the link's clock
         if pause > 0.002:

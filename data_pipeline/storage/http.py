@@ -14,7 +14,7 @@ from contextlib import closing
 from urllib3.exceptions import HTTPError
 
 from .errors import StorageError, TransientError
-from .http_client import PIECE, Answer, HttpClient, read_body
+from .http_client import PIECE, Answer, HttpClient, describe, read_body
 from .remote import COPY_ADVICE, RemoteStore, Version
 from .settings import StorageSettings
 
@@ -90,6 +90,9 @@ class HttpStore(RemoteStore):
                 raise self._ends_early(name, version.size, stop, f"it has {version.size} bytes")
             raise TransientError(f"the server sent bytes {first} to {end} when asked for {start} to {stop}")
 
+    def _knows_ranges(self) -> bool:
+        return self._answered_ranges
+
     def _pieces(self, name: str, size: int | None) -> Iterator[bytes]:
         try:
             yield from super()._pieces(name, size)
@@ -147,7 +150,7 @@ class _Whole:
             content = self._answer.read(PIECE)
         except (HTTPError, TransientError) as error:
             self.close()
-            raise TransientError(f"the transfer broke off ({error})") from error
+            raise TransientError(f"the transfer broke off ({describe(error)})") from error
         self.done += len(content)
         return content
 

@@ -107,7 +107,13 @@ class HttpClient:
         if isinstance(cause, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(cause):
             advice = "Name the authority that signed it in SSL_CERT_FILE, or mend the server's certificate."
             return StorageError(self.root, name, None, f"its certificate is not trusted ({cause})", advice)
-        return TransientError(f"no answer: {cause}")
+        return TransientError(f"no answer: {describe(cause)}")
+
+
+def describe(error: Exception) -> str:
+    """What happened, without the exception that urllib3 repeats in its own."""
+    first = error.args[0] if error.args else ""
+    return first if isinstance(first, str) and first else str(error)
 
 
 def read_body(answer: Answer, length: int, until: float) -> bytes:
@@ -129,7 +135,7 @@ def read_body(answer: Answer, length: int, until: float) -> bytes:
             if time.monotonic() > until:
                 raise TransientError(f"only {done} of {length} bytes came in time")
     except HTTPError as error:
-        raise TransientError(f"the transfer broke off after {done} of {length} bytes ({error})") from error
+        raise TransientError(f"the transfer broke off after {done} of {length} bytes ({describe(error)})") from error
     if done != length:
         raise TransientError(f"{done} bytes came where {length} were asked for")
     answer.release_conn()

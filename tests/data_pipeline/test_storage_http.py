@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import io
+import json
 import logging
 import random
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -275,6 +278,39 @@ class TestParallel:
         next(pieces), next(pieces)
         time.sleep(0.2)
         assert server.gets["a.bin"] <= 1 + 1 + 2 * QUICK.remote.parallel
+
+
+class TestKnownSize:
+    """Who knows the size has all ranges asked for at once; a wrong one is still found out."""
+
+    @pytest.mark.parametrize("wrong", [-1, 1, -PIECE, PIECE, 5 * PIECE])
+    def test_wrong_size(self, server: HttpServer, wrong: int) -> None:
+        store = open_store(server.url, QUICK)
+        for _ in range(2):  # the first read learns that the server knows ranges
+            to = io.BytesIO()
+            with pytest.raises(StorageError, match=rf"{len(CONTENT)} bytes") as caught:
+                store.fetch("a.bin", to, len(CONTENT) + wrong)
+            assert CONTENT.startswith(to.getvalue())
+            assert not caught.value.transient
+
+    def test_no_round_trip_before_the_first_range(self, folder: Path) -> None:
+        with HttpServer(folder) as server:
+            store = open_store(server.url, QUICK)
+            store.read("a.bin")
+            server.log.clear()
+            assert b"".join(store.stream("a.bin", len(CONTENT))) == CONTENT
+            assert len(server.log) == 11
+
+
+class TestBenchmark:
+    def test_command(self) -> None:
+        command = [sys.executable, "benchmarks/remote_cost.py", "--megabytes", "4", "--repeats", "1"]
+        ended = subprocess.run(command, cwd=Path(__file__).parents[2], capture_output=True, text=True, timeout=60)
+        result = json.loads(ended.stdout)
+        assert result["bytes"] == 4_000_000
+        assert not result["lost"]
+        assert result["retries"] == result["faulty_answers"]
+        assert ended.returncode == int(max(result["ratio"].values()) > result["limit"])
 
 
 class TestRetries:
