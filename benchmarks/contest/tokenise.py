@@ -6,7 +6,7 @@
 - ``datasets``: ``load_dataset("json")`` and ``map`` with the SentencePiece model, tokens into Arrow; no shuffle.
 - ``datatrove``: reader, ``DocumentTokenizer`` (Rust ``tokenizers``, the same vocabulary and merges) and merger, which
   shuffle documents.
-- ``sentencepiece``: nothing but the model's ``encode`` on texts in memory, in our batches: the floor under the first two.
+- ``sentencepiece``: nothing but the model's ``encode`` on texts in memory: the floor under the first two.
 """
 
 from __future__ import annotations
