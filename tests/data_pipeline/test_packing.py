@@ -46,7 +46,6 @@ def test_every_packing(lengths: list[int], row_tokens: int) -> None:
     assert all(end <= start for end, start in zip(ends, starts[1:], strict=False)), "none overlaps the next"
     assert packing.tokens % row_tokens == 0
     assert packing.tokens - (ends[-1] if ends else 0) < row_tokens
-    begun = [start // row_tokens for start in starts]
     for document, start, end in zip(order, starts, ends, strict=True):
         if lengths[document] <= row_tokens:
             assert start // row_tokens == (end - 1) // row_tokens, "cut though it fits into a row"
@@ -57,13 +56,14 @@ def test_every_packing(lengths: list[int], row_tokens: int) -> None:
     for start, end in zip(starts, ends, strict=True):
         text[start : end - 1] = True
     assert text.reshape(-1, row_tokens).any(axis=1).all()
-    # rows stand in the order of their first document
-    groups: dict[int, int] = {}
-    for document, row in zip(order, begun, strict=True):
-        last_of_long = (starts[order.index(document)] + lengths[document] - 1) // row_tokens
-        key = next((k for k in groups if k == row), last_of_long)
-        groups[key] = min(groups.get(key, document), document)
-    assert list(groups.values()) == sorted(groups.values())
+    # rows stand in the order of their first document; those that share one stand together
+    bins: list[set[int]] = []
+    for row in rows_of(lengths, row_tokens):
+        if bins and bins[-1] & set(row):
+            bins[-1] |= set(row)
+        else:
+            bins.append(set(row))
+    assert [min(one) for one in bins] == sorted(min(one) for one in bins)
 
 
 def test_worked_examples() -> None:
