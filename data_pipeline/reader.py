@@ -192,6 +192,7 @@ class TokenSource:
         offsets = (self._first_offset + blocks * self._stride + within * self._sequence_bytes).tolist()
         edges = [0, *((numbers[1:] != numbers[:-1]).nonzero()[0] + 1).tolist(), len(numbers)]
         shard_of, block_of, number_of, place_of = (x.tolist() for x in (shards, blocks, numbers, places[by_offset]))
+        spans = None if windows is None else self._spans(shards, windows[:, by_offset]).tolist()
         content, row_bytes = rows.data.cast("B"), rows.strides[0]
         damage: dict[int, DamagedBlockError] = {}
         with self._lock:
@@ -199,7 +200,7 @@ class TokenSource:
                 for first, stop in itertools.pairwise(edges):
                     shard, block, number = shard_of[first], block_of[first], number_of[first]
                     self.reading = (shard, block)
-                    span = None if windows is None else self._span(shard, windows[:, by_offset[first]])
+                    span = None if spans is None else (spans[0][first], spans[1][first])
                     try:
                         if stop - first < self._many and self._blocks.is_checked(number):
                             file = self._files.open(shard, block, span)
@@ -243,9 +244,10 @@ class TokenSource:
         with self._lock:
             if self._files.busy:
                 return False
-            shards = self._locate(indices)[0].tolist()
-            spans = (self._span(shard, windows[:, k]) for k, shard in enumerate(shards))
-            self._files.ahead(self._files.piece(shard, span) for shard, span in zip(shards, spans, strict=True))
+            shards = self._locate(indices)[0]
+            pieces, first = np.unique(np.stack([shards, *self._spans(shards, windows)]), axis=1, return_index=True)
+            for shard, begin, stop in pieces[:, np.argsort(first)].T.tolist():
+                self._files.ahead(shard, (begin, stop))
         return True
 
     @property
@@ -275,10 +277,15 @@ class TokenSource:
         blocks, within = np.divmod(indices - self._starts[shards], self._per_block)
         return shards, blocks, within
 
-    def _span(self, shard: int, window: IntArray) -> tuple[int, int]:
-        """The blocks of a shard that hold the sequences ``[first, stop)`` of the source."""
-        first, stop = (window - self._starts[shard]).tolist()
-        return max(0, first // self._per_block), min(int(self.shards.blocks[shard]), -(-stop // self._per_block))
+    def _spans(self, shards: IntArray, windows: IntArray) -> IntArray:
+        """The blocks ``[first, stop)`` of each shard [n] that hold the sequences of its window [2, n]; int64 [2, n]."""
+        first, stop = windows - self._starts[shards]
+        return np.stack(
+            [
+                np.maximum(first // self._per_block, 0),
+                np.minimum(-(-stop // self._per_block), self.shards.blocks[shards]),
+            ]
+        )
 
     def _after_fork(self) -> None:
         # another thread of the parent may have held the lock at the moment of the fork

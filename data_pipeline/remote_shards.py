@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, BinaryIO, NamedTuple
 
@@ -81,14 +80,14 @@ class RemoteShards(ShardFiles):
         self._cache.discard(self._key(piece))
         return True
 
-    def ahead(self, pieces: Iterable[Piece]) -> None:
-        """Begin to fetch what will be opened soon, in the order of need."""
-        for piece in pieces:
-            if piece in self._coming or piece in self._lost or piece in self._files:
-                continue
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(self._store.settings.remote.parallel, "shard-fetch")
-            self._coming[piece] = self._pool.submit(self._obtain, piece)
+    def ahead(self, shard: int, span: tuple[int, int] | None) -> None:
+        """Begin to fetch what will be opened soon."""
+        piece = self.piece(shard, span)
+        if piece in self._coming or piece in self._lost or piece in self._files:
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(self._store.settings.remote.parallel, "shard-fetch")
+        self._coming[piece] = self._pool.submit(self._obtain, piece)
 
     @property
     def busy(self) -> bool:

@@ -13,7 +13,9 @@ from .reader import TokenSource
 from .schedule import LocatedStep, Schedule
 
 _LOOK_AHEAD = 1 << 17
-"""Positions located ahead at most, in search of something to fetch: 0.1 s of arithmetic."""
+"""Positions located ahead at most in search of something to fetch,"""
+_CHUNKS = 2
+"""and chunks of them at most before a step is handed out."""
 _NEIGHBOURS = 1024
 """Sequences fetched together where they are read in index order."""
 
@@ -54,7 +56,12 @@ class Upcoming:
         return bool(chunk)
 
     def _fetch_ahead(self) -> None:
-        while self._later or (self._positions < _LOOK_AHEAD and self._locate()):
+        chunks = 0
+        while True:
+            if not self._later:
+                chunks += 1
+                if chunks > _CHUNKS or self._positions >= _LOOK_AHEAD or not self._locate():
+                    return
             if not self._begin(self._later[0]):
                 return
             self._coming.append(self._later.popleft())

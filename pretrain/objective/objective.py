@@ -81,7 +81,7 @@ class Objective:
         Returns:
             how many of the step's sequences are missing, over all ranks.
         """
-        labels = torch.cat([batch.loss_mask.sum(dim=1) for batch in micro_batches])
+        labels = torch.cat([batch.label_counts for batch in micro_batches])
         missing = torch.cat([batch.sample_ids < 0 for batch in micro_batches])
         counts = torch.stack([labels.sum(), (labels > 0).sum(), missing.sum()]).to(self._ranks.device)
         total, sequences, holes = self._ranks.all_reduce(counts).tolist()

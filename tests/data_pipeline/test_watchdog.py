@@ -45,8 +45,8 @@ def test_a_local_file_that_does_not_answer_is_named_again_and_again_but_ever_mor
     told: list[str] = []
     with loader(source, told, 0.1) as steps:
         time.sleep(0.85)
-        assert 2 <= len(told) <= 4  # after 0.1, 0.2, 0.4 and 0.8 seconds
         writer = os.open(path, os.O_WRONLY)
+        assert 2 <= len(told) <= 4  # after 0.1, 0.2, 0.4 and 0.8 seconds
         with pytest.raises(OSError, match=r"Illegal seek.*000000\.tar"):
             steps.next_step()
     os.close(writer)
