@@ -11,10 +11,11 @@ another; documents of equal hash are compared by their signatures with the first
 unlike it again among themselves, so that of those that stay no two in a group are alike. The pairs found in all
 bands make a graph; of each connected component the first by priority stays.
 
-Limits. Memory: about 60 bytes a document of a range (``RANGE_DOCUMENTS`` bounds a range) and about 100 a document that
-has a duplicate, whatever the number of all documents. Reading: every band's hashes once per range (8 bytes a document
-each), and the signatures of the documents that share a band with another one, at random. Documents whose band hashes
-collide by chance cost a comparison and nothing else.
+Limits. Memory: about 100 bytes a document of a range (``RANGE_DOCUMENTS`` bounds a range: 1 GB), 100 MB of signatures
+that are compared, and about 100 bytes a document that has a duplicate, whatever the number of all documents
+(`benchmarks/cleaning_speed.py` measures it). Reading: every band's hashes once per range, 8 bytes a document each, and
+the signatures of the documents that share a band with another one, at random. Finding equal text and choosing are one
+job each, the bands one job a band; each job reads all runs.
 """
 
 from __future__ import annotations
