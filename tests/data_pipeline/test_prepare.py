@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import tarfile
 import time
 from collections.abc import Callable
 from hashlib import blake2b
@@ -156,6 +157,51 @@ def test_counts(plain: dict[str, Any]) -> None:
     tokens = sum(source["tokens"] for source in manifest.sources.values())
     assert tokens == sum(shard.tokens for shard in manifest.shards)
     assert tokens == sum(len(tiny_tokenizer().encode(text)) + 1 for text in PROSE + VERSE)
+
+
+def _tar(path: Path, samples: list[tuple[str, str, dict[str, Any]]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for key, text, about in samples:
+            for name, content in ((f"{key}.txt", text), (f"{key}.json", json.dumps(about))):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content.encode()))
+
+
+def test_metadata_stands_in_the_document_table(plain: dict[str, Any], tmp_path: Path) -> None:
+    """With sorted keys; among documents of equal text, the url and then the metadata decide the order."""
+    for number, score in ((1, "z"), (2, "a")):
+        (tmp_path / str(number)).mkdir()
+        _tar(tmp_path / str(number) / "t.tar", [("k", "equal", {"score": score, "at": {"y": [2], "b": 1}})])
+    source = {"kind": "webdataset", "domain": "d", "text_extension": "txt"}
+
+    def table(*order: int) -> list[dict[str, Any]]:
+        sources = {f"s{n}": {**source, "files": [str(tmp_path / str(n) / "t.tar")]} for n in order}
+        folder = tmp_path / f"set{order}"
+        manifest = run(plain, sources=sources, heldout_fraction=0.0, output=str(folder))
+        return [row for shard in manifest.shards for row in read_documents(folder, shard).to_pylist()]
+
+    rows = table(2, 1)
+    assert [row["url"] for row in rows] == [f"{tmp_path}/{number}/t.tar#k" for number in (1, 2)]
+    assert [row["metadata"] for row in rows] == [
+        f'{{"json": {{"at": {{"b": 1, "y": [2]}}, "score": "{score}"}}}}' for score in ("z", "a")
+    ]
+    assert table(1, 2) == rows
+
+
+def test_a_source_without_metadata_has_an_empty_column(plain: dict[str, Any], tmp_path: Path) -> None:
+    shard = run(plain).shards[0]
+    assert set(read_documents(tmp_path / "set", shard)["metadata"].to_pylist()) == {""}
+
+
+def test_a_domain_without_held_out_documents_is_said(plain: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    run(plain, heldout_fraction=1e-9)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning")]
+    assert said == [
+        f"warning: domain {domain!r} has no held-out document: none of its few fell into heldout_fraction = 1e-09. It "
+        "can't be evaluated; raise heldout_fraction, or add text."
+        for domain in ("prose", "verse")
+    ]
 
 
 def test_documents_of_a_lossy_tokenizer_are_counted(plain: dict[str, Any], tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import io
 import os
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,7 @@ from crc32c import crc32c
 
 from data_pipeline.errors import DataError
 from data_pipeline.layout import BlockLayout, documents_path, index_path, read_index, shard_path
-from data_pipeline.shards import ShardContent, write_shard
+from data_pipeline.shards import ShardContent, misplaced_document, write_shard
 
 EOS = 2
 
@@ -121,3 +122,33 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
     np.save(path.open("wb"), np.zeros(3))
     with pytest.raises(DataError, match="does not hold offsets and CRCs"):
         read_index(path)
+
+
+@pytest.mark.parametrize(
+    ("stream", "starts", "lengths", "wrong"),
+    [
+        ([5, EOS, 6, 7, EOS], [0, 2], [2, 3], None),
+        ([EOS, 5, EOS, EOS, 6, 7, EOS, EOS], [1, 4], [2, 3], None),
+        ([], [], [], None),
+        ([5, EOS, 9, 6, EOS], [0, 3], [2, 2], 1),  # something in the filling before
+        ([5, EOS, 6, EOS, 9, EOS], [0, 2], [2, 2], 1),  # something in the filling at the end
+        ([5, EOS, 6, EOS, 7], [0, 2], [2, 3], 1),  # an EOS inside, none at the end
+        ([5, 6, 6, EOS], [0, 2], [2, 2], 0),  # no EOS at the end
+        ([5, EOS, 6, EOS], [0, 1], [2, 3], 1),  # begins inside the one before
+        ([5, EOS, 6, EOS], [0, 2], [2, 3], 1),  # ends behind the stream
+        ([5, EOS, EOS], [0, 2], [2, 0], 1),
+    ],
+)
+def test_documents_are_where_their_eos_say(
+    stream: list[int], starts: list[int], lengths: list[int], wrong: int | None
+) -> None:
+    eos = np.flatnonzero(np.array(stream, int) == EOS)
+    assert misplaced_document(eos, np.array(starts, int), np.array(lengths, int), len(stream)) == wrong
+
+
+def test_filling_between_documents_is_counted(tmp_path: Path) -> None:
+    packed = replace(
+        content([[5], [6]]), tokens=np.array([EOS, 5, EOS, EOS, 6, EOS, EOS, EOS], "uint16"), starts=np.array([1, 4])
+    )
+    shard = write_shard(tmp_path, "000000", "a", "train", BlockLayout(8, "uint16"), EOS, packed)
+    assert (shard.tokens, shard.filling, shard.documents, shard.first_key) == (8, 4, 2, 99)
