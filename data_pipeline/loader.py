@@ -240,14 +240,11 @@ class EvaluationLoader:
         self.damage = []
         fetched = 0
         for number in range(len(self)):
-            while fetched < len(self):
-                wanted = np.maximum(self._indices(fetched), 0)
-                if not self._source.fetch_ahead(wanted, neighbours(self._source, wanted)):
-                    break
-                fetched += 1
+            if self._source.remote:
+                fetched = self._fetch_ahead(fetched)
             indices = self._indices(number)
             wanted = np.maximum(indices, 0)
-            rows, damage = self._source.read_or_damage(wanted, neighbours(self._source, wanted))
+            rows, damage = self._source.read_or_damage(wanted, self._windows(wanted))
             sample_ids = indices.copy()
             for row, error in sorted(damage.items()):
                 if indices[row] == HOLE:
@@ -259,6 +256,18 @@ class EvaluationLoader:
             source_ids = np.full(len(indices), self._source_id)
             batch = make_batch(rows, self._source.eos_id, source_ids, sample_ids, indices)
             yield batch.pin_memory() if self._pin_memory else batch
+
+    def _fetch_ahead(self, number: int) -> int:
+        """Begin to fetch for the batches from ``number`` on; returns the first one for which it was not begun."""
+        while number < len(self):
+            wanted = np.maximum(self._indices(number), 0)
+            if not self._source.fetch_ahead(wanted, neighbours(self._source, wanted)):
+                break
+            number += 1
+        return number
+
+    def _windows(self, sequences: IntArray) -> IntArray | None:
+        return neighbours(self._source, sequences) if self._source.remote else None
 
     def _indices(self, number: int) -> IntArray:
         """What this rank's batch ``number`` holds, int64 [b]; -1 beyond the end."""

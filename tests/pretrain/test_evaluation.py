@@ -156,9 +156,9 @@ def test_the_whole_is_over_all_labels_together() -> None:
 class Rows:
     """A held-out source of the rows of another step."""
 
-    sequences, eos_id, on_damage = 8, EOS, "stop"
+    sequences, eos_id, on_damage, remote = 8, EOS, "stop", False
 
-    def read_or_damage(self, indices: np.ndarray) -> tuple[np.ndarray, dict[int, Any]]:
+    def read_or_damage(self, indices: np.ndarray, windows: None) -> tuple[np.ndarray, dict[int, Any]]:
         return batch_of(9, np.asarray(indices)).rows.numpy(), {}
 
 
