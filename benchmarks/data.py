@@ -39,12 +39,14 @@ from typing import Any
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import data_report
+import remote_cost
 import shuffle_quality
 from contest.corpus import Corpus, make_corpus
 from contest.environments import cache_folder, interpreter
 from contest.preparing import measure_prepare
 from contest.throughput import measure_throughput
 from scale.measure import measure_scale
+from scale.remote import measure_remote_epoch
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -61,10 +63,14 @@ class Size:
     repetitions: int
     prepare_bytes: int
     prepare_rounds: int
+    remote_megabytes: int
+    remote_rounds: int
 
 
-FULL = Size(128 << 20, 5, 0.6, 100_000, 1_000_000, 5, 16 << 20, 3)
-SHORT = Size(16 << 20, 2, 0.1, 10_000, 20_000, 1, 2 << 20, 1)
+FULL = Size(128 << 20, 5, 0.6, 100_000, 1_000_000, 5, 16 << 20, 3, 400, 2)
+SHORT = Size(16 << 20, 2, 0.05, 10_000, 20_000, 1, 1 << 20, 1, 40, 1)
+BANDWIDTH = {"store": 100e6, "reader": 25e6}
+"""Bytes per second of the link to the http server: of the test of the store alone, of the one through the loader."""
 
 
 class Benchmark:
@@ -102,6 +108,11 @@ class Benchmark:
         """The table of a sorted corpus."""
         return shuffle_quality.measure()
 
+    def remote(self) -> dict[str, Any]:
+        """A slow, failing http server: the store alone, and an epoch of the loader through it."""
+        store = remote_cost.measure(self.size.remote_megabytes, BANDWIDTH["store"], self.size.remote_rounds)
+        return {"store": store, "reader": measure_remote_epoch(self.corpus().dataset, BANDWIDTH["reader"])}
+
     def interop(self) -> dict[str, Any]:
         """The interop tests, energon's too."""
         interpreter("peers")
@@ -118,6 +129,7 @@ SECTIONS: dict[str, Callable[[Benchmark], dict[str, Any]]] = {
     "scale": Benchmark.scale,
     "prepare": Benchmark.prepare,
     "shuffle": Benchmark.shuffle,
+    "remote": Benchmark.remote,
     "interop": Benchmark.interop,
 }
 
