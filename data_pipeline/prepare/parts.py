@@ -23,6 +23,7 @@ from ..errors import DataError
 from ..files import publish, publish_json
 from ..manifest import HELDOUT, TRAIN
 from ..sources import Document, Part, Rejected, Source
+from ..storage import StorageSettings
 from ..tokenizer import Tokenizer
 from .accounts import Rejected as RejectedCounts
 from .accounts import count_rejected
@@ -46,6 +47,7 @@ class PartJob:
     heldout_fraction: float
     run_bytes: int
     cleaning: CleaningSettings
+    storage: StorageSettings
 
     @property
     def label(self) -> str:
@@ -123,7 +125,7 @@ def tokenise_part(job: PartJob) -> None:
     runs: list[dict[str, Any]] = []
     pieces: list[Documents] = []
     run_bytes = 0
-    for batch in _batches(job.source.read(job.part), make_cleaner(job.cleaning), counts):
+    for batch in _batches(job.source.read(job.part, job.storage), make_cleaner(job.cleaning), counts):
         piece = _encode(batch, tokenizer, job, counts)
         pieces.append(piece)
         run_bytes += int(piece.text_bytes.sum())

@@ -236,7 +236,7 @@ def _evaluation_texts(settings: PrepareSettings) -> dict[str, Any]:
 
 
 def _stamps(settings: PrepareSettings) -> dict[str, Any]:
-    return {name: source.stamp() for name, source in settings.sources.items()}
+    return {name: source.stamp(settings) for name, source in settings.sources.items()}
 
 
 def _tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: dict[str, Any], share: Share) -> Tokenizer:
@@ -265,7 +265,11 @@ def _tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: dict[str
         if workspace.tokenizer.exists():
             return Tokenizer.load(workspace.tokenizer)
         tokenizer = train_tokenizer(
-            settings.tokenizer.train, settings.sources, settings.heldout_fraction, make_cleaner(settings.cleaning)
+            settings.tokenizer.train,
+            settings.sources,
+            settings.heldout_fraction,
+            make_cleaner(settings.cleaning),
+            settings.storage,
         )
         publish_bytes(workspace.tokenizer, tokenizer.model)
         return tokenizer
@@ -274,7 +278,7 @@ def _tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: dict[str
 def _part_jobs(settings: PrepareSettings, workspace: Workspace) -> list[PartJob]:
     jobs: list[PartJob] = []
     for name, source in settings.sources.items():
-        for part in source.parts(settings.part_bytes):
+        for part in source.parts(settings.part_bytes, settings):
             jobs.append(
                 PartJob(
                     number=len(jobs),
@@ -287,6 +291,7 @@ def _part_jobs(settings: PrepareSettings, workspace: Workspace) -> list[PartJob]
                     heldout_fraction=settings.heldout_fraction,
                     run_bytes=settings.part_bytes,
                     cleaning=settings.cleaning,
+                    storage=settings.storage,
                 )
             )
     return jobs

@@ -9,6 +9,8 @@ from pydantic import Field, model_validator
 from ..cleaning import CleaningSettings
 from ..settings import Settings
 from ..sources import AnySource
+from ..sources.inputs import shown_name
+from ..storage import StorageSettings
 
 
 class TokenizerTraining(Settings):
@@ -43,8 +45,8 @@ class TokenizerSettings(Settings):
         return self
 
 
-class PrepareSettings(Settings):
-    """From text to a data set folder."""
+class PrepareSettings(StorageSettings):
+    """From text to a data set folder; `secure` and `remote` say how remote input is read."""
 
     output: str = Field(min_length=1, description="The data set folder; made if missing.")
     seed: int = Field(
@@ -81,8 +83,9 @@ class PrepareSettings(Settings):
     part_bytes: int = Field(
         default=64 << 20,
         gt=0,
-        description="Input bytes per part of the first pass: what one process does in one go, and about what a killed "
-        "prepare loses per process. Does not change the data set.",
+        description="Input bytes per part of the first pass: what one process does in one go, holds in memory and, "
+        "when killed, loses. Every shard reads a piece of every part, so for thousands of shards give 1 GB or more. "
+        "Does not change the data set.",
     )
     processes: int | None = Field(
         default=None, gt=0, description="Worker processes; unset: as many as cores. Does not change the data set."
@@ -112,6 +115,11 @@ class PrepareSettings(Settings):
         return self
 
     @property
+    def storage(self) -> StorageSettings:
+        """How remote input is read, alone."""
+        return StorageSettings(**{name: getattr(self, name) for name in StorageSettings.model_fields})
+
+    @property
     def passes(self) -> int:
         """How often the tasks of a shared `prepare` must be started, each time when all of the time before are done."""
         cleaning = self.cleaning
@@ -120,5 +128,11 @@ class PrepareSettings(Settings):
 
     @property
     def content(self) -> dict[str, Any]:
-        """The settings that decide what the data set holds (JSON)."""
-        return self.model_dump(mode="json", exclude={"output", "part_bytes", "processes"})
+        """The settings that decide what the data set holds (JSON); addresses without login and query."""
+        content = self.model_dump(
+            mode="json", exclude={"output", "part_bytes", "processes", *StorageSettings.model_fields}
+        )
+        for source in content["sources"].values():
+            if "files" in source:
+                source["files"] = [shown_name(name) for name in source["files"]]
+        return content

@@ -11,6 +11,7 @@ import sentencepiece
 from ..cleaning import Cleaner
 from ..errors import HeadraceError, UserError
 from ..sources import Document, Rejected, Source
+from ..storage import StorageSettings
 from ..tokenizer import BOS_ID, EOS_ID, PAD_ID, UNK_ID, Tokenizer
 from .parts import content_id, is_heldout
 from .settings import TokenizerTraining
@@ -24,7 +25,11 @@ _SAMPLE_PART_BYTES = 16 << 20
 
 
 def train_tokenizer(
-    settings: TokenizerTraining, sources: Mapping[str, Source], heldout_fraction: float, cleaner: Cleaner
+    settings: TokenizerTraining,
+    sources: Mapping[str, Source],
+    heldout_fraction: float,
+    cleaner: Cleaner,
+    storage: StorageSettings,
 ) -> Tokenizer:
     """Train on a sample of the cleaned training documents; the same input gives the same bytes (one thread).
 
@@ -35,7 +40,7 @@ def train_tokenizer(
     model = io.BytesIO()
     failures: list[HeadraceError] = []
     sentences = _keep_error(
-        _sentences(sample_text(sources, settings.sample_bytes, heldout_fraction, cleaner)), failures
+        _sentences(sample_text(sources, settings.sample_bytes, heldout_fraction, cleaner, storage)), failures
     )
     first = next(sentences, None)
     if first is None:
@@ -69,13 +74,17 @@ def train_tokenizer(
 
 
 def sample_text(
-    sources: Mapping[str, Source], sample_bytes: int, heldout_fraction: float, cleaner: Cleaner
+    sources: Mapping[str, Source],
+    sample_bytes: int,
+    heldout_fraction: float,
+    cleaner: Cleaner,
+    storage: StorageSettings,
 ) -> Iterator[str]:
     """At most about ``sample_bytes`` of training text, from the beginnings of parts all over every source.
 
     Each source gives in proportion to its input bytes (equally, where one does not know its size).
     """
-    parts = {name: source.parts(_SAMPLE_PART_BYTES) for name, source in sources.items()}
+    parts = {name: source.parts(_SAMPLE_PART_BYTES, storage) for name, source in sources.items()}
     sizes = {name: sum(part.bytes for part in found) for name, found in parts.items()}
     if not all(sizes.values()):
         sizes = dict.fromkeys(sizes, 1)
@@ -84,7 +93,7 @@ def sample_text(
         chosen = parts[name][:: -(-len(parts[name]) // _PARTS_AT_MOST) or 1]
         for number, part in enumerate(chosen):
             quota = share // (len(chosen) - number)
-            for record in source.read(part):
+            for record in source.read(part, storage):
                 document = record if isinstance(record, Rejected) else cleaner.clean(record)
                 if not isinstance(document, Document):
                     continue

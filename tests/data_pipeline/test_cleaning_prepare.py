@@ -410,6 +410,6 @@ def test_a_source_of_which_nothing_stays_is_told(plain: dict[str, Any], tmp_path
 def test_the_tokenizer_is_trained_on_clean_training_text(plain: dict[str, Any]) -> None:
     """Held-out documents are those whose text is held out after normalisation, as in the data set."""
     chosen = settings(plain)
-    sample = filter(None, sample_text(chosen.sources, 10**8, HELDOUT, Cleaner(chosen.cleaning)))
+    sample = filter(None, sample_text(chosen.sources, 10**8, HELDOUT, Cleaner(chosen.cleaning), chosen.storage))
     kept = [r for name in SOURCES for r in RECORDS if r.source == name and r.fate == "keep" and not r.heldout]
     assert list(sample) == [record.text for record in kept]

@@ -10,18 +10,21 @@ import sentencepiece
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from data_pipeline.cleaning import Cleaner, CleaningSettings
 from data_pipeline.errors import UserError
 from data_pipeline.prepare import TokenizerTraining
 from data_pipeline.prepare.train_tokenizer import sample_text, train_tokenizer
 from data_pipeline.sources import StdlibSource
+from data_pipeline.storage import StorageSettings
 from data_pipeline.tokenizer import Tokenizer
 
+HOW = (Cleaner(CleaningSettings()), StorageSettings())
 SOURCES = {"docs": StdlibSource(kind="stdlib", part="docs", domain="docs", limit_bytes=100_000)}
 
 
 @lru_cache
 def trained(model_type: str = "unigram", vocab_size: int = 600) -> Tokenizer:
-    return train_tokenizer(_training(model_type=model_type, vocab_size=vocab_size), SOURCES, 0.1)
+    return train_tokenizer(_training(model_type=model_type, vocab_size=vocab_size), SOURCES, 0.1, *HOW)
 
 
 def _training(**options: object) -> TokenizerTraining:
@@ -72,23 +75,23 @@ def test_control_ids_are_fixed() -> None:
 
 @pytest.mark.parametrize("model_type", ["unigram", "bpe"])
 def test_training_is_deterministic(model_type: str) -> None:
-    again = train_tokenizer(_training(model_type=model_type, vocab_size=600), SOURCES, 0.1)
+    again = train_tokenizer(_training(model_type=model_type, vocab_size=600), SOURCES, 0.1, *HOW)
     assert again.model == trained(model_type).model
     assert again.vocab_size == 600
 
 
 def test_split_digits_and_coverage_reach_the_trainer() -> None:
-    digits = train_tokenizer(_training(model_type="bpe", vocab_size=600, split_digits=True), SOURCES, 0.1)
+    digits = train_tokenizer(_training(model_type="bpe", vocab_size=600, split_digits=True), SOURCES, 0.1, *HOW)
     assert len(digits.encode("20240131")) == 8
-    narrow = train_tokenizer(_training(model_type="bpe", vocab_size=600, character_coverage=0.98), SOURCES, 0.1)
+    narrow = train_tokenizer(_training(model_type="bpe", vocab_size=600, character_coverage=0.98), SOURCES, 0.1, *HOW)
     pieces = {tokenizer: {tokenizer.piece(i) for i in range(600)} for tokenizer in (trained("bpe"), narrow)}
     assert sum(len(piece) == 1 for piece in pieces[narrow]) < sum(len(piece) == 1 for piece in pieces[trained("bpe")])
 
 
 def test_the_sample_leaves_out_held_out_documents_and_keeps_to_its_size() -> None:
-    everything = list(sample_text(SOURCES, 1 << 30, 0.0))
-    assert sum(len(text.encode()) for text in sample_text(SOURCES, 5000, 0.0)) <= 5000
-    some = list(sample_text(SOURCES, 1 << 30, 0.5))
+    everything = list(sample_text(SOURCES, 1 << 30, 0.0, *HOW))
+    assert sum(len(text.encode()) for text in sample_text(SOURCES, 5000, 0.0, *HOW)) <= 5000
+    some = list(sample_text(SOURCES, 1 << 30, 0.5, *HOW))
     assert 0.3 < len(some) / len(everything) < 0.7
     rest = iter(everything)
     assert all(text in rest for text in some)
@@ -96,9 +99,9 @@ def test_the_sample_leaves_out_held_out_documents_and_keeps_to_its_size() -> Non
 
 def test_sizes_that_do_not_fit_are_explained() -> None:
     with pytest.raises(UserError, match=r"vocab_size = 50000 is more than the sample .* largest that fits is \d+\."):
-        train_tokenizer(_training(vocab_size=50_000), SOURCES, 0.1)
+        train_tokenizer(_training(vocab_size=50_000), SOURCES, 0.1, *HOW)
     with pytest.raises(UserError, match=r"vocab_size = 300 is less than the \d+ pieces that the bytes and the covered"):
-        train_tokenizer(_training(vocab_size=300), SOURCES, 0.1)
+        train_tokenizer(_training(vocab_size=300), SOURCES, 0.1, *HOW)
 
 
 def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
@@ -113,7 +116,7 @@ def test_a_file_that_is_no_tokenizer_is_refused(tmp_path: Path) -> None:
 def _foreign(**options: object) -> Tokenizer:
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=iter(sample_text(SOURCES, 30_000, 0.0)),
+        sentence_iterator=iter(sample_text(SOURCES, 30_000, 0.0, *HOW)),
         model_writer=model,
         minloglevel=2,
         max_sentence_length=100_000,
