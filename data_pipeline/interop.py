@@ -34,7 +34,7 @@ _ENERGON_SPLITS = {TRAIN: "train", HELDOUT: "val"}
 def write_index(dataset: Path, form: str) -> list[Path]:
     """Write the index files of ``form`` (``"energon"`` or ``"wids"``) into the data set folder ``dataset``.
 
-    Written again, they get the same bytes. `verify` counts them as part of the data set: see :func:`index_files`.
+    Written again, they get the same bytes: they hang on the manifest alone.
 
     Returns:
         The files, in the order in which they were written.
