@@ -37,6 +37,9 @@ class Rejection:
 class Cleaner:
     """Normalises and checks documents. Build one per process: decontamination reads its files then.
 
+    Attributes:
+        ignored_evaluation_texts: how many are too short to be looked for.
+
     Raises:
         UserError: evaluation files are missing or unreadable.
     """
@@ -44,6 +47,7 @@ class Cleaner:
     def __init__(self, settings: CleaningSettings) -> None:
         self._normalise = Normaliser(settings.normalise) if settings.normalise else None
         filters: dict[str, Callable[[TextView], Finding | None]] = {}
+        self.ignored_evaluation_texts = 0
         if settings.quality:
             filters["quality"] = QualityFilter(settings.quality)
         if settings.repetition:
@@ -51,7 +55,8 @@ class Cleaner:
         if settings.c4:
             filters["c4"] = C4Filter(settings.c4)
         if settings.decontaminate:
-            filters["decontaminate"] = Decontaminator(settings.decontaminate)
+            filters["decontaminate"] = decontaminator = Decontaminator(settings.decontaminate)
+            self.ignored_evaluation_texts = decontaminator.ignored
         self._filters = filters
 
     def clean(self, document: Document) -> Document | Rejection:

@@ -219,6 +219,11 @@ def _begin(settings: PrepareSettings, workspace: Workspace, share: Share) -> _Pr
     work = _Preparation(settings, workspace, share, tokenizer)
     if work.complete:
         print(f"{settings.output} is already complete", file=sys.stderr)
+    elif share.task == 0 and (ignored := make_cleaner(settings.cleaning).ignored_evaluation_texts):
+        print(
+            f"warning: {ignored} evaluation texts are shorter than decontaminate.min_units and are not looked for.",
+            file=sys.stderr,
+        )
     return work
 
 

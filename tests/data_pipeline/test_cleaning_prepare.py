@@ -387,12 +387,15 @@ def test_without_cleaning_nothing_changes(plain: dict[str, Any], tmp_path: Path)
     assert [list(source["rejected"]) for source in made.sources.values()] == [[], ["source"], []]
 
 
-def test_changed_evaluation_texts_are_another_data_set(plain: dict[str, Any], tmp_path: Path) -> None:
+def test_changed_evaluation_texts_are_another_data_set(
+    plain: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     exam = tmp_path / "exam.txt"
-    exam.write_text("one two three four five six seven eight nine ten eleven twelve thirteen")
+    exam.write_text("one two three four five six seven eight nine ten eleven twelve thirteen\n\nyes\n\nno")
     cleaning = {"decontaminate": {"files": [str(exam)]}}
     shared = settings(plain, output=str(tmp_path / "set"), cleaning=cleaning)
     prepare_share(shared, Share(0, 2))
+    assert "warning: 2 evaluation texts are shorter than decontaminate.min_units" in capsys.readouterr().err
     exam.write_text(exam.read_text() + " fourteen")
     with pytest.raises(UserError, match=r"was begun with something else: evaluation_texts\..*exam\.txt was "):
         prepare_share(shared, Share(1, 2))
