@@ -181,7 +181,7 @@ def open_split(settings: StreamSettings, name: str, split: str, share: tuple[int
     """
     source = settings.sources[name]
     try:
-        return TokenSource(
+        opened = TokenSource(
             source.path,
             source.domain,
             split,
@@ -199,3 +199,11 @@ def open_split(settings: StreamSettings, name: str, split: str, share: tuple[int
             )
         kind = DataError if isinstance(error, DataError) else UserError
         raise kind(f"data.sources.{name}: {error}{advice}") from error
+    packed = opened.manifest.pack_tokens
+    if packed is not None and settings.seq_len % packed:
+        raise UserError(
+            f"data.sources.{name}: {source.path} was packed in rows of {packed} tokens (best_fit), and sequences of "
+            f"{settings.seq_len} would cut its documents. Set data.seq_len to a multiple of {packed}, or "
+            "prepare it again."
+        )
+    return opened

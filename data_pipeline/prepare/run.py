@@ -241,7 +241,7 @@ def _evaluation_texts(settings: PrepareSettings) -> dict[str, Any]:
 
 
 def _stamps(settings: PrepareSettings) -> dict[str, Any]:
-    return {name: source.stamp(settings) for name, source in settings.sources.items()}
+    return {name: source.stamp(settings.storage) for name, source in settings.sources.items()}
 
 
 def _tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: dict[str, Any], share: Share) -> Tokenizer:
@@ -283,7 +283,7 @@ def _tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: dict[str
 def _part_jobs(settings: PrepareSettings, workspace: Workspace) -> list[PartJob]:
     jobs: list[PartJob] = []
     for name, source in settings.sources.items():
-        for part in source.parts(settings.part_bytes, settings):
+        for part in source.parts(settings.part_bytes, settings.storage):
             jobs.append(
                 PartJob(
                     number=len(jobs),

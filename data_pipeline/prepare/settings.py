@@ -10,7 +10,7 @@ from ..cleaning import CleaningSettings
 from ..settings import Settings
 from ..sources import AnySource
 from ..sources.inputs import shown_name
-from ..storage import StorageSettings
+from ..storage import AccessSettings, StorageSettings
 
 
 class TokenizerTraining(Settings):
@@ -45,7 +45,7 @@ class TokenizerSettings(Settings):
         return self
 
 
-class PrepareSettings(StorageSettings):
+class PrepareSettings(AccessSettings):
     """From text to a data set folder; `secure` and `remote` say how remote input is read."""
 
     output: str = Field(min_length=1, description="The data set folder; made if missing.")
@@ -116,8 +116,8 @@ class PrepareSettings(StorageSettings):
 
     @property
     def storage(self) -> StorageSettings:
-        """How remote input is read, alone."""
-        return StorageSettings(**{name: getattr(self, name) for name in StorageSettings.model_fields})
+        """How remote input is read, alone; it is read once, so nothing of it is cached."""
+        return StorageSettings(secure=self.secure, remote=self.remote)
 
     @property
     def passes(self) -> int:
@@ -130,7 +130,7 @@ class PrepareSettings(StorageSettings):
     def content(self) -> dict[str, Any]:
         """The settings that decide what the data set holds (JSON); addresses without login and query."""
         content = self.model_dump(
-            mode="json", exclude={"output", "part_bytes", "processes", *StorageSettings.model_fields}
+            mode="json", exclude={"output", "part_bytes", "processes", *AccessSettings.model_fields}
         )
         for source in content["sources"].values():
             if "files" in source:

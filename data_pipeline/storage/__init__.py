@@ -4,6 +4,7 @@ from .cache import NodeCache as NodeCache
 from .errors import MissingFileError as MissingFileError
 from .errors import StorageError as StorageError
 from .inputs import open_input as open_input
+from .settings import AccessSettings as AccessSettings
 from .settings import CacheSettings as CacheSettings
 from .settings import RemoteSettings as RemoteSettings
 from .settings import StorageSettings as StorageSettings

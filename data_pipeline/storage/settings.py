@@ -41,11 +41,16 @@ class RemoteSettings(Settings):
     )
 
 
-class StorageSettings(Settings):
-    """Access to files that may lie elsewhere."""
+class AccessSettings(Settings):
+    """Access to files that may lie elsewhere, each read once."""
 
     secure: bool = Field(
         False, description="Refuse `pipe:` commands, and names that leave their root (absolute, or with `..`)."
     )
-    cache: CacheSettings = CacheSettings()
     remote: RemoteSettings = RemoteSettings()
+
+
+class StorageSettings(AccessSettings):
+    """Access to files that may lie elsewhere, and where this node keeps what it fetched."""
+
+    cache: CacheSettings = CacheSettings()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,10 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
+from data_pipeline.prepare import PrepareSettings, prepare
 from data_pipeline.settings import build_settings
 from data_pipeline.stream import StreamSettings, open_stream
-from data_pipeline.testing import write_token_dataset
+from data_pipeline.testing import tiny_tokenizer, write_token_dataset
 from tests.http_server import HttpServer
 
 
@@ -74,3 +76,22 @@ def test_a_cache_that_would_fetch_again_and_again(folder: Path, tmp_path: Path) 
 def test_errors_name_the_source(folder: Path) -> None:
     with pytest.raises(UserError, match=r"data.sources.a: .*nowhere"):
         open_stream(settings("nowhere"), 1)
+
+
+def test_packed_rows_are_not_cut(tmp_path: Path) -> None:
+    records = "".join(json.dumps({"text": f"document {row} " * 5}) + "\n" for row in range(50))
+    (tmp_path / "a.jsonl").write_text(records)
+    (tmp_path / "tokenizer.model").write_bytes(tiny_tokenizer().model)
+    prepared = {
+        "output": str(tmp_path / "packed"),
+        "tokenizer": {"path": str(tmp_path / "tokenizer.model")},
+        "sources": {"a": {"kind": "jsonl", "domain": "a", "files": [str(tmp_path / "a.jsonl")]}},
+        "block_tokens": 512,
+        "packing": "best_fit",
+        "pack_tokens": 128,
+        "processes": 1,
+    }
+    prepare(build_settings(PrepareSettings, prepared, "test"))
+    open_stream(settings(str(tmp_path / "packed"), seq_len=256), 1)
+    with pytest.raises(UserError, match=r"data.sources.a: .* packed in rows of 128 tokens.*64 would cut.*of 128"):
+        open_stream(settings(str(tmp_path / "packed"), seq_len=64), 1)
