@@ -21,6 +21,7 @@ import pytest
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.storage import CacheSettings, NodeCache, RemoteSettings, StorageSettings, open_store
+from data_pipeline.storage import cache as cache_module
 from data_pipeline.storage.cache import cache_folder
 from tests.http_server import Faults, HttpServer
 
@@ -87,6 +88,20 @@ class TestEntries:
             cache.discard("key")
             assert read(cache, "key", writes(b"mended")) == b"mended"
             assert old.read() == b"damaged"
+
+    def test_an_entry_that_appears_between_the_look_and_the_lock(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        look = cache_module._open_entry
+
+        def look_too_early(path: Path) -> None:
+            monkeypatch.setattr(cache_module, "_open_entry", look)
+            read(made(tmp_path), "key", writes(b"by another"))
+
+        monkeypatch.setattr(cache_module, "_open_entry", look_too_early)
+        cache = made(tmp_path)
+        assert read(cache, "key", never) == b"by another"
+        assert entries(cache) == {"key"}
 
     def test_keys_that_are_no_file_names(self, tmp_path: Path) -> None:
         cache = made(tmp_path)

@@ -208,6 +208,24 @@ class TestServersWithoutSomething:
                 server.plan("a.bin", "ok", fault, fault)
                 assert way(server.url) == CONTENT
 
+    def test_no_ranges_and_the_file_changes(self, tmp_path: Path) -> None:
+        (tmp_path / "a.bin").write_bytes(bytes(4 * 2**20))
+        with HttpServer(tmp_path, Faults(ranges=False)) as server:
+            server.plan("a.bin", "ok", "early_close")
+            pieces = open_store(server.url, QUICK).stream("a.bin")
+            next(pieces)
+            (tmp_path / "a.bin").write_bytes(b"x" * 4 * 2**20)
+            with pytest.raises(StorageError, match="the file changed while it was read"):
+                list(pieces)
+
+    @EVERY_WAY
+    def test_ranges_without_a_length(self, folder: Path, way: Callable[[str], bytes]) -> None:
+        """Chunks tell where the body ends, but not that it is the range asked for."""
+        with HttpServer(folder, Faults(length="chunked")) as server:
+            server.plan("a.bin", "lying_range", "ok", "lying_range", "early_close", "short_range")
+            assert way(server.url) == CONTENT
+            assert server.faulty == 4
+
     def test_no_ranges_no_windows(self, folder: Path) -> None:
         with (
             HttpServer(folder, Faults(ranges=False)) as server,
