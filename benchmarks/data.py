@@ -168,6 +168,7 @@ def main() -> None:
     for name in arguments.only or SECTIONS:
         print(f"{name} ...", file=sys.stderr, flush=True)
         result[name] = SECTIONS[name](benchmark)
+        (benchmark.folder / "last_run.json").write_text(json.dumps(result, indent=1))  # in case a later one fails
     result["machine"]["load_at_end"] = round(os.getloadavg()[0], 1)
     result["seconds"] = round(time.perf_counter() - began, 1)
     result["targets"] = data_report.targets(result)
