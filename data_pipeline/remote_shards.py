@@ -16,7 +16,7 @@ from .layout import SHARD_FOLDER, BlockLayout
 from .permutation import IntArray
 from .shard_files import OpenFile, RecentlyUsed, ShardFiles, open_files_limit
 from .shard_table import ShardTable
-from .storage import MissingFileError, NodeCache, StorageError, Store
+from .storage import AccessError, MissingFileError, NodeCache, StorageError, Store
 
 
 class Piece(NamedTuple):
@@ -65,7 +65,7 @@ class RemoteShards(ShardFiles):
             return self._files.put(piece, coming.result() if coming else self._obtain(piece))
         except StorageError as error:
             # that a command fails is all that it can say about a file that is not there
-            if error.transient and (self._store.ranges or self._on_damage == "stop"):
+            if _says_nothing(error) and (self._store.ranges or self._on_damage == "stop"):
                 raise
             self._lost[piece] = error
             reason: Reason = "missing" if isinstance(error, MissingFileError) or error.transient else "short"
@@ -158,8 +158,11 @@ class RemoteShards(ShardFiles):
         except MissingFileError:
             raise
         except (DataError, StorageError) as error:
-            if self._on_damage == "stop" or (isinstance(error, StorageError) and error.transient):
+            if self._on_damage == "stop" or (isinstance(error, StorageError) and _says_nothing(error)):
                 raise
+            if piece not in self._fetched_again:
+                # what an earlier run found may be mended in part by now, or lie in another copy of the data set
+                self._cache.discard(f"{key}-as-found")
             with self._counting:
                 self._fetched_again.add(piece)
             handle = self._cache.open(f"{key}-as-found", lambda to: self._fill_as_found(piece, to))
@@ -211,7 +214,7 @@ class RemoteShards(ShardFiles):
             try:
                 to.write(self._store.read_range(name, start, stop))
             except StorageError as error:
-                if error.transient:
+                if _says_nothing(error):
                     raise
                 return
 
@@ -252,6 +255,11 @@ class _Hashing:
     def write(self, content: Any) -> int:
         self.sha256.update(content)
         return self._to.write(content)
+
+
+def _says_nothing(error: StorageError) -> bool:
+    """Whether the storage failed without a word about the file: what is there may be intact."""
+    return error.transient or isinstance(error, AccessError)
 
 
 def _name(shard: str, suffix: str) -> str:

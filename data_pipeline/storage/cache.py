@@ -210,7 +210,12 @@ def _touch(descriptor: int) -> None:
 @contextmanager
 def _locked(part: Path) -> Iterator[Path | None]:
     """Hold the lock of ``part``, made if missing; ``None`` if it went away while waiting: look again."""
-    descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    try:
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+    except FileNotFoundError:
+        # somebody has cleaned up the disk of the node
+        part.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = os.open(part, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)
         yield part if _is_still(part, descriptor) else None

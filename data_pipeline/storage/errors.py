@@ -34,6 +34,10 @@ class MissingFileError(StorageError):
     """The storage says that there is no such file."""
 
 
+class AccessError(StorageError):
+    """The storage does not hand the file out, whatever it holds: an expired token, a certificate, a wrong address."""
+
+
 class TransientError(Exception):
     """One attempt failed in a way that another may not: never leaves this package.
 

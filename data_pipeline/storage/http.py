@@ -13,7 +13,7 @@ from contextlib import closing
 
 from urllib3.exceptions import HTTPError
 
-from .errors import StorageError, TransientError
+from .errors import AccessError, StorageError, TransientError
 from .http_client import PIECE, Answer, HttpClient, describe, read_body
 from .remote import COPY_ADVICE, RemoteStore, Version
 from .settings import StorageSettings
@@ -26,7 +26,7 @@ _GIVE_UP_RANGES_AFTER = 3
 LENGTH_ADVICE = "Without it, nobody can tell whether all of it came. Serve the file with a Content-Length."
 
 
-class RangesIgnoredError(StorageError):
+class RangesIgnoredError(AccessError):
     """The server answers requests for a byte range with the whole file."""
 
 

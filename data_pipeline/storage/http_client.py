@@ -11,7 +11,7 @@ import urllib3
 from urllib3.exceptions import HTTPError, LocationValueError, MaxRetryError, ResponseError, SSLError
 
 from ..errors import UserError
-from .errors import MissingFileError, StorageError, TransientError
+from .errors import AccessError, MissingFileError, TransientError
 from .settings import RemoteSettings
 
 Answer = urllib3.BaseHTTPResponse
@@ -61,7 +61,7 @@ class HttpClient:
 
         Raises:
             TransientError: no answer, or one that asks to come back later or is a web page.
-            MissingFileError: status 404 or 410. StorageError: any other status.
+            MissingFileError: status 404 or 410. AccessError: any other status.
         """
         address = f"{self.root.rstrip('/')}/{quote(name)}" if name else self.root
         headers = dict(self._headers)
@@ -94,7 +94,7 @@ class HttpClient:
             retry_after = answer.headers.get("Retry-After", "")
             return TransientError(said, float(retry_after) if retry_after.isdecimal() else 0.0)
         if status not in accept:
-            return StorageError(self.root, name, None, f"the server refuses it ({said})", ACCESS_ADVICE)
+            return AccessError(self.root, name, None, f"the server refuses it ({said})", ACCESS_ADVICE)
         kind = answer.headers.get("Content-Type", "")
         if status in (200, 206) and kind.startswith("text/html") and not address.endswith((".html", ".htm")):
             return TransientError(f"the server sent a web page in place of the file ({said})")
@@ -103,10 +103,10 @@ class HttpClient:
     def _refusal(self, name: str, error: HTTPError) -> Exception:
         cause = error.reason if isinstance(error, MaxRetryError) and error.reason else error
         if isinstance(cause, ResponseError | LocationValueError):
-            return StorageError(self.root, name, None, f"the address leads nowhere ({cause})", ACCESS_ADVICE)
+            return AccessError(self.root, name, None, f"the address leads nowhere ({cause})", ACCESS_ADVICE)
         if isinstance(cause, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(cause):
             advice = "Name the authority that signed it in SSL_CERT_FILE, or mend the server's certificate."
-            return StorageError(self.root, name, None, f"its certificate is not trusted ({cause})", advice)
+            return AccessError(self.root, name, None, f"its certificate is not trusted ({cause})", advice)
         return TransientError(f"no answer: {describe(cause)}")
 
 

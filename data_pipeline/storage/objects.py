@@ -9,7 +9,7 @@ import fsspec
 
 from ..errors import UserError
 from ..settings import nearest
-from .errors import MissingFileError, StorageError, TransientError
+from .errors import AccessError, MissingFileError, StorageError, TransientError
 from .http_client import ACCESS_ADVICE
 from .remote import COPY_ADVICE, RemoteStore, Version
 from .settings import StorageSettings
@@ -110,14 +110,14 @@ class ObjectStore(RemoteStore):
         except FileNotFoundError as error:
             raise MissingFileError(self.root, name, None, f"there is no such file ({error})", ACCESS_ADVICE) from error
         except PermissionError as error:
-            raise StorageError(self.root, name, start, f"access is refused ({error})", ACCESS_ADVICE) from error
+            raise AccessError(self.root, name, start, f"access is refused ({error})", ACCESS_ADVICE) from error
         except (OSError, EOFError) as error:  # time-outs are among the OSErrors
             raise TransientError(f"{type(error).__name__}: {error}") from error
         except _foreign(_TRANSIENT) as error:
             raise TransientError(f"{type(error).__name__}: {error}") from error
         except _foreign(_PERMANENT) as error:
             reason = f"access failed ({type(error).__name__}: {error})"
-            raise StorageError(self.root, name, start, reason, ACCESS_ADVICE) from error
+            raise AccessError(self.root, name, start, reason, ACCESS_ADVICE) from error
 
 
 def _foreign(names: tuple[tuple[str, str], ...]) -> tuple[type[Exception], ...]:

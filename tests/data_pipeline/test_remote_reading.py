@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 import time
 from collections import Counter
@@ -14,6 +15,7 @@ import pytest
 from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.errors import DataError
 from data_pipeline.loader import EvaluationLoader, StepLoader
+from data_pipeline.manifest import read_manifest
 from data_pipeline.order import Order, OrderSource
 from data_pipeline.reader import TokenSource
 from data_pipeline.storage import CacheSettings, RemoteSettings, StorageSettings
@@ -196,6 +198,50 @@ def test_an_unreachable_server_is_no_damage(folder: Path, tmp_path: Path) -> Non
         with pytest.raises(DataError, match=r"000000\.tar.*503"):
             source.read_or_damage([0])
         assert source.read_or_damage([0])[1] == {}
+
+
+def test_a_refusal_is_no_damage(folder: Path, tmp_path: Path) -> None:
+    """An expired token would tear a hole wherever the run reads, and the next start would train on other samples."""
+    for whole, status in ((True, "403"), (False, "401")):
+        windows = None if whole else np.array([[0], [WINDOWS.sequences]])
+        storage = settings(tmp_path / status)
+        with HttpServer(folder) as server:
+            source = TokenSource(server.url, "web", "train", SEQ, storage=storage, on_damage="hole")
+            server.plan("shards/000000.tar", status)
+            with pytest.raises(DataError, match=rf"000000\.tar.*refuses it \(HTTP status {status}"):
+                source.read_or_damage([0], windows)
+            assert source.read_or_damage([0], windows)[1] == {}
+
+
+def test_what_was_found_damaged_is_not_remembered_for_the_next_run(folder: Path, tmp_path: Path) -> None:
+    """Restored in part between two attempts: only what is still damaged is lost."""
+    every = np.arange(8 * BLOCK // SEQ)
+    copy = tmp_path / "copy"
+    shutil.copytree(folder, copy)
+    path, layout = copy / "shards" / "000000.tar", read_manifest(copy).layout
+    intact = path.read_bytes()
+    with HttpServer(copy) as server:
+        for block in (1, 5):
+            content = bytearray(intact)
+            content[layout.data_offset(block)] ^= 1
+            path.write_bytes(content)
+            source = TokenSource(server.url, "web", "train", SEQ, storage=settings(tmp_path), on_damage="hole")
+            damage = source.read_or_damage(every, np.stack([np.zeros_like(every), np.full_like(every, 256)]))[1]
+            assert {error.block for error in damage.values()} == {block}
+
+
+@pytest.mark.parametrize("windowed", [True, False])
+def test_a_cache_that_is_deleted_under_a_run_is_made_again(
+    windowed: bool, server: HttpServer, local: TokenSource, tmp_path: Path
+) -> None:
+    every = np.arange(local.sequences)
+    windows = np.stack(order_of(local, windowed).window(0, every))
+    source = TokenSource(server.url, "web", "train", SEQ, storage=settings(tmp_path), on_damage="hole")
+    source.read_or_damage(every[:4], windows[:, :4])
+    shutil.rmtree(tmp_path / "cache")
+    rows, damage = source.read_or_damage(every, windows)
+    assert damage == {}
+    assert np.array_equal(rows, local.read(every))
 
 
 def test_a_server_that_stalls_is_named(server: HttpServer, tmp_path: Path) -> None:

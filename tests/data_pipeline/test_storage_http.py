@@ -19,6 +19,7 @@ import pytest
 
 from data_pipeline.errors import EXIT_CRASH
 from data_pipeline.storage import (
+    AccessError,
     MissingFileError,
     RemoteSettings,
     StorageError,
@@ -158,7 +159,7 @@ class TestGivingUp:
         assert time.monotonic() - began < 2
 
     @pytest.mark.parametrize(
-        ("status", "kind"), [(404, MissingFileError), (410, MissingFileError), (403, StorageError)]
+        ("status", "kind"), [(404, MissingFileError), (410, MissingFileError), (403, AccessError)]
     )
     def test_refusals_are_not_retried(self, server: HttpServer, status: int, kind: type[StorageError]) -> None:
         for ask in (lambda store: store.read("a.bin"), lambda store: store.read_range("a.bin", 0, 9)):
