@@ -24,6 +24,7 @@ import json
 import random
 import re
 import socket
+import ssl
 import struct
 import sys
 import threading
@@ -57,11 +58,14 @@ class HttpServer:
     """Serves ``folder`` from threads of this process.
 
     Attributes:
-        url: its address. gets: GET requests per path so far. log: (method, path, Range header) of every request.
+        url: its address (https with a ``certificate``, a PEM file of key and certificate).
+        gets: GET requests per path so far. log: (method, path, Range header) of every request.
         faulty: how many answers were spoilt. most_at_once: requests that were being answered at one time.
     """
 
-    def __init__(self, folder: Path, faults: Faults | None = None, port: int = 0) -> None:
+    def __init__(
+        self, folder: Path, faults: Faults | None = None, port: int = 0, certificate: Path | None = None
+    ) -> None:
         self.folder, self.faults = Path(folder), faults or Faults()
         self.gets: Counter[str] = Counter()
         self.faulty = self.at_once = self.most_at_once = 0
@@ -74,6 +78,11 @@ class HttpServer:
         self._server = _Server(("127.0.0.1", port), _Handler)
         self._server.owner = self
         self.url = f"http://127.0.0.1:{self._server.server_port}"
+        if certificate:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(certificate)
+            self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
+            self.url = f"https://localhost:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True)
 
     def plan(self, path: str, *faults: str) -> None:

@@ -7,6 +7,7 @@ from collections import deque
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from threading import Event
 
 from .errors import StorageError
 from .store import Store
@@ -55,7 +56,7 @@ class RemoteStore(Store):
         if stop <= start:
             return b""
         if stop - start <= self.settings.remote.range_bytes:
-            return self._exact(name, start, stop, None)
+            return self._exact(name, start, stop, None, Event())
         return b"".join(self._ahead(name, start, stop, None))
 
     def stream(self, name: str, size: int | None = None) -> Iterator[bytes]:
@@ -87,8 +88,14 @@ class RemoteStore(Store):
             reason = f"the file has {found} bytes where {wanted} were expected"
             raise StorageError(self.root, name, min(found, wanted), reason, COPY_ADVICE)
 
-    def _exact(self, name: str, start: int, stop: int, version: Version | None) -> bytes:
-        content, found = self._retried(name, start, stop, lambda until: self._get(name, start, stop, until))
+    def _exact(self, name: str, start: int, stop: int, version: Version | None, abandoned: Event) -> bytes:
+        def attempt(until: float) -> tuple[bytes, Version | None]:
+            # else the repetitions of a range that nobody waits for would hold up the end of the process
+            if abandoned.is_set():
+                raise StorageError(self.root, name, start, "nobody waits for it any more", COPY_ADVICE)
+            return self._get(name, start, stop, until)
+
+        content, found = self._retried(name, start, stop, attempt)
         if version and found:
             self._check_size(name, found.size, version.size)
             if version.tag and found.tag and version.tag != found.tag:
@@ -100,14 +107,17 @@ class RemoteStore(Store):
         """The pieces of ``start`` to ``stop`` in order, the next ones on their way while one is looked at."""
         length, parallel = self.settings.remote.range_bytes, self.settings.remote.parallel
         waiting: deque[Future[bytes]] = deque()
+        abandoned = Event()
         try:
             for first in range(start, stop, length):
-                waiting.append(self._threads.submit(self._exact, name, first, min(first + length, stop), version))
+                last = min(first + length, stop)
+                waiting.append(self._threads.submit(self._exact, name, first, last, version, abandoned))
                 # twice as many as run at once: while the foremost waits for a retry, the threads still have work
                 if len(waiting) >= 2 * parallel:
                     yield waiting.popleft().result()
             while waiting:
                 yield waiting.popleft().result()
         finally:
+            abandoned.set()
             for piece in waiting:
                 piece.cancel()

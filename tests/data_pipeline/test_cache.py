@@ -103,6 +103,11 @@ class TestEntries:
         assert read(cache, "key", never) == b"by another"
         assert entries(cache) == {"key"}
 
+    def test_a_folder_that_was_cleaned_away(self, tmp_path: Path) -> None:
+        cache = made(tmp_path / "cache")
+        shutil.rmtree(tmp_path / "cache")
+        assert read(cache, "key", writes(b"content")) == b"content"
+
     def test_keys_that_are_no_file_names(self, tmp_path: Path) -> None:
         cache = made(tmp_path)
         for key in ("", ".", "..", ".bytes", "a/b", "../a", "a.part", "a" * 300, "a\n"):

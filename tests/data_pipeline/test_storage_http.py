@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import random
+import shutil
 import subprocess
 import sys
 import threading
@@ -19,6 +20,7 @@ import pytest
 
 from data_pipeline.errors import EXIT_CRASH
 from data_pipeline.storage import (
+    AccessError,
     AccessError,
     MissingFileError,
     RemoteSettings,
@@ -34,8 +36,9 @@ from tests.http_server import Faults, HttpServer
 PIECE = 50_000
 CONTENT = np.random.default_rng(0).bytes(10 * PIECE + 123)
 QUICK = StorageSettings(
-    remote=RemoteSettings(attempts=5, first_backoff_seconds=0.01, timeout_seconds=0.5, range_bytes=PIECE, parallel=4)
+    remote=RemoteSettings(attempts=5, first_backoff_seconds=0.01, timeout_seconds=10.0, range_bytes=PIECE, parallel=4)
 )
+IMPATIENT = StorageSettings(remote=QUICK.remote.model_copy(update={"timeout_seconds": 0.4}))
 TRANSIENT = [
     "error",
     "429",
@@ -65,54 +68,60 @@ def server(folder: Path) -> Iterator[HttpServer]:
         yield server
 
 
-def whole(url: str) -> bytes:
-    return open_store(url, QUICK).read("a.bin")
+def settings_for(fault: str) -> StorageSettings:
+    """A silent server costs a time-out; a busy machine must not."""
+    return IMPATIENT if fault == "stall" else QUICK
 
 
-def fetched(url: str) -> bytes:
+def whole(url: str, settings: StorageSettings = QUICK) -> bytes:
+    return open_store(url, settings).read("a.bin")
+
+
+def fetched(url: str, settings: StorageSettings = QUICK) -> bytes:
     to = io.BytesIO()
-    open_store(url, QUICK).fetch("a.bin", to, len(CONTENT))
+    open_store(url, settings).fetch("a.bin", to, len(CONTENT))
     return to.getvalue()
 
 
-def streamed(url: str) -> bytes:
-    with open_input(f"{url}/a.bin", QUICK) as stream:
+def streamed(url: str, settings: StorageSettings = QUICK) -> bytes:
+    with open_input(f"{url}/a.bin", settings) as stream:
         return b"".join(iter(lambda: stream.read(7777), b""))
 
 
-def by_range(url: str) -> bytes:
-    return open_store(url, QUICK).read_range("a.bin", 0, len(CONTENT))
+def by_range(url: str, settings: StorageSettings = QUICK) -> bytes:
+    return open_store(url, settings).read_range("a.bin", 0, len(CONTENT))
 
 
+Way = Callable[..., bytes]
 EVERY_WAY = pytest.mark.parametrize("way", [whole, fetched, streamed, by_range])
 
 
 class TestTransientFaults:
     @EVERY_WAY
     @pytest.mark.parametrize("fault", [*TRANSIENT, "ignore_range"])
-    def test_right_bytes_after_a_retry(self, server: HttpServer, fault: str, way: Callable[[str], bytes]) -> None:
+    def test_right_bytes_after_a_retry(self, server: HttpServer, fault: str, way: Way) -> None:
         server.plan("a.bin", "ok", fault, "ok", fault)
-        assert way(server.url) == CONTENT
+        assert way(server.url, settings_for(fault)) == CONTENT
         assert server.faulty == 2
         assert server.gets["a.bin"] == 11 + 2
 
     @EVERY_WAY
     @pytest.mark.parametrize("fault", TRANSIENT)
-    def test_the_very_first_answer_is_faulty(self, server: HttpServer, fault: str, way: Callable[[str], bytes]) -> None:
+    def test_the_very_first_answer_is_faulty(self, server: HttpServer, fault: str, way: Way) -> None:
         server.plan("a.bin", fault)
-        assert way(server.url) == CONTENT
+        assert way(server.url, settings_for(fault)) == CONTENT
 
     @pytest.mark.parametrize("fault", TRANSIENT)
     def test_one_range_counts_its_retries(self, server: HttpServer, fault: str) -> None:
         server.plan("a.bin", fault, fault, fault)
-        store = open_store(server.url, QUICK)
+        store = open_store(server.url, settings_for(fault))
         assert store.read_range("a.bin", 1000, 1000 + PIECE) == CONTENT[1000 : 1000 + PIECE]
         assert store.retries == 3
         asked = {wanted for method, _, wanted in server.log if method == "GET"}
         assert asked == {f"bytes=1000-{1000 + PIECE - 1}"}
 
     @EVERY_WAY
-    def test_random_faults_in_any_order(self, folder: Path, way: Callable[[str], bytes]) -> None:
+    def test_random_faults_in_any_order(self, folder: Path, way: Way) -> None:
         kinds = random.Random(1)
         with HttpServer(folder) as server:
             for _ in range(3):
@@ -158,9 +167,7 @@ class TestGivingUp:
             open_store(server.url, StorageSettings(remote=remote)).read_range("a.bin", 0, 10)
         assert time.monotonic() - began < 2
 
-    @pytest.mark.parametrize(
-        ("status", "kind"), [(404, MissingFileError), (410, MissingFileError), (403, AccessError)]
-    )
+    @pytest.mark.parametrize(("status", "kind"), [(404, MissingFileError), (410, MissingFileError), (403, AccessError)])
     def test_refusals_are_not_retried(self, server: HttpServer, status: int, kind: type[StorageError]) -> None:
         for ask in (lambda store: store.read("a.bin"), lambda store: store.read_range("a.bin", 0, 9)):
             server.plan("a.bin", str(status))
@@ -207,7 +214,7 @@ class TestServersWithoutSomething:
         with HttpServer(folder, Faults(ranges=False, length=length)) as server:
             for way in (whole, fetched, streamed):
                 server.plan("a.bin", "ok", fault, fault)
-                assert way(server.url) == CONTENT
+                assert way(server.url, settings_for(fault)) == CONTENT
 
     def test_no_ranges_and_the_file_changes(self, tmp_path: Path) -> None:
         (tmp_path / "a.bin").write_bytes(bytes(4 * 2**20))
@@ -220,7 +227,7 @@ class TestServersWithoutSomething:
                 list(pieces)
 
     @EVERY_WAY
-    def test_ranges_without_a_length(self, folder: Path, way: Callable[[str], bytes]) -> None:
+    def test_ranges_without_a_length(self, folder: Path, way: Way) -> None:
         """Chunks tell where the body ends, but not that it is the range asked for."""
         with HttpServer(folder, Faults(length="chunked")) as server:
             server.plan("a.bin", "lying_range", "ok", "lying_range", "early_close", "short_range")
@@ -279,6 +286,30 @@ class TestAddresses:
         assert seen[0] == ("/old/deep/a%20b?token=x%2Fy", "Basic bWU6cEBzcw==")
         assert seen[1][0] == "/new/deep/a%20b"
 
+    def test_proxy_of_the_environment(self, server: HttpServer, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("http_proxy", server.url)
+        monkeypatch.setenv("no_proxy", "direct.invalid")
+        assert open_store("http://behind.invalid/", QUICK).read("a.bin") == CONTENT
+        few = QUICK.model_copy(update={"remote": QUICK.remote.model_copy(update={"attempts": 1})})
+        with pytest.raises(StorageError, match=r"direct\.invalid/a\.bin: no answer") as caught:
+            open_store("http://direct.invalid", few).read("a.bin")
+        assert caught.value.transient
+
+    @pytest.mark.skipif(not shutil.which("openssl"), reason="openssl makes the certificate")
+    def test_certificates(self, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        certificate = tmp_path / "certificate.pem"
+        command = "openssl req -x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost"
+        command += " -addext subjectAltName=DNS:localhost"
+        files = ["-keyout", certificate, "-out", tmp_path / "only.pem"]
+        subprocess.run([*command.split(), *files], check=True, capture_output=True)
+        certificate.write_bytes(certificate.read_bytes() + (tmp_path / "only.pem").read_bytes())
+        with HttpServer(folder, certificate=certificate) as server:
+            with pytest.raises(AccessError, match=r"not trusted .*in SSL_CERT_FILE") as caught:
+                open_store(server.url, QUICK).read("a.bin")
+            assert not caught.value.transient
+            monkeypatch.setenv("SSL_CERT_FILE", str(tmp_path / "only.pem"))
+            assert open_store(server.url, QUICK).read("a.bin") == CONTENT
+
     def test_a_file_that_is_a_page(self, server: HttpServer) -> None:
         assert open_store(server.url, QUICK).read("page.html").startswith(b"<html>")
 
@@ -297,6 +328,19 @@ class TestParallel:
         next(pieces), next(pieces)
         time.sleep(0.2)
         assert server.gets["a.bin"] <= 1 + 1 + 2 * QUICK.remote.parallel
+
+    def test_what_nobody_waits_for_is_not_asked_for_again(self, server: HttpServer) -> None:
+        server.plan("a.bin", "ok", "ok", *["error"] * 1000)
+        remote = QUICK.remote.model_copy(update={"parallel": 1, "longest_backoff_seconds": 0.02, "attempts": 1000})
+        pieces = open_store(server.url, StorageSettings(remote=remote)).stream("a.bin")
+        assert next(pieces) + next(pieces) == CONTENT[: 2 * PIECE]
+        while server.gets["a.bin"] < 5:
+            time.sleep(0.01)
+        pieces.close()
+        time.sleep(0.1)
+        asked = server.gets["a.bin"]
+        time.sleep(0.2)
+        assert server.gets["a.bin"] == asked
 
 
 class TestKnownSize:
