@@ -137,6 +137,13 @@ class SlurmCluster:
         files = dict.fromkeys(task.output for task in self.tasks(job))
         return "".join(path.read_text(errors="replace") for path in files if path.exists())
 
+    def processes(self, task: Task) -> list[psutil.Process]:
+        """The processes that a task has started, on whichever node: for faults that Slurm itself does not make."""
+        wanted = {"SLURM_JOB_ID": str(task.job)}
+        if task.array_task is not None:
+            wanted = {"SLURM_ARRAY_JOB_ID": str(task.job), "SLURM_ARRAY_TASK_ID": str(task.array_task)}
+        return [process for process in _processes(self.folder) if wanted.items() <= _environ(process).items()]
+
     def logs(self, lines: int = 20) -> str:
         """The ends of the daemons' logs."""
         logs = ((path, path.read_text(errors="replace").splitlines()) for path in sorted(self.folder.glob("*.log")))
@@ -311,12 +318,16 @@ def _remove(folder: Path) -> None:
 def _processes(folder: Path) -> Iterator[psutil.Process]:
     """The cluster's processes: they have its slurm.conf in their environment, or (slurmstepd) a log of it open."""
     for process in psutil.process_iter():
-        try:
-            ours = process.environ().get("SLURM_CONF") == str(folder / "slurm.conf")
+        with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+            ours = _environ(process).get("SLURM_CONF") == str(folder / "slurm.conf")
             if ours or any(Path(opened.path).is_relative_to(folder) for opened in process.open_files()):
                 yield process
-        except (psutil.NoSuchProcess, psutil.AccessDenied):
-            continue
+
+
+def _environ(process: psutil.Process) -> dict[str, str]:
+    with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+        return process.environ()
+    return {}
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import subprocess
 import sys
@@ -58,14 +59,16 @@ class Preparation:
         return {str(path.relative_to(root)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
     def freeze_in_the_middle(self, job: int, task: int, tasks: int) -> dict[Path, int]:
-        """Stop an array task when it has done some of its parts; returns when each of these was done."""
+        """Suspend an array task when it has done some of its parts; returns when each of these was done."""
         deadline = time.monotonic() + 30
         while not self.done(task, tasks):
             assert time.monotonic() < deadline, self.slurm.output(job)
             time.sleep(0.001)
-        self.slurm.call("scancel", "--full", "--signal=STOP", self.slurm.tasks(job)[task].name)
+        frozen = self.slurm.tasks(job)[task]
+        for process in self.slurm.processes(frozen):
+            process.suspend()
         done = self.done(task, tasks)
-        assert "its share of" not in self.slurm.tasks(job)[task].output.read_text(), "it was too fast to be frozen"
+        assert "its share of" not in frozen.output.read_text(), "it was too fast to be frozen"
         return done
 
     def done(self, task: int, tasks: int) -> dict[Path, int]:
@@ -79,12 +82,12 @@ def job_ids(printed: str) -> list[int]:
 
 @pytest.fixture
 def preparation(tmp_path: Path, slurm: SlurmCluster) -> Preparation:
-    """Two sources, some dozens of parts, about ten shards, a quarter second of work."""
+    """Two sources, a quarter of each said twice: some dozens of parts, about ten shards."""
     random = np.random.default_rng(0)
 
     def source(name: str, documents: int) -> dict[str, Any]:
-        texts = (" ".join(random.choice(WORDS, random.integers(1, 60))) for _ in range(documents))
-        lines = [json.dumps({"text": f"{text} {number}"}) for number, text in enumerate(texts)]
+        texts = [" ".join(random.choice(WORDS, random.integers(1, 60))) for _ in range(documents * 3 // 4)]
+        lines = [json.dumps({"text": texts[number % len(texts)]}) for number in range(documents)]
         (tmp_path / f"{name}.jsonl").write_text("\n".join(lines) + "\n")
         return {"kind": "jsonl", "domain": name, "files": [str(tmp_path / f"{name}.jsonl")]}
 
@@ -105,10 +108,9 @@ def preparation(tmp_path: Path, slurm: SlurmCluster) -> Preparation:
 
 def test_a_submitted_chain_writes_what_one_plain_command_writes(preparation: Preparation, slurm: SlurmCluster) -> None:
     environment = {"HEADRACE_CONTAINER": "bash container.sh", "OMP_NUM_THREADS": ""}
-    submitted = preparation.submit_chain("3%2", "data.yaml", **environment)
+    submitted = preparation.submit_chain("3", "data.yaml", **environment)
     assert submitted.returncode == 0, submitted.stderr
     tokenizer, first, second, merge = job_ids(submitted.stdout)
-    assert "ArrayTaskThrottle=2" in slurm.call("scontrol", "show", "job", str(second))
     assert [task.state for task in slurm.wait(merge)] == ["COMPLETED"], slurm.output(first) + slurm.output(merge)
     for job in (first, second):
         assert [(task.array_task, task.exit_code) for task in slurm.tasks(job)] == [(0, 0), (1, 0), (2, 0)]
@@ -116,6 +118,19 @@ def test_a_submitted_chain_writes_what_one_plain_command_writes(preparation: Pre
     assert "pretrain-data prepare data.yaml processes=1 --task 1 --tasks 3" in slurm.output(first)
     assert slurm.output(first).count("in the container, 1 thread: pretrain-data") == 3
     assert preparation.hashes() == preparation.local()
+
+
+def test_the_chain_has_an_array_for_each_pass(preparation: Preparation, slurm: SlurmCluster) -> None:
+    submitted = preparation.submit_chain("9%2", "--hold", "data.yaml", "cleaning.exact_duplicates=true")
+    chain = job_ids(submitted.stdout)
+    assert [line.split(":")[0] for line in submitted.stdout.splitlines()[:-1]] == [
+        "prepare-tokenizer", "prepare-pass1", "prepare-pass2", "prepare-pass3", "prepare-pass4", "prepare-merge",
+    ]  # fmt: skip
+    for before, job in itertools.pairwise(chain):
+        shown = slurm.call("scontrol", "show", "job", str(job))
+        assert f"Dependency=afterok:{before}" in shown
+        assert ("ArrayTaskId=0-8%2" in shown) == (job != chain[-1])
+    slurm.call("scancel", *map(str, chain))
 
 
 def test_killed_tasks_continue(preparation: Preparation, slurm: SlurmCluster) -> None:
