@@ -9,6 +9,9 @@ from typing import Generic, TypeVar
 
 Made = TypeVar("Made")
 
+_PATIENCE_SECONDS = 5.0
+"""For the thread to end: whoever closes may have been told to, and be killed soon."""
+
 
 class Ahead(Generic[Made]):
     """A daemon thread that calls ``make`` and keeps up to ``depth`` results ready.
@@ -39,12 +42,12 @@ class Ahead(Generic[Made]):
             return self._ready.popleft()
 
     def close(self) -> None:
-        """End the thread, after the result it is at."""
+        """End the thread, after the result it is at; one that is stuck in there is left to the end of the process."""
         with self._changed:
             self._closed = True
             self._ready.clear()
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(_PATIENCE_SECONDS)
 
     def _run(self) -> None:
         try:

@@ -88,12 +88,14 @@ class History:
         """The stretch that holds step ``step``.
 
         Raises:
-            UserError: the run ends before that step.
+            UserError: the run ends before that step, or begins after it.
         """
-        if step < 0 or step >= self.stretches[-1].end_step:
+        begin, end = self.stretches[0].first_step, self.stretches[-1].end_step
+        if not begin <= step < end:
+            earlier = " What came before is in the run whose checkpoint it began with." if begin else ""
             raise UserError(
-                f"the run {self.folder} has the steps 1 to {self.stretches[-1].end_step}, not {step + 1}. Steps are "
-                "named as in metrics.jsonl."
+                f"the run {self.folder} has the steps {begin + 1} to {end}, not {step + 1}. Steps are named as in "
+                f"metrics.jsonl.{earlier}"
             )
         return self.stretches[bisect.bisect_right(self.stretches, step, key=lambda each: each.first_step) - 1]
 
@@ -118,7 +120,10 @@ def read_history(folder: Path) -> History:
     try:
         content = json.loads(path.read_bytes())
     except ValueError as error:
-        raise UserError(f"{path} is damaged: {error}. Start the run again: it writes the file anew.") from error
+        raise UserError(
+            f"{path} is damaged: {error}. Restore it from a copy, or delete it: the run then goes on without knowing "
+            "what it has read so far."
+        ) from error
     return History(folder, build_settings(_History, content, str(path)).stretches)
 
 
@@ -128,12 +133,25 @@ def record_stretch(folder: Path, stretch: Stretch) -> None:
     before: list[Stretch] = []
     if path.is_file() and stretch.first_step > 0:
         before = [known for known in read_history(folder).stretches if known.first_step < stretch.first_step]
+        before = [_with_places_of(stretch, known) for known in before]
     if before and _goes_on(before[-1], stretch):
         stretch = stretch.model_copy(
             update={"first_step": before[-1].first_step, "first_position": before[-1].first_position}
         )
         before.pop()
     publish_json(path, {"stretches": [each.model_dump(mode="json") for each in (*before, stretch)]})
+
+
+def _with_places_of(now: Stretch, before: Stretch) -> Stretch:
+    """``before`` with its data sets where ``now`` has found the same ones: they may have been moved in between."""
+    found = now.stream.sources
+    sources = {
+        name: source.model_copy(update={"path": found[name].path})
+        if before.data_sets[name] == now.data_sets.get(name)
+        else source
+        for name, source in before.stream.sources.items()
+    }
+    return before.model_copy(update={"stream": before.stream.model_copy(update={"sources": sources})})
 
 
 def _goes_on(before: Stretch, now: Stretch) -> bool:

@@ -66,8 +66,9 @@ class MetricsLog:
     ``resume_step`` is the number of optimizer steps the checkpoint holds; 0 is a fresh start and keeps nothing (a start
     that died before its first checkpoint may have left an evaluation of step 0, which is now repeated).
     ``evaluated`` says whether the checkpoint was saved after the evaluation of its step; if not, that one will be made
-    again. ``superseded`` counts the lines cut off, a half-written last one included; ``lost_steps`` how many steps
-    beyond the checkpoint they reached.
+    again. What the starts from this checkpoint have accepted is told by those that accept it again. ``superseded``
+    counts the lines cut off, a half-written last one included; ``lost_steps`` how many steps beyond the checkpoint they
+    reached.
 
     Raises:
         UserError: the folder can't be written, or the file holds a damaged line (with its number).
@@ -80,7 +81,7 @@ class MetricsLog:
         kept = [
             text
             for step, line, text in zip(steps, found.objects, found.texts, strict=True)
-            if 0 < resume_step >= step and (evaluated or step < resume_step or "evaluation" not in line)
+            if 0 < resume_step >= step and (step < resume_step or not _is_told_again(line, evaluated))
         ]
         self.superseded = len(found.texts) + found.interrupted - len(kept)
         self.lost_steps = max([0, *(step - resume_step for step in steps)])
@@ -117,6 +118,11 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
         UserError: any other line is damaged (the message has its number).
     """
     return lines.read(folder / METRICS_FILE).objects
+
+
+def _is_told_again(line: dict[str, Any], evaluated: bool) -> bool:
+    """Whether a line of the checkpoint's own step was written after the checkpoint."""
+    return ("evaluation" in line and not evaluated) or line.get("event") == "data_change"
 
 
 def _step_of(path: Path, number: int, line: dict[str, Any]) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections import defaultdict
@@ -184,6 +185,24 @@ def test_the_history_forgets_what_a_resume_takes_anew(folder: Path, tmp_path: Pa
     assert [each.first_step for each in read_history(tmp_path).stretches] == [0], "a run that starts over"
 
 
+def test_a_run_that_began_with_another_runs_checkpoint(folder: Path, tmp_path: Path) -> None:
+    """``resume=PATH`` into a new folder: what came before was read by the other run."""
+    record_stretch(tmp_path, stretch(folder, first_step=8, first_position=91))
+    with pytest.raises(UserError, match=r"has the steps 9 to 20, not 8.* whose checkpoint it began with"):
+        list(explain(tmp_path, 8, None, None, False))
+    assert {row.step for row in explain(tmp_path, 9, None, None, False)} == {9}
+
+
+def test_a_data_set_that_was_moved_is_found_where_the_run_has_found_it_since(folder: Path, tmp_path: Path) -> None:
+    moved = tmp_path / "moved"
+    shutil.copytree(folder, moved)
+    record_stretch(tmp_path, stretch(moved))
+    before = list(explain(tmp_path, 3, None, None, False))
+    shutil.rmtree(moved)
+    record_stretch(tmp_path, stretch(folder, first_step=8, first_position=91, world_size=1))
+    assert list(explain(tmp_path, 3, None, None, False)) == before
+
+
 def test_wrong_questions(run: Path, tmp_path: Path, folder: Path) -> None:
     with pytest.raises(UserError, match="has the steps 1 to 20, not 21"):
         list(explain(run, 21, None, None, False))
@@ -199,6 +218,8 @@ def test_wrong_questions(run: Path, tmp_path: Path, folder: Path) -> None:
     (tmp_path / HISTORY_FILE).write_text("{")
     with pytest.raises(UserError, match="is damaged"):
         read_history(tmp_path)
+    with pytest.raises(UserError, match="Restore it from a copy, or delete it"):
+        record_stretch(tmp_path, stretch(folder, first_step=8))
     assert not issubclass(UserError, DataError)
 
 

@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+from data_pipeline import ahead
 from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.layout import shard_path
@@ -287,6 +288,18 @@ def test_close_ends_the_thread_and_may_be_called_twice(order: Order, sources: li
     assert threading.active_count() == before
     with pytest.raises(RuntimeError, match="closed"):
         loader.next_step()
+
+
+def test_a_stuck_read_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run that has saved on SIGTERM must be gone before its scheduler loses patience."""
+    monkeypatch.setattr(ahead, "_PATIENCE_SECONDS", 0.1)
+    stuck = threading.Event()
+    waiting = ahead.Ahead(stuck.wait, 1)
+    ended = threading.Thread(target=waiting.close, daemon=True)
+    ended.start()
+    ended.join(5)
+    assert not ended.is_alive()
+    stuck.set()
 
 
 def test_the_wait_is_measured(order: Order, sources: list[TokenSource], monkeypatch: pytest.MonkeyPatch) -> None:

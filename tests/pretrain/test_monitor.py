@@ -86,6 +86,19 @@ def test_opening_keeps_exactly_the_lines_of_the_checkpoint(tmp_path: Path) -> No
     assert [path.name for path in tmp_path.iterdir()] == ["metrics.jsonl"]
 
 
+def test_what_a_start_accepts_is_told_once(tmp_path: Path) -> None:
+    """Killed before its first save, a start comes again: it accepts the same anew, or something else."""
+    log = write_steps(tmp_path, range(1, 5))
+    log.write({"event": "damage", "step": 4, "message": "of step 4"})
+    log.write({"event": "data_change", "step": 4, "message": "accepted"})
+    log.write({"step": 5, "loss": 1.0})
+    MetricsLog(tmp_path, 4)
+    assert [line.get("event") for line in read_metrics(tmp_path)][-2:] == [None, "damage"]
+    MetricsLog(tmp_path, 4).write({"event": "data_change", "step": 4, "message": "accepted"})
+    write_steps(tmp_path, range(5, 9), resume_step=5)
+    assert [line.get("event") for line in read_metrics(tmp_path)].count("data_change") == 1
+
+
 def test_a_fresh_start_keeps_nothing_of_a_start_that_left_no_checkpoint(tmp_path: Path) -> None:
     MetricsLog(tmp_path, 0).write({"evaluation": "heldout", "step": 0, "loss": 9.0})
     assert MetricsLog(tmp_path, 0).superseded == 1
