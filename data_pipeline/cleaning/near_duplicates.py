@@ -13,11 +13,11 @@ The permutations are those of the library `datasketch` ("affine32" scheme); n-gr
 
 from __future__ import annotations
 
+from functools import partial
 from typing import cast
 
 import numpy as np
 import numpy.typing as npt
-from datasketch import MinHash
 from pydantic import Field, model_validator
 
 from ..settings import Settings
@@ -62,7 +62,11 @@ class Signer:
     def __init__(self, settings: NearDuplicatesSettings) -> None:
         self._settings = settings
         self.permutations = settings.permutations
-        self._permutations = MinHash(settings.permutations, settings.seed, scheme="affine32").permutations
+        # here, for it brings SciPy along, which nobody else waits for
+        from datasketch import MinHash
+
+        self._new = partial(MinHash, settings.permutations, settings.seed, scheme="affine32")
+        self._permutations = self._new().permutations
 
     def sign(self, text: str) -> Signature:
         """[permutations] the signature of ``text``; a text of fewer than n units is one n-gram, itself."""
@@ -70,9 +74,7 @@ class Signer:
         units = hash_units(split_units(text, settings.unit))
         grams = ngram_hashes(units, min(settings.ngram, len(units))) if len(units) else np.zeros(1, np.uint64)
         distinct = np.unique((grams >> np.uint64(32)).astype(np.uint32))
-        sketch = MinHash(
-            settings.permutations, settings.seed, hashfunc=int, permutations=self._permutations, scheme="affine32"
-        )
+        sketch = self._new(hashfunc=int, permutations=self._permutations)
         for first in range(0, len(distinct), _BATCH_NGRAMS):
             sketch.update_batch(distinct[first : first + _BATCH_NGRAMS].tolist())
         return cast(Signature, sketch.hashvalues)
