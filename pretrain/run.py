@@ -101,7 +101,7 @@ class Session:
             state = together(ranks, lambda: resume_state(found, config, data, ranks))
         hosts = ranks.gather_objects(socket.gethostname())
         together(ranks, lambda: self._begin(config, data, attempts, state, origin, hosts, damage))
-        if config.data.on_damage == "hole":
+        if config.data.on_damage == "hole" or (folder / DAMAGE).is_dir():  # an earlier attempt's, done anew in part
             self._ledger = together(
                 ranks, lambda: DamageLedger(folder / DAMAGE, ranks.rank, self._attempt, state.position)
             )

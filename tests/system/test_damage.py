@@ -101,6 +101,22 @@ def test_damage_stops_a_run_or_bounds_its_holes(damaged: Runs) -> None:
     assert f"resumes from {damaged.run_folder('bounded')}/checkpoints/step_{first - 1:09d}" in allowed.stdout
 
 
+@pytest.mark.slow
+def test_what_is_trained_anew_on_restored_data_is_listed_no_more(damaged: Runs, runs: Runs) -> None:
+    config = damaged.config("run", data={**damaged_data(damaged), "on_damage": "hole", "max_hole_fraction": 1.0})
+    holes = expected_holes(damaged, config)
+    lost, kept = [[hole for hole in holes if (hole // BATCH >= 12) is late] for late in (True, False)]
+    assert lost and kept, "no holes after, or before, the checkpoint"
+    assert damaged.train(config, fault=f"step:{lost[0] // BATCH + 1}", ranks=1).returncode != 0
+    folder = damaged.run_folder("run")
+    assert lost[0] in [hole.damage.position for hole in read_ledger(folder / "damage")]
+    shutil.copytree(runs.data, damaged.data, dirs_exist_ok=True)
+    done = damaged.train(config, "data.on_damage=stop", ranks=1)
+    assert done.returncode == 0, done.stderr
+    assert [hole.damage.position for hole in read_ledger(folder / "damage")] == kept
+    assert [line["holes"] for line in read_metrics(folder) if "objective" in line][-1] == len(kept)
+
+
 def holes_of(folder: Path) -> list[tuple[int, int, Damage]]:
     return [(hole.step, hole.rank, hole.damage) for hole in read_ledger(folder / "damage")]
 
