@@ -179,7 +179,8 @@ def _accepted_change(path: Path, config: Config, there: dict[str, Any], here: di
         return ""
     what = [f"the order of the data differs ({order})"] if order else []
     what += [f"the data differs ({data})"] if data else []
-    code = hashlib.sha256(json.dumps([there, here], sort_keys=True).encode()).hexdigest()[:12]
+    # begins with a letter, or one code in 300 would be a number on the command line, and no string
+    code = "c" + hashlib.sha256(json.dumps([there, here], sort_keys=True).encode()).hexdigest()[:11]
     if config.data.accept_change == code:
         return "; ".join(what)
     raise UserError(

@@ -73,6 +73,7 @@ def test_another_order_is_refused_or_accepted_by_its_code(
         resume(checkpoint, config(folder, **changes))
     assert message in str(refusal.value)
     (code,) = re.findall(r"data\.accept_change=([0-9a-f]{12})", str(refusal.value))
+    assert not code[0].isdecimal(), "one code in 300 would be a number on the command line"
     accepting = {**changes, "data": {**changes.get("data", {}), "accept_change": code}}
     state = resume(checkpoint, config(folder, **accepting))
     assert (state.step, state.position) == (2, 16)
