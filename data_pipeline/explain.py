@@ -144,7 +144,7 @@ def open_reading(stretch: Stretch) -> Reading:
     Raises:
         UserError: a data set is gone, or is not the one that was read.
     """
-    stream = open_stream(stretch.stream, stretch.seed)
+    stream = open_stream(stretch.stream, stretch.seed, (0, stretch.world_size))
     for name, source in zip(stream.names, stream.sources, strict=True):
         if source.manifest.identity != stretch.data_sets[name]:
             raise UserError(

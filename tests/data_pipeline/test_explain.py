@@ -23,6 +23,7 @@ from data_pipeline.shard_reading import read_documents
 from data_pipeline.stream import StreamSettings, open_stream
 from data_pipeline.testing import write_token_dataset
 from data_pipeline.when_seen import Seen, when_seen
+from tests.http_server import HttpServer
 
 SEQ = 16
 Documents = dict[tuple[str, str], list[list[int]]]
@@ -201,6 +202,25 @@ def test_a_data_set_that_was_moved_is_found_where_the_run_has_found_it_since(fol
     shutil.rmtree(moved)
     record_stretch(tmp_path, stretch(folder, first_step=8, first_position=91, world_size=1))
     assert list(explain(tmp_path, 3, None, None, False)) == before
+
+
+def test_the_nodes_cache_need_not_hold_what_all_ranks_read_together(folder: Path, tmp_path: Path) -> None:
+    """Each of two ranks had room for its windows on its own node; `explain` is one process."""
+    with HttpServer(folder) as server:
+        there = stretch(folder)
+        content = there.stream.model_dump() | {
+            "order": "windowed",
+            "windows": {"strata": 128, "tokens": SEQ},
+            "cache": {"folder": str(tmp_path / "cache"), "bytes": 7_000},
+        }
+        for source in content["sources"].values():
+            source["path"] = server.url
+        stream = StreamSettings.model_validate(content)
+        record_stretch(tmp_path, stretch(folder, stream=stream, world_size=64, micro_batch=1, global_batch=64, ramp=()))
+        with pytest.raises(UserError, match="too small"):
+            open_stream(stream, 5)
+        open_stream(stream, 5, (0, 64))
+        assert next(explain(tmp_path, 1, None, None, False)).step == 1
 
 
 def test_wrong_questions(run: Path, tmp_path: Path, folder: Path) -> None:
