@@ -165,6 +165,7 @@ def million(folder: str, batches: str) -> dict[str, Any]:
         "seconds": time.perf_counter() - began,
         "rss_mb_after": memory,
         "growth_mb_after_the_first_twentieth": sizes[-1] - sizes[0],
+        "growth_mb_in_the_second_half": sizes[-1] - sizes[len(sizes) // 2 - 1],
     }
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import statistics
 import tempfile
 import time
 from pathlib import Path
@@ -18,35 +19,42 @@ from data_pipeline.windows import Windows
 _SEQ_LEN, _BATCH, _WINDOW = 4096, 8, 256
 
 
-def measure_remote_epoch(dataset: Path, bandwidth: float) -> dict[str, Any]:
-    """Both orders, a cold cache each.
+def measure_remote_epoch(dataset: Path, bandwidth: float, rounds: int) -> dict[str, Any]:
+    """Both orders, a cold cache each; medians over the rounds.
 
     Returns:
         per order: seconds of the epoch, their ratio to the plain transfer's, seconds to open the data set before it,
         requests that failed, and whether every batch held the same tokens as read from the local disk.
     """
     shards = sorted(str(path.relative_to(dataset)) for path in dataset.glob("shards/*.tar"))
-    with serving(dataset, bandwidth=bandwidth) as (url, _):
-        began = time.perf_counter()
-        transferred = sum(len(piece) for _, piece in plain(url, shards))
-        transfer = time.perf_counter() - began
-    orders = {}
-    for mode in ("full", "windowed"):
-        _, _, expected = _epoch(str(dataset), mode, None)
-        with (
-            serving(dataset, bandwidth=bandwidth, **FAULTS) as (url, counted),
-            tempfile.TemporaryDirectory() as cache,
-        ):
-            opening, seconds, found = _epoch(url, mode, cache)
-            faulty = counted()["faulty"]
-        orders[mode] = {
-            "seconds": seconds,
-            "ratio": seconds / transfer,
-            "seconds_to_open": opening,
-            "faulty_answers": faulty,
-            "equal": found == expected,
+    transfers: list[float] = []
+    reads: dict[str, list[dict[str, Any]]] = {"full": [], "windowed": []}
+    expected = {mode: _epoch(str(dataset), mode, None)[2] for mode in reads}
+    for number in range(rounds):
+        with serving(dataset, bandwidth=bandwidth) as (url, _):
+            began = time.perf_counter()
+            transferred = sum(len(piece) for _, piece in plain(url, shards))
+            transfers.append(time.perf_counter() - began)
+        for mode, done in reads.items():
+            with (
+                serving(dataset, bandwidth=bandwidth, seed=number, **FAULTS) as (url, counted),
+                tempfile.TemporaryDirectory() as cache,
+            ):
+                opening, seconds, found = _epoch(url, mode, cache)
+                faulty = counted()["faulty"]
+            done.append({"open": opening, "seconds": seconds, "faulty": faulty, "equal": found == expected[mode]})
+    transfer = statistics.median(transfers)
+    orders = {
+        mode: {
+            "seconds": [read["seconds"] for read in done],
+            "ratio": statistics.median(read["seconds"] for read in done) / transfer,
+            "seconds_to_open": statistics.median(read["open"] for read in done),
+            "faulty_answers": sum(read["faulty"] for read in done),
+            "equal": all(read["equal"] for read in done),
         }
-    return {"bytes": transferred, "bandwidth": bandwidth, "transfer_seconds": transfer, "orders": orders}
+        for mode, done in reads.items()
+    }
+    return {"bytes": transferred, "bandwidth": bandwidth, "transfer_seconds": transfers, "orders": orders}
 
 
 def _epoch(root: str, mode: str, cache: str | None) -> tuple[float, float, str]:

@@ -83,7 +83,10 @@ class _Bytes(_Decoding):
 
 
 def _open(encoder: type[_Decoding], folder: Path, batch: int, seq_len: int) -> Epoch:
-    """Goes on for ever, as it would in training; what is called an epoch here is as many batches as one has."""
+    """Goes on for ever, as it would in training; what is called an epoch here is as many batches as one has.
+
+    Its garbage collection every few batches, which takes most of the time of batches as small as these, is off.
+    """
     dataset = megatron.energon.get_train_dataset(
         folder,
         worker_config=WorkerConfig(rank=0, world_size=1, num_workers=0),
@@ -92,7 +95,7 @@ def _open(encoder: type[_Decoding], folder: Path, batch: int, seq_len: int) -> E
         max_samples_per_sequence=_SAMPLES_PER_SLICE,
         task_encoder=encoder(),
     )
-    batches = iter(megatron.energon.get_loader(dataset))
+    batches = iter(megatron.energon.get_savable_loader(dataset, gc_collect_every_n_steps=0))
     return lambda number: islice(batches, len(dataset))
 
 
