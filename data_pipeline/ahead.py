@@ -11,6 +11,7 @@ Made = TypeVar("Made")
 
 _PATIENCE_SECONDS = 5.0
 """For the thread to end: whoever closes may have been told to, and be killed soon."""
+_LOOK_SECONDS = 1.0
 
 
 class Ahead(Generic[Made]):
@@ -29,10 +30,15 @@ class Ahead(Generic[Made]):
         self._thread = threading.Thread(target=self._run, name="step-loader", daemon=True)
         self._thread.start()
 
-    def take(self) -> Made:
-        """The next result, in the order in which they were made."""
+    def take(self, give_up: Callable[[], bool]) -> Made | None:
+        """The next result, in the order in which they were made; ``None`` when ``give_up`` says so while none is ready.
+
+        ``give_up`` is asked about once a second.
+        """
         with self._changed:
-            self._changed.wait_for(lambda: self._ready or self._failure or self._closed)
+            while not self._changed.wait_for(lambda: self._ready or self._failure or self._closed, _LOOK_SECONDS):
+                if give_up():
+                    return None
             if self._closed:
                 raise RuntimeError("the step loader is closed")
             if not self._ready:

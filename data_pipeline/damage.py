@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import Any, Literal
 
 from .errors import DataError
+from .files import publish_bytes
 
 OnDamage = Literal["stop", "hole"]
 Reason = Literal["checksum", "short", "missing", "index"]
@@ -151,6 +152,14 @@ def read_ledger(folder: Path) -> list[LedgerEntry]:
         if not redone:
             found.setdefault(position, entry)
     return [found[position] for position in sorted(found)]
+
+
+def inherit_ledger(folder: Path, origin: Path, position: int) -> None:
+    """Give the run of ``folder`` the holes of the run of ``origin`` before ``position``, with whose state it begins."""
+    entries = [entry for entry in read_ledger(origin) if entry.damage.position < position]
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [_line({"attempt": 0, "step": e.step, "rank": e.rank, **asdict(e.damage)}) + b"\n" for e in entries]
+    publish_bytes(folder / "rank_of_origin.jsonl", b"".join(lines))
 
 
 def _line(content: dict[str, Any]) -> bytes:

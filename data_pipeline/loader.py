@@ -127,10 +127,20 @@ class StepLoader:
             StopIteration: the end step is reached.
             DataError: as :meth:`TokenSource.read`; comes in place of the step that could not be made.
         """
+        step = self.next_step_unless(lambda: False)
+        assert step is not None
+        return step
+
+    def next_step_unless(self, give_up: Callable[[], bool]) -> Step | None:
+        """As :meth:`next_step`, but ``None`` if ``give_up`` says so while the step is waited for (not with prefetch 0).
+
+        Nothing is lost by it: the next call has the step.
+        """
         began = time.perf_counter()
-        step = self._ahead.take() if self._ahead else self._make()
+        step = self._ahead.take(give_up) if self._ahead else self._make()
         self.waited = time.perf_counter() - began
-        self.position = step.next_position
+        if step is not None:
+            self.position = step.next_position
         return step
 
     def __iter__(self) -> Iterator[Step]:

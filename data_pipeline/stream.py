@@ -6,9 +6,11 @@ The trainer's ``data`` section is made of these settings, and so is what a run f
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+import numpy as np
 from pydantic import Field, model_validator
 
 from .errors import DataError, UserError
@@ -87,9 +89,10 @@ class StreamSettings(StorageSettings):
         if self.order == "full" and self.windows is not None:
             raise ValueError("windows has no meaning in the order full; set order: windowed or leave windows out")
         if self.order == "windowed" and self._windows.tokens % self.seq_len:
+            nearest = max(1, round(self._windows.tokens / self.seq_len)) * self.seq_len
             raise ValueError(
-                f"windows.tokens {self._windows.tokens} is not a multiple of seq_len {self.seq_len}; the nearest below "
-                f"is {self._windows.tokens // self.seq_len * self.seq_len}"
+                f"windows.tokens {self._windows.tokens} is not a multiple of seq_len {self.seq_len}; the nearest is "
+                f"{nearest}"
             )
         return self
 
@@ -119,13 +122,14 @@ class Stream:
             source.close()
 
 
-def open_stream(settings: StreamSettings, seed: int, share: tuple[int, int] = (0, 1)) -> Stream:
+def open_stream(settings: StreamSettings, seed: int, share: tuple[int, int] = (0, 1), ranks_of_node: int = 1) -> Stream:
     """Open every source's training split and make the run's order.
 
     Args:
         settings: what to read.
         seed: the run's.
         share: (rank, ranks): which part of the shards this process looks for at the start.
+        ranks_of_node: how many ranks share the cache of this node.
 
     Raises:
         UserError: a data set is missing, ``seq_len`` does not divide its blocks, or the node's cache is too small for
@@ -134,7 +138,6 @@ def open_stream(settings: StreamSettings, seed: int, share: tuple[int, int] = (0
     """
     names = tuple(settings.sources)
     sources = tuple(open_split(settings, name, TRAIN, share) for name in names)
-    _check_cache(settings, dict(zip(names, sources, strict=True)), share[1])
     order = Order(
         seed,
         [
@@ -145,31 +148,40 @@ def open_stream(settings: StreamSettings, seed: int, share: tuple[int, int] = (0
         mode=settings.order,
         windows=settings.order_windows,
     )
-    return Stream(names, sources, order)
+    stream = Stream(names, sources, order)
+    _check_cache(settings, stream, ranks_of_node / share[1])
+    return stream
 
 
-def _check_cache(settings: StreamSettings, sources: dict[str, TokenSource], ranks: int) -> None:
-    """Refuse a cache in which what is needed again soon would have to be fetched again and again."""
-    stores = {name: open_store(source.root, settings) for name, source in sources.items()}
-    remote = {name: source for name, source in sources.items() if stores[name].local is None}
-    whole = sum(int(source.shards.bytes.sum()) for source in remote.values())
-    windows = settings.order_windows
-    if windows is None:
-        needed, why = whole, "the order full draws from all shards at any time"
-        advice = "Raise data.cache.bytes, set data.order: windowed, or copy the data set to a local disk"
-    else:
-        at_a_time, tokens = -(-windows.strata // ranks), windows.sequences * settings.seq_len
-        pieces = [
-            tokens * source.manifest.layout.token_bytes if stores[name].ranges else int(source.shards.bytes.max())
-            for name, source in remote.items()
-        ]
-        needed = min(whole, at_a_time * sum(pieces))
-        why = f"a rank reads from {at_a_time} windows of {tokens} tokens of each source at a time"
-        advice = "Raise data.cache.bytes, or lower data.windows.strata or data.windows.tokens"
+def _check_cache(settings: StreamSettings, stream: Stream, part: float) -> None:
+    """Refuse a cache in which what is needed again soon would have to be fetched again and again.
+
+    ``part`` is the part of the strata that the ranks of this node read.
+    """
+    needed, remote = 0, []
+    for number, (name, source) in enumerate(zip(stream.names, stream.sources, strict=True)):
+        store = open_store(source.root, settings)
+        if store.local is not None:
+            continue
+        remote.append(name)
+        whole, layout = int(source.shards.bytes.sum()), source.manifest.layout
+        first, stop = stream.order.window(number, np.array([source.sequences // 2]))
+        windows = settings.order_windows
+        if windows is None or stop[0] - first[0] == source.sequences:
+            needed += whole
+            continue
+        # a window begins and ends inside blocks, of which whole ones are fetched
+        blocks = -(-windows.sequences * settings.seq_len // layout.block_tokens) + 1
+        piece = blocks * layout.member_stride if store.ranges else int(source.shards.bytes.max())
+        needed += min(whole, math.ceil(windows.strata * min(part, 1.0)) * piece)
     if needed > settings.cache.bytes:
+        why, advice = "the order full draws from all shards at any time", "set data.order: windowed, or copy the data"
+        if settings.order == "windowed":
+            why = "the windowed order reads from a window of each stratum at a time, in whole blocks"
+            advice = "lower data.windows.strata or data.windows.tokens"
         raise UserError(
             f"data.cache.bytes = {settings.cache.bytes:,} is too small for the sources {', '.join(remote)}: {why}, "
-            f"which takes {needed:,} bytes. {advice}."
+            f"which takes {needed:,} bytes on this node. Raise it, or {advice}."
         )
 
 

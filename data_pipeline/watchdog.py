@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
+from types import TracebackType
 
 from .reader import TokenSource
 
@@ -35,6 +36,14 @@ class Watchdog:
         """End the thread."""
         self._closed.set()
         self._thread.join()
+
+    def __enter__(self) -> Watchdog:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def _watch(self) -> None:
         # by source: the note last seen, when it was seen first, and after how long to speak up about it

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def open_data(config: Config, share: tuple[int, int] = (0, 1)) -> RunData:
             the model's, or a source has too few sequences.
     """
     settings = config.data
-    stream = open_stream(settings, config.run.seed, share)
+    stream = open_stream(settings, config.run.seed, share, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     tokenizer = _common_tokenizer(config, stream)
     heldout: dict[str, TokenSource] = {}
     if config.evaluation.every_steps is not None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-from data_pipeline.damage import DamageLedger
+from data_pipeline.damage import DamageLedger, inherit_ledger
 from data_pipeline.errors import (
     EXIT_CRASH,
     EXIT_DONE,
@@ -101,6 +101,7 @@ class Session:
             state = together(ranks, lambda: resume_state(found, config, data, ranks))
         hosts = ranks.gather_objects(socket.gethostname())
         together(ranks, lambda: self._begin(config, data, attempts, state, origin, hosts, damage))
+        self._tell_missing(data, state)
         if config.data.on_damage == "hole" or (folder / DAMAGE).is_dir():  # an earlier attempt's, done anew in part
             self._ledger = together(
                 ranks, lambda: DamageLedger(folder / DAMAGE, ranks.rank, self._attempt, state.position)
@@ -159,10 +160,21 @@ class Session:
         )
         for line in _where_it_stands(self._folder, config, state, origin, self._monitor.lost_steps):
             print(line, flush=True)
+        if origin is not None and state.holes and self._folder.resolve() not in origin.resolve().parents:
+            inherit_ledger(self._folder / DAMAGE, origin.parent.parent / DAMAGE, state.position)
+            told = f"holes of the run that {origin} is of"
+            self._monitor.event({"event": "damage", "step": state.step, "message": told, "holes": state.holes})
         for problem in damage:
             self._monitor.event({"event": "damaged_checkpoint", "step": state.step, "message": problem})
         for change in state.data_changes[len(read_state(origin)["data_changes"]) if origin else 0 :]:
             self._monitor.event({"event": "data_change", "step": state.step, "message": f"accepted: {change}"})
+
+    def _tell_missing(self, data: RunData, state: TrainState) -> None:
+        """Say at the start which shards ``data.on_damage: hole`` lets be missing. Collective."""
+        missing = sum(source.unusable for source in (*data.sources, *data.heldout.values()))
+        if (missing := sum(self._ranks.gather_objects(missing))) and self._monitor:
+            told = f"{missing} shards are missing or not of their size: their sequences will be holes"
+            self._monitor.event({"event": "missing_shards", "step": state.step, "message": told})
 
     def end(self, reason: Reason, code: int, error: BaseException | None = None, signal: str | None = None) -> int:
         """Print why this rank ends, record it in attempts.jsonl; returns ``code``."""

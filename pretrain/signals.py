@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import signal
+import time
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+PATIENCE_SECONDS = 5.0
+"""How long a rank that was asked to stop waits for the data of one more step."""
 
 
 class StopRequest:
@@ -13,6 +16,7 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._received: set[signal.Signals] = set()
+        self._since: float | None = None
         for number in SIGNALS:
             signal.signal(number, self._receive)
 
@@ -20,6 +24,11 @@ class StopRequest:
         if number == signal.SIGINT and signal.SIGINT in self._received:
             raise KeyboardInterrupt
         self._received.add(signal.Signals(number))
+        self._since = self._since or time.monotonic()
+
+    def overdue(self) -> bool:
+        """Whether this rank was asked to stop some seconds ago: the end of a usual step would have come by now."""
+        return self._since is not None and time.monotonic() - self._since > PATIENCE_SECONDS
 
     @property
     def flags(self) -> list[bool]:

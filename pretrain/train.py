@@ -9,14 +9,17 @@ import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 
 from data_pipeline import Step, StepLoader
 from data_pipeline.damage import DamageLedger
 from data_pipeline.errors import EXIT_STOPPED, HeadraceError, UserError
+from data_pipeline.watchdog import Watchdog
 
 from .checkpoint import CheckpointStore
 from .config import Config
@@ -112,10 +115,13 @@ class Trainer:
         with self._loader() as loader:
             while self.state.step < total:
                 started = time.perf_counter()
-                step = loader.next_step()
-                rate = learning_rate(self.state.step, total, config.schedule, config.optimizer.lr)
-                if holes := objective.begin_step(self.state.step, step.micro_batches):
+                step = loader.next_step_unless(stop.overdue)
+                holes = objective.begin_step(self.state.step, step.micro_batches if step else None)
+                if step is None or holes is None:
+                    self._stop_before_step(stop)
+                if holes:
                     self._bound_holes(holes, step)
+                rate = learning_rate(self.state.step, total, config.schedule, config.optimizer.lr)
                 grad_norm = self._optimizer_step(objective, step, rate)
                 statistics = objective.end_step(stop.flags)
                 self._refuse_non_finite(statistics, float(grad_norm), step)
@@ -132,6 +138,13 @@ class Trainer:
                     self.save()
                 if signals:
                     raise StoppedError(signals, self.state.step)
+
+    def _stop_before_step(self, stop: StopRequest) -> NoReturn:
+        """A rank was asked to stop and its data does not come: save what is done. Collective."""
+        flags = self.ranks.gather_objects(stop.flags)
+        if self.state.step != self._saved_step:
+            self.save()
+        raise StoppedError(names(tuple(map(any, zip(*flags, strict=True)))), self.state.step)
 
     def _optimizer_step(self, objective: Objective, step: Step, rate: float) -> torch.Tensor | float:
         """One optimizer step over the global batch; returns the gradient norm before clipping."""
@@ -169,7 +182,7 @@ class Trainer:
     def _most_holes(self) -> int:
         """How many holes the run may have to its end."""
         sequences = self.config.batch_plan.sequences_before(end_position(self.config, self.state))
-        return math.floor(self.config.data.max_hole_fraction * sequences)
+        return math.floor(Fraction(str(self.config.data.max_hole_fraction)) * sequences)
 
     def _bound_holes(self, holes: int, step: Step) -> None:
         """Stop, with everything before saved, when the step would go beyond the bound. Collective."""
@@ -203,14 +216,15 @@ class Trainer:
         """Score the held-out split and log it."""
         started = time.perf_counter()
         self.engine.evaluating(True)
-        scores = evaluate(
-            self.engine.forward,
-            list(self.data.heldout.values()),
-            torch.from_numpy(self.data.tokenizer.piece_bytes),
-            self.config.training.micro_batch,
-            self.config.evaluation.sequences,
-            self.ranks,
-        )
+        with Watchdog(list(self.data.heldout.items()), self.config.data.watchdog_seconds, self._tell_wait):
+            scores = evaluate(
+                self.engine.forward,
+                list(self.data.heldout.values()),
+                torch.from_numpy(self.data.tokenizer.piece_bytes),
+                self.config.training.micro_batch,
+                self.config.evaluation.sequences,
+                self.ranks,
+            )
         self.engine.evaluating(False)
         self.state = replace(self.state, evaluated=True)
         if self.monitor:

@@ -29,7 +29,7 @@ class RemoteSettings(Settings):
         description="Longest time spent on one byte range, retries included, and longest silence of a `pipe:` "
         "command, before the read fails.",
     )
-    attempts: int = Field(20, ge=1, description="Most attempts for one byte range.")
+    attempts: int = Field(100, ge=1, description="Most attempts for one byte range.")
     first_backoff_seconds: float = Field(
         0.1, ge=0, description="Upper end of the random wait before the first retry; doubles with every further one."
     )

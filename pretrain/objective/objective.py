@@ -75,16 +75,24 @@ class Objective:
         self._ranks = ranks
         self._step: _Step | None = None
 
-    def begin_step(self, step: int, micro_batches: Sequence[Batch]) -> int:
+    def begin_step(self, step: int, micro_batches: Sequence[Batch] | None) -> int | None:
         """Agree on the denominators of optimizer step ``step`` (0-based) from this rank's micro-batches on the CPU.
 
+        Args:
+            step: the step. micro_batches: ``None``: this rank has no data and wants to stop.
+
         Returns:
-            how many of the step's sequences are missing, over all ranks.
+            how many of the step's sequences are missing, over all ranks; ``None`` if a rank wants to stop instead.
         """
+        if micro_batches is None:
+            self._ranks.all_reduce(torch.tensor([0, 0, 0, 1], device=self._ranks.device))
+            return None
         labels = torch.cat([batch.label_counts for batch in micro_batches])
         missing = torch.cat([batch.sample_ids < 0 for batch in micro_batches])
-        counts = torch.stack([labels.sum(), (labels > 0).sum(), missing.sum()]).to(self._ranks.device)
-        total, sequences, holes = self._ranks.all_reduce(counts).tolist()
+        counts = torch.stack([labels.sum(), (labels > 0).sum(), missing.sum(), torch.tensor(0)])
+        total, sequences, holes, stops = self._ranks.all_reduce(counts.to(self._ranks.device)).tolist()
+        if stops:
+            return None
         settings = self._settings
         zeros = torch.zeros(2 * self._sources + 1, dtype=torch.float64, device=self._ranks.device)
         self._step = _Step(

@@ -121,7 +121,8 @@ def heldout_rows(run: Run) -> list[list[Cell]]:
                 _figure(line.get(pattern.format(kind)), digits)
                 for kind, digits in (("loss", 4), ("perplexity", 2), ("bits_per_byte", 4))
             ]
-            rows.append([Cell(f"{name}, step {line['step']:,}"), Cell(domain), *figures, best])
+            left_out = f", {line['holes']} damaged sequences left out" if line.get("holes") else ""
+            rows.append([Cell(f"{name}, step {line['step']:,}{left_out}"), Cell(domain), *figures, best])
     return rows
 
 

@@ -21,7 +21,6 @@ import pytest
 from data_pipeline.errors import EXIT_CRASH
 from data_pipeline.storage import (
     AccessError,
-    AccessError,
     MissingFileError,
     RemoteSettings,
     StorageError,

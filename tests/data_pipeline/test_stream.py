@@ -60,15 +60,18 @@ def test_settings_that_contradict(changes: dict[str, Any], message: str) -> None
 
 
 def test_a_cache_that_would_fetch_again_and_again(folder: Path, tmp_path: Path) -> None:
-    cache = {"folder": str(tmp_path), "bytes": 10_000}
-    windowed = {"order": "windowed", "windows": {"strata": 50, "tokens": 128}, "cache": cache}
+    """190 sequences, 3 a stratum of 3: a window of 16 tokens touches up to two blocks of 64 + 1, each 1,024 bytes."""
+    cache = {"folder": str(tmp_path), "bytes": 5_000}
+    windowed = {"order": "windowed", "windows": {"strata": 3, "tokens": 16}, "cache": cache}
     with HttpServer(folder) as server:
-        with pytest.raises(UserError, match=r"cache.bytes = 10,000 is too small.*order full draws from all.*windowed"):
+        with pytest.raises(UserError, match=r"cache.bytes = 5,000 is too small.*order full draws from all.*windowed"):
             open_stream(settings(server.url, cache=cache), 1)
-        with pytest.raises(UserError, match=r"a rank reads from 50 windows of 128 tokens.* takes 12,800 bytes"):
+        with pytest.raises(UserError, match=r"a window of each stratum at a time.*takes 6,144 bytes on this node"):
             open_stream(settings(server.url, **windowed), 1)
         open_stream(settings(server.url, **windowed), 1, share=(0, 2))
-    with pytest.raises(UserError, match=r"a rank reads from 25 windows.* takes 51,200 bytes"):
+        with pytest.raises(UserError, match=r"takes 6,144 bytes on this node"):
+            open_stream(settings(server.url, **windowed), 1, share=(0, 2), ranks_of_node=2)
+    with pytest.raises(UserError, match=r"a window of each stratum at a time"):
         open_stream(settings(f"pipe:cat {folder}/{{}}", **windowed), 1, share=(0, 2))  # whole shards only
     open_stream(settings(str(folder), cache=cache), 1)
 

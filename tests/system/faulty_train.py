@@ -37,8 +37,8 @@ def before(function: Callable[..., Any]) -> Callable[..., Any]:
     return dying
 
 
-def die_in_step(begin_step: Callable[..., int]) -> Callable[..., int]:
-    def dying(self: Objective, step: int, *arguments: Any) -> int:
+def die_in_step(begin_step: Callable[..., int | None]) -> Callable[..., int | None]:
+    def dying(self: Objective, step: int, *arguments: Any) -> int | None:
         if step == int(NUMBER):
             os.kill(os.getpid(), signal.SIGKILL)
         return begin_step(self, step, *arguments)

@@ -118,6 +118,22 @@ def test_what_is_trained_anew_on_restored_data_is_listed_no_more(damaged: Runs, 
     assert [line["holes"] for line in read_metrics(folder) if "objective" in line][-1] == len(kept)
 
 
+@pytest.mark.slow
+def test_a_run_that_begins_with_anothers_state_has_its_holes(damaged: Runs) -> None:
+    data = {**damaged_data(damaged), "on_damage": "hole", "max_hole_fraction": 1.0}
+    first = damaged.config("first", data=data)
+    assert damaged.train(first, "training.steps=8", ranks=1).returncode == 0
+    origin = damaged.run_folder("first") / "checkpoints/step_000000008"
+    second = damaged.config("second", data=data)
+    assert damaged.train(second, f"resume={origin}", ranks=1).returncode == 0
+    folder = damaged.run_folder("second")
+    expected = expected_holes(damaged, second)
+    lines = read_metrics(folder)
+    assert [hole.damage.position for hole in read_ledger(folder / "damage")] == expected
+    assert [line["holes"] for line in lines if "loss" in line and "evaluation" not in line][-1] == len(expected)
+    assert sum(line["holes"] for line in lines if line.get("event") == "damage") == len(expected)
+
+
 def holes_of(folder: Path) -> list[tuple[int, int, Damage]]:
     return [(hole.step, hole.rank, hole.damage) for hole in read_ledger(folder / "damage")]
 

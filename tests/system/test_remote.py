@@ -1,8 +1,12 @@
-"""A run from remote storage is the run from the local disk, bit for bit, through faults, and fetches what it reads once."""
+"""A run from remote storage is the run from the local disk, bit for bit, through faults, and fetches things once."""
 
 from __future__ import annotations
 
 import re
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import pytest
 
 from tests.http_server import Faults, HttpServer
 
-from .runs import Runs
+from .runs import Runs, environment
 
 ORDER = {"order": "windowed", "windows": {"strata": 4, "tokens": 256}}
 
@@ -54,3 +58,37 @@ def test_whole_shards_from_a_command(runs: Runs, tmp_path: Path) -> None:
     refused = runs.train(piped, "data.secure=true", "run.name=secure", ranks=1)
     assert refused.returncode != 0
     assert re.search(r"pipe:.*secure", refused.stderr)
+
+
+@pytest.mark.slow
+def test_a_stop_does_not_wait_for_data_that_does_not_come(runs: Runs, tmp_path: Path) -> None:
+    """The server falls silent in mid-run; SIGTERM ends the run, saved, long before the deadline of the read."""
+    settings = data("", tmp_path / "cache", prefetch=1, watchdog_seconds=2.0, **ORDER)
+    with HttpServer(runs.data) as server:
+        for source in settings["sources"].values():
+            source["path"] = server.url
+        config = runs.config(
+            "stalled", data=settings, evaluation={"every_steps": None}, checkpoint={"every_steps": None}
+        )
+        shards = [f"shards/{shard.name}" for shard in (runs.data / "shards").glob("*.tar")]
+        for shard in shards:
+            server.plan(shard, *["ok"] * 9, *["stall"] * 100)
+        command = [sys.executable, "-m", "pretrain", "train", str(config)]
+        with subprocess.Popen(command, env=environment(), stderr=subprocess.PIPE, text=True) as running:
+            deadline, steps = time.monotonic() + 120, -1
+            while time.monotonic() < deadline:
+                time.sleep(4)
+                now = len(runs.metrics("stalled")) if runs.run_folder("stalled").exists() else 0
+                if now == steps > 0:
+                    break
+                steps = now
+            running.send_signal(signal.SIGTERM)
+            asked = time.monotonic()
+            stderr = running.communicate(timeout=100)[1]
+        took = time.monotonic() - asked
+    assert running.returncode == 75, stderr
+    assert 0 < steps < 20
+    assert took < 30, "it waited for the server"
+    assert f"saved at step {steps}" in stderr
+    assert re.search(r"warning: rank 0 .* waits for data .*source '[ab]' has been waiting for .* s for block", stderr)
+    assert runs.state_hashes("stalled", steps)
