@@ -145,11 +145,16 @@ def read_index(path: Path) -> npt.NDArray[np.void]:
     """
     advice = f"Run `pretrain-data verify --rebuild-sidecars {path.parent.parent}` to write it again from the shard."
     try:
-        entries = np.load(path, allow_pickle=False)
+        content = path.read_bytes()
     except FileNotFoundError as error:
         raise DataError(f"the block index {path} is missing. {advice}") from error
-    except (ValueError, EOFError, OSError) as error:
+    except OSError as error:
         raise DataError(f"the block index {path} can't be read ({error}). {advice}") from error
-    if not isinstance(entries, np.ndarray) or entries.dtype != INDEX_DTYPE or entries.ndim != 1:
+    entry_bytes = len(content) - _NPY_HEADER_BYTES
+    if entry_bytes < 0 or entry_bytes % INDEX_DTYPE.itemsize:
+        raise DataError(f"the block index {path} can't be read ({len(content)} bytes are no whole index). {advice}")
+    # numpy's parser evaluates the header as Python: a damaged one ends in whatever Python makes of it
+    entries = np.frombuffer(content, INDEX_DTYPE, offset=_NPY_HEADER_BYTES)
+    if index_bytes(entries) != content:
         raise DataError(f"the block index {path} does not hold offsets and CRCs. {advice}")
     return entries

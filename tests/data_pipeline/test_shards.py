@@ -14,7 +14,15 @@ import webdataset
 from crc32c import crc32c
 
 from data_pipeline.errors import DataError
-from data_pipeline.layout import BlockLayout, documents_path, index_path, read_index, shard_path
+from data_pipeline.layout import (
+    INDEX_DTYPE,
+    BlockLayout,
+    documents_path,
+    index_bytes,
+    index_path,
+    read_index,
+    shard_path,
+)
 from data_pipeline.shards import ShardContent, misplaced_document, write_shard
 
 EOS = 2
@@ -121,6 +129,28 @@ def test_a_damaged_index_is_refused(tmp_path: Path) -> None:
         read_index(path)
     np.save(path.open("wb"), np.zeros(3))
     with pytest.raises(DataError, match="does not hold offsets and CRCs"):
+        read_index(path)
+
+
+def test_a_flip_in_any_byte_of_an_index_header_is_refused(tmp_path: Path) -> None:
+    """numpy evaluates the header as Python, which fails in ways of its own."""
+    path = tmp_path / "shards" / "000000.idx"
+    path.parent.mkdir()
+    entries = np.array([(640, 7), (5760, 8)], INDEX_DTYPE)
+    content = index_bytes(entries)
+    path.write_bytes(content)
+    assert read_index(path).tolist() == entries.tolist()
+    assert np.load(path).tolist() == entries.tolist()
+    for at in range(128):
+        for bit in (1, 0x80):
+            path.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
+            with pytest.raises(DataError, match=r"000000\.idx does not hold offsets and CRCs\. Run `pretrain-data ver"):
+                read_index(path)
+    path.write_bytes(content[:-12])
+    with pytest.raises(DataError, match="does not hold offsets and CRCs"):
+        read_index(path)
+    path.write_bytes(content[:-1])
+    with pytest.raises(DataError, match=r"can't be read \(151 bytes are no whole index\)"):
         read_index(path)
 
 

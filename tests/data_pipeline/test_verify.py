@@ -84,6 +84,14 @@ def test_all_damage_is_reported(dataset: Path) -> None:
     assert any(item.startswith("shards/000001.docs.parquet: SHA-256 is") for item in found)
 
 
+@pytest.mark.parametrize("at", [0, 9, 20, 40, 100])
+def test_a_damaged_index_header_is_reported(dataset: Path, at: int) -> None:
+    damage(dataset, "000000.idx", flip(at))
+    (found,) = verify_dataset(dataset, 1)
+    assert found.file == "shards/000000.idx"
+    assert found.problem.startswith("SHA-256 is ")
+
+
 def test_a_missing_shard_is_reported(dataset: Path) -> None:
     for path in (dataset / "shards").glob("000001.*"):
         path.unlink()
