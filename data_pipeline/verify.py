@@ -14,6 +14,7 @@ from crc32c import crc32c
 
 from .errors import DataError
 from .files import publish_bytes, sha256_file
+from .interop import FORMS, index_files
 from .layout import (
     INDEX_DTYPE,
     REJECTED_FOLDER,
@@ -62,7 +63,8 @@ def verify_dataset(folder: Path, processes: int | None = None) -> list[Damage]:
     """Compare every byte of a data set with its manifest: [] when all is well.
 
     Checked are the hash of every file; each member's tar and npy header, CRC32C, look-ahead token and padding; the
-    filling and the end of each archive; ids against the vocabulary; EOS against the document table.
+    filling and the end of each archive; ids against the vocabulary; EOS against the document table; the index files
+    for other readers, where there are any.
 
     Raises:
         UserError: no data set there; DataError: its manifest is damaged.
@@ -114,6 +116,13 @@ def _stray_files(folder: Path, manifest: Manifest) -> Iterator[Damage]:
     known = {
         path(folder, name) for name in manifest.shards.names for path in (archive_path, index_path, documents_path)
     }
+    for form in FORMS:
+        for name, content in index_files(manifest, form):
+            path = folder / name
+            known.add(path)
+            if path.is_file() and path.read_bytes() != content:
+                advice = f"`pretrain-data index --form {form}` writes it again"
+                yield Damage(name, f"is not the index that fits the manifest ({advice})")
     for path in sorted((folder / SHARD_FOLDER).iterdir()):
         if path not in known:
             yield Damage(f"{SHARD_FOLDER}/{path.name}", "is not in the manifest")

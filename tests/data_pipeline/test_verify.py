@@ -11,6 +11,7 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.files import sha256_file
+from data_pipeline.interop import write_index
 from data_pipeline.layout import BlockLayout
 from data_pipeline.manifest import read_manifest, write_manifest
 from data_pipeline.testing import tiny_tokenizer, write_token_dataset
@@ -98,6 +99,28 @@ def test_a_missing_shard_is_reported(dataset: Path) -> None:
     found = {(item.file, item.problem) for item in verify_dataset(dataset, 1)}
     assert {file for file, _ in found} == {f"shards/000001.{kind}" for kind in ("tar", "idx", "docs.parquet")}
     assert ("shards/000001.tar", "missing") in found
+
+
+@pytest.mark.parametrize("form", ["energon", "wids"])
+def test_index_files_for_other_readers_are_known_and_held_against_the_manifest(dataset: Path, form: str) -> None:
+    written = write_index(dataset, form)
+    assert verify_dataset(dataset, 1) == []
+    for path in written:
+        good = path.read_bytes()
+        for bad in (flip(len(good) // 2)(good), good[:-1], b""):
+            path.write_bytes(bad)
+            (found,) = verify_dataset(dataset, 1)
+            assert found.file == path.relative_to(dataset).as_posix()
+            advice = f"`pretrain-data index --form {form}` writes it again"
+            assert found.problem == f"is not the index that fits the manifest ({advice})"
+        path.write_bytes(good)
+    assert verify_dataset(dataset, 1) == []
+
+
+def test_an_index_of_a_shard_that_the_manifest_does_not_name_is_reported(dataset: Path) -> None:
+    write_index(dataset, "energon")
+    (dataset / "shards" / "000009.tar.idx").touch()
+    assert [str(found) for found in verify_dataset(dataset, 1)] == ["shards/000009.tar.idx: is not in the manifest"]
 
 
 def _forge(dataset: Path, at_block: int, at_token: int, token: int) -> list[Damage]:
