@@ -70,4 +70,7 @@ def launch_local(path: Path, overrides: Sequence[str], ranks: int) -> int:
             signal.signal(number, signal.SIG_DFL)
     attempts = read_attempts(folder)[before:]
     recorded = attempts[-1].exit_code if attempts else None
+    if recorded and attempts[-1].reason != "stopped":
+        # last, after what the other ranks had to say about the one that broke the connection
+        print(f"error: the run ended ({attempts[-1].ended}): {attempts[-1].message}", file=sys.stderr, flush=True)
     return code if recorded is None else recorded

@@ -39,6 +39,9 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
         "tokens": tokens,
         "tokens_per_step": config.training.global_batch * config.data.seq_len,
         "accumulation_steps": accumulation_steps(config, ranks)[-1],
+        "order": config.data.order,
+        "skipped_sequences": end - sequences,
+        "phases": [phase.model_dump() for phase in config.data.phases],
         "batch_ramp": [stage.model_dump() for stage in config.training.batch_ramp],
         "sources": {
             name: {"sequences": source.sequences, "drawn": drawn, "epochs": drawn / source.sequences}
@@ -49,14 +52,25 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
 
 def show_plan(plan: dict[str, Any]) -> str:
     """A plan for people."""
+    ramp = " (after the ramp)" if plan["batch_ramp"] else ""
     lines = [
         f"run folder    {plan['run_folder']}",
         f"model         {plan['parameters']:,} parameters, {plan['non_embedding_parameters']:,} outside embedding and "
         f"head; vocabulary {plan['vocab_size']:,}",
-        f"training      {plan['steps']:,} steps of {plan['tokens_per_step']:,} tokens = {plan['tokens']:,} tokens; "
+        f"training      {plan['steps']:,} steps of {plan['tokens_per_step']:,} tokens{ramp}, "
+        f"{plan['tokens']:,} tokens in all; "
         f"{plan['accumulation_steps']} micro-steps a step",
         f"arithmetic    {plan['flops_per_token']:.3e} FLOPs a token, {plan['flops']:.3e} in all",
     ]
+    for stage in plan["batch_ramp"]:
+        lines.append(f"ramp          first {stage['steps']:,} steps of {stage['global_batch']:,} sequences")
+    lines.append(
+        f"order         {plan['order']}"
+        + (f", {plan['skipped_sequences']:,} sequences left out" if plan["skipped_sequences"] else "")
+    )
+    for phase in plan["phases"]:
+        shares = ", ".join(f"{name} {weight:g}" for name, weight in phase["weights"].items())
+        lines.append(f"phase         from position {phase['start']:,} on: {shares}")
     for name, source in plan["sources"].items():
         lines.append(
             f"source        {name}: {source['drawn']:,} of its {source['sequences']:,} sequences = "

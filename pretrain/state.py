@@ -165,10 +165,17 @@ def _same(what: str, path: Path, there: dict[str, Any], here: dict[str, Any], me
 
 def _differences(there: dict[str, Any], here: dict[str, Any]) -> str:
     return "; ".join(
-        f"{key}: {there.get(key)!r} in the checkpoint, {here.get(key)!r} now"
-        for key in sorted(there.keys() | here.keys())
+        f"{key}: {_short(there.get(key))} in the checkpoint, {_short(here.get(key))} now"
+        for key in sorted(there.keys() | here.keys(), key=lambda key: (key != "tokenizer", key))
         if there.get(key) != here.get(key)
     )
+
+
+def _short(value: Any) -> str:
+    """A value for people: the first digits of a hash do."""
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{key}: {_short(item)}" for key, item in value.items()) + "}"
+    return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
 def _accepted_change(path: Path, config: Config, there: dict[str, Any], here: dict[str, Any]) -> str:

@@ -127,6 +127,15 @@ class PrepareSettings(AccessSettings):
         return 2 + comparisons + (comparisons > 0)
 
     @property
+    def agreed(self) -> dict[str, Any]:
+        """What must stay as it was when a killed prepare continues: the content, without what may be done about bad
+        records, for parts that are finished hold none or have left them out already."""
+        content = self.content
+        for source in content["sources"].values():
+            del source["on_bad_record"]
+        return content
+
+    @property
     def content(self) -> dict[str, Any]:
         """The settings that decide what the data set holds (JSON); addresses without login and query."""
         content = self.model_dump(

@@ -350,12 +350,12 @@ def test_tasks_write_the_same_bytes(plain: dict[str, Any], manifest: Manifest, t
     with pytest.raises(UserError, match="holds nothing to merge"):
         merge(shared)
     said = [prepare_share(shared, Share(task, 3)) for task in range(3)]
-    assert "of all tasks' 1 items 1 are missing, the first duplicates exact" in said[2]
+    assert "of all tasks' 1 items, 1 are missing (the first: duplicates exact" in said[2]
     with pytest.raises(UserError, match=r"can't be merged yet: of `find equal text`'s 1 items 1 are missing"):
         merge(shared)
     for _ in range(shared.passes - 1):
         said += [prepare_share(shared, Share(task, 3)) for task in range(3)]
-    assert said[-1] == "task 2 of 3: all passes are done; publish the data set with --merge"
+    assert said[-1] == "task 2 of 3: all 5 passes are done; publish the data set with --merge"
     merge(shared)
     assert hashes(tmp_path / "set") == hashes(Path(plain["output"]))
 

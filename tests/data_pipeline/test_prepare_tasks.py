@@ -101,7 +101,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_tasks(
     backwards = list(reversed(range(tasks)))
     share_out(settings, tasks, backwards)
     said = share_out(settings, tasks)
-    assert said[-1] == f"task {tasks - 1} of {tasks}: all passes are done; publish the data set with --merge"
+    assert said[-1] == f"task {tasks - 1} of {tasks}: all 2 passes are done; publish the data set with --merge"
     assert not (Path(settings.output) / "manifest.json").exists()
     merge(settings)
     assert hashes(Path(settings.output)) == expected
@@ -112,8 +112,8 @@ def test_each_call_does_its_share_of_one_pass_and_says_what_is_missing(settings:
     parts = Path(settings.output) / ".prepare" / "parts"
     first = prepare_share(settings, Share(0, 3))
     found = re.fullmatch(
-        r"task 0 of 3: its share of `tokenise` is done; of all tasks' (\d+) items (\d+) are missing, the first part "
-        r"000001",
+        r"task 0 of 3, pass 1 of 2 \(tokenise\): its share is done; of all tasks' (\d+) items, (\d+) are missing "
+        r"\(the first: part 000001\)\. When all tasks are through this pass, start all of them again",
         first,
     )
     assert found, first
@@ -122,7 +122,7 @@ def test_each_call_does_its_share_of_one_pass_and_says_what_is_missing(settings:
     assert int(found[2]) == int(found[1]) - len(done)
     assert prepare_share(settings, Share(0, 3)) == first
     prepare_share(settings, Share(2, 3))
-    assert "share of `write shards` is done" in prepare_share(settings, Share(1, 3))
+    assert "pass 2 of 2 (write shards): its share is done" in prepare_share(settings, Share(1, 3))
     written = sorted(path.stem for path in (Path(settings.output) / "shards").glob("*.tar"))
     assert len(written) >= 3
     assert written == [f"{1 + 3 * number:06d}" for number in range(len(written))]
@@ -139,12 +139,12 @@ def test_a_merge_that_comes_too_early_says_what_is_missing(settings: PrepareSett
         merge(settings)
     prepare_share(settings, Share(0, 2))
     with pytest.raises(
-        UserError, match=r"can't be merged yet: of `tokenise`'s \d+ items \d+ are missing, the first part"
+        UserError, match=r"can't be merged yet: of `tokenise`'s \d+ items, \d+ are missing \(the first: part"
     ):
         merge(settings)
     prepare_share(settings, Share(1, 2))
     with pytest.raises(
-        UserError, match=r"of `write shards`'s \d+ items \d+ are missing, the first shard 000000\. Start"
+        UserError, match=r"of `write shards`'s \d+ items, \d+ are missing \(the first: shard 000000\)\. Start"
     ):
         merge(settings)
     prepare_share(settings, Share(0, 2))
@@ -213,7 +213,7 @@ def test_commands_of_tasks(settings: PrepareSettings, expected: dict[str, str], 
     done = command("--task", "0", "--tasks", "1")
     assert (done.returncode, done.stdout) == (
         0,
-        "task 0 of 1: all passes are done; publish the data set with --merge\n",
+        "task 0 of 1: all 2 passes are done; publish the data set with --merge\n",
     )
     done = command("--merge")
     assert done.returncode == 0
@@ -284,7 +284,7 @@ def test_two_tasks_at_one_item_is_an_error_that_names_the_holder(
     with open_workspace(folder, Share(1, 3)), claim(Workspace(folder).claims, "part 000004", Share(1, 3)):
         with pytest.raises(UserError, match=rf"part 000004 is being done by task 1 of 3 \(host {HOST}, process \d+\)"):
             prepare_share(settings, Share(0, 2))
-        assert "share of `tokenise` is done" in prepare_share(settings, Share(1, 2))
+        assert "pass 1 of 2 (tokenise): its share is done" in prepare_share(settings, Share(1, 2))
     share_out(settings, 2)
     with open_workspace(folder, Share(1, 3)), claim(Workspace(folder).claims, "shard 000002", Share(1, 3)):
         pass
@@ -412,3 +412,17 @@ def test_a_shard_costs_what_it_holds_not_what_the_run_holds(large_run: Path, ded
     cuts = np.array([(k << 64) // 7 for k in range(1, 7)], np.uint64)
     places = np.searchsorted(keys, cuts)
     assert run.tokens_per_range(cuts).tolist() == [2 * int(piece.sum()) for piece in np.split(stays, places)]
+
+
+def test_bad_records_may_be_dropped_by_a_later_start(settings: PrepareSettings) -> None:
+    """The advice of the error works: what is finished stays, the rest leaves the record out."""
+    name, source = list(settings.sources.items())[-1]
+    bad = Path(source.files[0])  # type: ignore[union-attr]
+    bad.write_text(bad.read_text() + "no json\n")
+    with pytest.raises(UserError, match="on_bad_record: drop"):
+        prepare(settings)
+    plain = settings.model_dump(mode="json")
+    for changed in plain["sources"].values():
+        changed["on_bad_record"] = "drop"
+    manifest = prepare(build_settings(PrepareSettings, plain, "test"))
+    assert manifest.sources[name]["rejected"]["source"]

@@ -151,7 +151,7 @@ def test_plan_in_figures(runs: Runs) -> None:
     }
     text = show_plan(plan)
     assert "34,720 parameters, 15,520 outside embedding and head; vocabulary 300" in text
-    assert "20 steps of 256 tokens = 5,120 tokens; 4 micro-steps a step" in text
+    assert "20 steps of 256 tokens, 5,120 tokens in all; 4 micro-steps a step" in text
     assert f"a: {drawn[0]} of its {data.sources[0].sequences} sequences" in text
     assert not runs.run_folder("planned").exists()
 

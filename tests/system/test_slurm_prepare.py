@@ -68,7 +68,7 @@ class Preparation:
         for process in self.slurm.processes(frozen):
             process.suspend()
         done = self.done(task, tasks)
-        assert "its share of" not in frozen.output.read_text(), "it was too fast to be frozen"
+        assert "its share is" not in frozen.output.read_text(), "it was too fast to be frozen"
         return done
 
     def done(self, task: int, tasks: int) -> dict[Path, int]:
@@ -144,7 +144,7 @@ def test_killed_tasks_continue(preparation: Preparation, slurm: SlurmCluster) ->
     assert (requeued.state, requeued.restarts, cancelled.state) == ("COMPLETED", 1, "CANCELLED"), slurm.output(job)
     printed = requeued.output.read_text()
     assert printed.index("restart 0: pretrain-data") < printed.index("restart 1: pretrain-data")
-    assert "task 0 of 2: its share of `tokenise` is done; of all tasks' " in printed
+    assert "task 0 of 2, pass 1 of 2 (tokenise): its share is done; of all tasks' " in printed
     again = preparation.done(0, 2)
     assert {path: again[path] for path in done} == done, "parts were done twice"
 
@@ -158,7 +158,7 @@ def test_a_merge_that_comes_too_early_says_what_is_missing(preparation: Preparat
     job = preparation.submit("data.yaml", "--merge")
     assert [(task.state, task.exit_code) for task in slurm.wait(job)] == [("FAILED", 2)]
     assert "error: set can't be merged yet: of `tokenise`'s" in slurm.output(job)
-    assert "are missing, the first part 000000. Start the tasks again" in " ".join(slurm.output(job).split())
+    assert "are missing (the first: part 000000). Start the tasks again" in " ".join(slurm.output(job).split())
 
 
 def test_a_wrong_configuration_is_refused_before_anything_is_queued(preparation: Preparation) -> None:
