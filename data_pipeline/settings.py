@@ -12,7 +12,7 @@ import types
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
@@ -125,24 +125,43 @@ def _tuples(value: Any) -> Any:
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
 
 
+def _lists(value: Any) -> Any:
+    """:func:`_tuples` undone, for messages: what the file says."""
+    if isinstance(value, dict):
+        return {key: _lists(item) for key, item in value.items()}
+    return [_lists(item) for item in value] if isinstance(value, tuple) else value
+
+
+_NO_MAPPING = {"model_type", "model_attributes_type", "dict_type"}
+
+
 def _explain(schema: type[BaseModel], problem: Any) -> str:
-    location: tuple[Any, ...] = problem["loc"]
-    key = ".".join(str(part) for part in location) or "the configuration"
-    kind = problem["type"]
+    spelled, owner, annotation = _follow(schema, problem["loc"])
+    key = ".".join(spelled)
+    kind, value = problem["type"], _lists(problem["input"])
     if kind == "extra_forbidden":
-        owner = _schema_at(schema, location[:-1])
         known = sorted(owner.model_fields) if owner else []
-        return f"unknown key {key!r} (value {problem['input']!r}){nearest(str(location[-1]), known)}"
+        return f"unknown key {key!r} (value {value!r}){nearest(spelled[-1], known)}"
     if kind == "missing":
         return f"{key!r} is missing and has no default"
     if kind == "value_error":
-        return f"{key}: {problem['ctx']['error']}" if location else str(problem["ctx"]["error"])
+        return f"{key}: {problem['ctx']['error']}" if key else str(problem["ctx"]["error"])
+    if kind in ("union_tag_not_found", "union_tag_invalid"):
+        tag = problem["ctx"]["discriminator"].strip("'")
+        known = sorted(choice for option in _classes(annotation) for choice in _tags(option))
+        if kind == "union_tag_not_found":
+            return f"{key!r} has no {tag}; known: {', '.join(known)}"
+        return f"unknown {tag} {value[tag]!r} of {key!r}{nearest(str(value[tag]), known)}"
+    where = repr(key) if key else "the configuration"
+    if kind in _NO_MAPPING:
+        example = f", for example {spelled[-1]}: {_example(annotation)}" if key else ""
+        return f"{where} = {value!r}: expected a mapping of settings{example}"
     hint = ""
     if kind == "literal_error":
         choices = [choice.strip("'") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
-        hint = nearest(str(problem["input"]), choices)
+        hint = nearest(str(value), choices)
     message = problem["msg"][0].lower() + problem["msg"][1:]
-    return f"{key!r} = {problem['input']!r}: {message}{hint}"
+    return f"{where} = {value!r}: {message}{hint}"
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
@@ -154,24 +173,73 @@ def nearest(word: str, known: Iterable[str]) -> str:
     return f"; known here: {', '.join(known)}" if known else ""
 
 
-def _schema_at(schema: type[BaseModel], location: tuple[Any, ...]) -> type[BaseModel] | None:
-    """The settings class that a validation location points into, through optionals, tuples and dictionaries."""
+def _follow(schema: type[BaseModel], location: tuple[Any, ...]) -> tuple[list[str], type[BaseModel] | None, Any]:
+    """Follow a validation location through the annotations.
+
+    Returns:
+        The keys as a file spells them: without the ``kind`` that pydantic adds for the member of a union; the
+        settings class that the last key is looked up in; the annotation of what the location names.
+    """
+    spelled: list[str] = []
+    owner: type[BaseModel] | None = None
     current: Any = schema
     for part in location:
-        for candidate in _classes(current):
-            if isinstance(part, str) and part in candidate.model_fields:
-                current = candidate.model_fields[part].annotation
-                break
-            if part in _tags(candidate):
-                current = candidate
-                break
-        # a part that is no field and no union tag is a dictionary key or a tuple index: the annotation's classes stay
-    return next(iter(_classes(current)), None)
+        options = list(_options(current))
+        chosen = [option for option in options if part in _tags(option)] if len(options) > 1 else []
+        if chosen:
+            current = chosen[0]
+            continue
+        spelled.append(str(part))
+        owner = next((option for option in options if _is_settings(option)), None)
+        current = next((inner for option in options if (inner := _inside(option, part)) is not None), None)
+    return spelled, owner, current
 
 
-def _tags(candidate: type[BaseModel]) -> tuple[Any, ...]:
+def _inside(annotation: Any, part: Any) -> Any:
+    """The annotation of a key of a settings class or a dictionary, or of an item of a tuple; None: there is none."""
+    if _is_settings(annotation):
+        return annotation.model_fields[part].annotation if part in annotation.model_fields else None
+    arguments = typing.get_args(annotation)
+    if typing.get_origin(annotation) is dict:
+        return arguments[1]
+    if typing.get_origin(annotation) is tuple and isinstance(part, int):
+        return arguments[0] if arguments[-1] is Ellipsis else arguments[part]
+    return None
+
+
+def _options(annotation: Any) -> Iterator[Any]:
+    """What an annotation allows: the members of a union, without None."""
+    origin = typing.get_origin(annotation)
+    if origin is typing.Annotated:
+        yield from _options(typing.get_args(annotation)[0])
+    elif origin in (typing.Union, types.UnionType):
+        for argument in typing.get_args(annotation):
+            yield from _options(argument)
+    elif annotation is not types.NoneType:
+        yield annotation
+
+
+def _example(annotation: Any) -> str:
+    """The least that has the shape of ``annotation``, in YAML."""
+    options = list(_options(annotation))
+    if tags := sorted(tag for option in options for tag in _tags(option)):
+        return f"{{kind: {tags[0]}, ...}}"
+    option = options[0] if options else None
+    if typing.get_origin(option) is dict:
+        return f"{{NAME: {_example(typing.get_args(option)[1])}}}"
+    if _is_settings(option):
+        needed = (name for name, field in option.model_fields.items() if field.is_required())
+        return f"{{{', '.join(f'{name}: ...' for name in needed)}}}"
+    return "..."
+
+
+def _is_settings(annotation: Any) -> TypeGuard[type[BaseModel]]:
+    return isinstance(annotation, type) and issubclass(annotation, BaseModel)
+
+
+def _tags(candidate: Any) -> tuple[Any, ...]:
     """The values of ``kind`` that mean ``candidate`` in a union of settings classes."""
-    field = candidate.model_fields.get("kind")
+    field = candidate.model_fields.get("kind") if _is_settings(candidate) else None
     return typing.get_args(field.annotation) if field else ()
 
 
