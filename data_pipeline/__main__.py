@@ -22,9 +22,21 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
+
+def _local_folder(text: str) -> Path:
+    from .sources.inputs import is_remote, shown_name
+
+    if is_remote(text):
+        raise UserError(
+            f"{shown_name(text)} is no folder: inspect, verify and index work on local folders only. Give the path of "
+            "a data set on this machine; a remote one must be copied first."
+        )
+    return Path(text)
+
+
 Config = Annotated[Path, typer.Argument(help="A YAML file (see configs/data).")]
 Overrides = Annotated[list[str] | None, typer.Argument(help="Settings to change: section.key=value.")]
-Folder = Annotated[Path, typer.Argument(help="A data set folder.")]
+Folder = Annotated[Path, typer.Argument(parser=_local_folder, help="A data set folder.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON for another program.")]
 Processes = Annotated[int | None, typer.Option(min=1, help="Worker processes; as many as cores by default.")]
 

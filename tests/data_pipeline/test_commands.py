@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.__main__ import main
 from data_pipeline.prepare import PrepareSettings
 from data_pipeline.settings import load_settings
 
@@ -82,6 +83,27 @@ def test_what_a_user_gets_wrong_is_one_paragraph_and_exit_code_2(arguments: list
     assert done.stderr.startswith("error: ")
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["verify"], ["index", "--form", "wids"]])
+@pytest.mark.parametrize(
+    ("address", "told"),
+    [
+        ("http://me:secret@host/set?token=secret", "http://host/set"),
+        ("s3://bucket/set", "s3://bucket/set"),
+        ("file:///data/set", "file:///data/set"),
+        ("pipe:cat /data/{}", "pipe:cat /data/{}"),
+    ],
+)
+def test_commands_that_need_a_local_folder_refuse_an_address(
+    words: list[str], address: str, told: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["pretrain-data", *words, address])
+    assert main() == 2
+    assert capsys.readouterr().err == (
+        f"error: {told} is no folder: inspect, verify and index work on local folders only. Give the path of a data "
+        "set on this machine; a remote one must be copied first.\n"
+    )
 
 
 def test_the_command_line_does_not_wait_for_torch() -> None:
