@@ -83,9 +83,9 @@ def write_shard(
         for block in range(blocks):
             data = block_bytes(layout, eos_id, content.tokens, block)
             index["crc32c"][block] = crc32c(data)
-            member = layout.member_head(name, block) + data + layout.member_tail()
-            digest.update(member)
-            archive.write(member)
+            for piece in (layout.member_head(name, block), data, layout.member_tail()):
+                digest.update(piece)
+                archive.write(piece)
         end = layout.archive_end(blocks)
         digest.update(end)
         archive.write(end)

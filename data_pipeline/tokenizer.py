@@ -15,6 +15,7 @@ import hashlib
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +28,9 @@ UNK_ID, BOS_ID, EOS_ID, PAD_ID = 0, 1, 2, 3
 
 SPACE_MARK = "\u2581"
 """How SentencePiece writes a space inside a piece."""
+
+
+_TOKENS_AT_ONCE = 1 << 15  # what numpy makes of them stays in the processor's cache
 
 
 class Tokenizer:
@@ -59,8 +63,6 @@ class Tokenizer:
             raise UserError(f"{origin} has no EOS piece, which ends every document. Take a tokenizer that has one.")
         pad_id: int = self._processor.pad_id()
         self.pad_id = pad_id if pad_id >= 0 else self.eos_id
-        ids = range(self.vocab_size)
-        self._byte_ids = {self._processor.id_to_piece(i): i for i in ids if self._processor.is_byte(i)}
 
     @classmethod
     def load(cls, path: Path) -> Tokenizer:
@@ -96,14 +98,37 @@ class Tokenizer:
         A byte piece counts 1, a control piece and UNK count 0, and a space (U+2581 in the piece) counts 1. For an exact
         tokenizer the sum over ``encode(text)`` is ``len(text.encode())``.
         """
-        processor = self._processor
-        counts = np.zeros(self.vocab_size, np.int64)
-        for i in range(self.vocab_size):
-            if processor.is_byte(i):
-                counts[i] = 1
-            elif not (processor.is_control(i) or processor.is_unknown(i)):
-                counts[i] = len(processor.id_to_piece(i).replace(SPACE_MARK, " ").encode())
+        processor, ids = self._processor, list(range(self.vocab_size))
+        sizes = [len(piece.replace(SPACE_MARK, " ").encode()) for piece in processor.id_to_piece(ids)]
+        counts = np.array(sizes, np.int64)
+        counts[processor.is_byte(ids)] = 1
+        counts[np.logical_or(processor.is_control(ids), processor.is_unknown(ids))] = 0
         return counts
+
+    def bytes_of(self, tokens: npt.NDArray[np.integer[Any]], lengths: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """[documents] the UTF-8 bytes that the tokens of each document stand for.
+
+        Args:
+            tokens: documents end to end.
+            lengths: [documents] tokens of each, at least 1.
+        """
+        ends = np.cumsum(lengths)
+        covered = np.empty(len(lengths), np.int64)
+        first = start = 0
+        while first < len(lengths):
+            last = max(first + 1, int(np.searchsorted(ends, start + _TOKENS_AT_ONCE, side="right")))
+            some = tokens[start : ends[last - 1]]
+            begins = ends[first:last] - lengths[first:last] - start
+            # "clip", or numpy would look for wrong ids, of which a tokenizer makes none
+            np.add.reduceat(self.piece_bytes.take(some, mode="clip"), begins, out=covered[first:last])
+            first, start = last, int(ends[last - 1])
+        return covered
+
+    @cached_property
+    def _byte_ids(self) -> dict[str, int]:
+        """The byte pieces (``<0x0A>``) and their ids."""
+        byte_ids = np.flatnonzero(self._processor.is_byte(list(range(self.vocab_size)))).tolist()
+        return {self._processor.id_to_piece(i): i for i in byte_ids}
 
     def encode(self, text: str) -> list[int]:
         """The ids of ``text``, without BOS or EOS."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from ..layout import BlockLayout
 from ..manifest import SPLITS
 from ..packing import Packing, best_fit, end_to_end
 from ..shards import ShardContent, write_shard
-from .runs import Documents, IntArray, Run
+from .runs import ID_BYTES, Documents, IntArray, Run, Tokens
 from .workers import run_jobs
 from .workspace import Workspace
 
@@ -159,27 +159,32 @@ def _content(job: ShardJob) -> ShardContent:
     low, high = _cut(job.index, job.count), _cut(job.index + 1, job.count)
     runs = _runs(path, path.stat().st_mtime_ns)[job.split][job.domain]
     pieces = [piece for run in runs if (piece := run.read(low, high, layout.token_dtype)) is not None]
-    documents = Documents.joined(pieces)
+    tokens = [own for piece in pieces for own in piece.each_tokens()]
+    # without their tokens, which are most of them and are copied once, to their places in the stream
+    documents = Documents.joined([replace(piece, tokens=piece.tokens[:0]) for piece in pieces])
     shuffled = documents.shuffled(np.arange(len(documents)))
     lengths = documents.lengths[shuffled]
     packing = end_to_end(lengths) if job.format.pack_tokens is None else best_fit(lengths, job.format.pack_tokens)
     order = shuffled[packing.order]
     rows = order.tolist()
+    ids = documents.ids[order].tobytes().hex()
     return ShardContent(
-        tokens=_stream(documents, order, packing, job.format),
+        tokens=_stream([tokens[row] for row in rows], packing, job.format),
         starts=packing.starts,
         lengths=documents.lengths[order],
         text_bytes=documents.text_bytes[order],
-        ids=[documents.ids[row].tobytes().hex() for row in rows],
+        ids=[ids[begin : begin + 2 * ID_BYTES] for begin in range(0, len(ids), 2 * ID_BYTES)],
         urls=[documents.urls[row].decode() for row in rows],
         metadata=[documents.metadata[row].decode() for row in rows],
         first_key=int(documents.keys[shuffled[0]]),
     )
 
 
-def _stream(documents: Documents, order: IntArray, packing: Packing, written: Format) -> Any:
+def _stream(tokens: Sequence[Tokens], packing: Packing, written: Format) -> Tokens:
+    """The documents ``tokens``, in the order of the stream, at their places in it."""
+    if packing.tokens == sum(map(len, tokens)):
+        return np.concatenate(tokens, dtype=written.layout.token_dtype)
     stream = np.full(packing.tokens, written.eos_id, written.layout.token_dtype)
-    begins = (np.cumsum(documents.lengths) - documents.lengths)[order].tolist()
-    for place, begin, length in zip(packing.starts.tolist(), begins, documents.lengths[order].tolist(), strict=True):
-        stream[place : place + length] = documents.tokens[begin : begin + length]
+    for place, document in zip(packing.starts.tolist(), tokens, strict=True):
+        stream[place : place + len(document)] = document
     return stream

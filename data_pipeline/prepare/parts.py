@@ -120,7 +120,7 @@ def tokenise_part(job: PartJob) -> None:
     (changed by it), ``inexact_documents`` (their tokens do not stand for all their bytes; an exact tokenizer has none),
     ``text_bytes``, ``tokens``, ``rejected`` (by stage and reason), ``rejected_rows`` (in the file of rejected records).
     """
-    tokenizer = _load_tokenizer(job.tokenizer)
+    tokenizer = _load_tokenizer(job.tokenizer, job.tokenizer.stat().st_mtime_ns)
     counts = _Counts(job)
     runs: list[dict[str, Any]] = []
     pieces: list[Documents] = []
@@ -140,7 +140,7 @@ def tokenise_part(job: PartJob) -> None:
 
 
 @lru_cache(maxsize=1)
-def _load_tokenizer(path: Path) -> Tokenizer:
+def _load_tokenizer(path: Path, modified: int) -> Tokenizer:
     return Tokenizer.load(path)
 
 
@@ -191,7 +191,7 @@ def _encode(batch: list[Document], tokenizer: Tokenizer, job: PartJob, counts: _
     counts.text_bytes += int(text_bytes.sum())
     counts.tokens += len(tokens)
     if batch:
-        covered = np.add.reduceat(tokenizer.piece_bytes[tokens], np.cumsum(lengths) - lengths)
+        covered = tokenizer.bytes_of(tokens, lengths)
         counts.inexact_documents += int(np.count_nonzero(covered != text_bytes))
     return Documents(
         keys=_keyed_hashes(identities, job.seed.to_bytes(8, "little")),
@@ -235,6 +235,11 @@ def _keyed_hashes(identities: Sequence[bytes], key: bytes) -> npt.NDArray[np.uin
     return np.frombuffer(b"".join(digests), "<u8")
 
 
+def _identities(ids: npt.NDArray[np.uint8]) -> list[bytes]:
+    joined = ids.tobytes()
+    return [joined[begin : begin + ID_BYTES] for begin in range(0, len(joined), ID_BYTES)]
+
+
 def _heldout(identities: Sequence[bytes], fraction: float) -> npt.NDArray[np.bool_]:
     return _keyed_hashes(identities, b"heldout") < np.uint64(int(fraction * (1 << 64)))
 
@@ -243,7 +248,7 @@ def _write_run(job: PartJob, number: int, pieces: list[Documents]) -> list[dict[
     if not sum(map(len, pieces)):
         return []
     documents = Documents.joined(pieces)
-    heldout = _heldout([row.tobytes() for row in documents.ids], job.heldout_fraction)
+    heldout = _heldout(_identities(documents.ids), job.heldout_fraction)
     chosen = {split: documents.shuffled(np.flatnonzero(heldout == (split == HELDOUT))) for split in (TRAIN, HELDOUT)}
     name = f"{job.number:06d}-{number:04d}"
     order = np.concatenate([chosen[TRAIN], chosen[HELDOUT]])

@@ -75,11 +75,14 @@ def prepare_share(settings: PrepareSettings, share: Share) -> str:
         work = _begin(settings, workspace, share)
         if work.complete:
             return f"{settings.output} is already complete"
-        for stage in work.stages():
+        for number, stage in enumerate(work.stages(), start=1):
             work.advance(stage)
             if missing := stage.missing():
-                return f"{share}: its share of `{stage.name}` is done; of all tasks' {stage.left(missing)}"
-        return f"{share}: all passes are done; publish the data set with --merge"
+                return (
+                    f"{share}, pass {number} of {settings.passes} ({stage.name}): its share is done; of all tasks' "
+                    f"{stage.left(missing)}. When all tasks are through this pass, start all of them again"
+                )
+        return f"{share}: all {settings.passes} passes are done; publish the data set with --merge"
 
 
 def merge(settings: PrepareSettings) -> Manifest:
@@ -119,7 +122,7 @@ class _Stage:
         return [item for item in self.items if item.record.name not in done[item.record.parent]]
 
     def left(self, missing: Sequence[Item]) -> str:
-        return f"{len(self.items)} items {len(missing)} are missing, the first {missing[0].label}"
+        return f"{len(self.items)} items, {len(missing)} are missing (the first: {missing[0].label})"
 
 
 @dataclass(frozen=True)
@@ -214,7 +217,7 @@ class _Preparation:
 def _begin(settings: PrepareSettings, workspace: Workspace, share: Share) -> _Preparation:
     stamps = _stamps(settings)
     tokenizer = _tokenizer(settings, workspace, stamps, share)
-    plan = {"settings": settings.content, "part_bytes": settings.part_bytes, "tokenizer": tokenizer.sha256}
+    plan = {"settings": settings.agreed, "part_bytes": settings.part_bytes, "tokenizer": tokenizer.sha256}
     workspace.agree("plan", {**plan, "input": stamps, **_evaluation_texts(settings)}, share)
     work = _Preparation(settings, workspace, share, tokenizer)
     if work.complete:
@@ -257,10 +260,11 @@ def _tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: dict[str
             workspace.agree("tokenizer", {**wanted, "sha256": tokenizer.sha256}, share)
             if not workspace.tokenizer.exists():
                 publish_bytes(workspace.tokenizer, tokenizer.model)
+                return tokenizer
             return Tokenizer.load(workspace.tokenizer)
         assert settings.tokenizer.train is not None
         wanted |= {
-            "sources": settings.content["sources"],
+            "sources": settings.agreed["sources"],
             "heldout_fraction": settings.heldout_fraction,
             "input": stamps,
             "cleaning": settings.cleaning.of_documents,

@@ -43,6 +43,7 @@ DROP_DTYPE = np.dtype([("row", "<u8"), ("stage", "u1"), ("kept", "<i8")])
 repeats."""
 
 _HEADER_BYTES = 512
+_DOCUMENTS_AT_ONCE = 256
 
 IntArray = npt.NDArray[np.int64]
 Tokens = npt.NDArray[np.unsignedinteger]
@@ -78,6 +79,8 @@ class Documents:
     @classmethod
     def joined(cls, pieces: Sequence[Documents]) -> Documents:
         """The documents of all ``pieces`` (at least one), one after another."""
+        if len(pieces) == 1:
+            return pieces[0]
         return cls(
             keys=np.concatenate([piece.keys for piece in pieces]),
             ids=np.concatenate([piece.ids for piece in pieces]),
@@ -88,6 +91,12 @@ class Documents:
             tokens=np.concatenate([piece.tokens for piece in pieces]),
             signatures=np.concatenate([piece.signatures for piece in pieces]),
         )
+
+    def each_tokens(self) -> list[Tokens]:
+        """The tokens of each document: views."""
+        ends = np.cumsum(self.lengths)
+        begins = ends - self.lengths
+        return [self.tokens[begin:end] for begin, end in zip(begins.tolist(), ends.tolist(), strict=True)]
 
     def only(self, kept: npt.NDArray[np.bool_]) -> Documents:
         """The documents that ``kept`` [n] names."""
@@ -129,13 +138,12 @@ def write_run(path: Path, documents: Documents, order: IntArray) -> None:
         table[f"{name}_start"] = np.cumsum(table[f"{name}_bytes"]) - table[f"{name}_bytes"]
         with publish(_beside(path, "urls" if name == "url" else name)) as handle:
             handle.write(b"".join(ordered))
-    ends = np.cumsum(documents.lengths)
-    begins = (ends - documents.lengths)[order].tolist()
-    stream = np.concatenate(
-        [documents.tokens[begin:end] for begin, end in zip(begins, ends[order].tolist(), strict=True)]
-    )
+    tokens = documents.each_tokens()
+    ordered_tokens = [tokens[number] for number in order.tolist()]
+    stored = documents.tokens.dtype.newbyteorder("<")
     with publish(_beside(path, "tokens")) as handle:
-        handle.write(stream.astype(stream.dtype.newbyteorder("<"), copy=False).data)
+        for first in range(0, len(ordered_tokens), _DOCUMENTS_AT_ONCE):
+            handle.write(np.concatenate(ordered_tokens[first : first + _DOCUMENTS_AT_ONCE], dtype=stored).data)
     with publish(_beside(path, "docs.npy")) as handle:
         handle.write(npy_header(RUN_DTYPE.descr, len(table), _HEADER_BYTES))
         handle.write(table.data)
