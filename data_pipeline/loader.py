@@ -7,6 +7,7 @@ Within a step that takes the sequences s = 0, 1, 2, ... micro-step g, rank r of 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -28,6 +29,9 @@ from .upcoming import Upcoming, neighbours, windows_of
 from .watchdog import Watchdog
 
 Rows = npt.NDArray[np.unsignedinteger[Any]]
+
+_BYTES_AT_ONCE = 1 << 20
+"""Of tokens read in one go; they stay in the processor's cache until they are cast."""
 
 
 @dataclass(frozen=True)
@@ -110,6 +114,11 @@ class StepLoader:
         self._upcoming = Upcoming(schedule, order, self._sources)
         self._pin_memory, self._on_damage = pin_memory, on_damage
         self._rows: Rows = np.empty((0, seq_len + 1), sources[0].manifest.layout.token_dtype)
+        self._at_once = 1
+        self._located: list[LocatedStep] = []
+        """Steps to be read next."""
+        self._ready: deque[tuple[LocatedStep, Rows, dict[int, DamagedBlockError]]] = deque()
+        """Steps that are read, with their tokens in ``_rows`` and what is wrong with them."""
         self.position = start_position
         """Where the next step begins."""
         self.waited = 0.0
@@ -164,17 +173,18 @@ class StepLoader:
         self.close()
 
     def _make(self) -> Step:
-        step = self._upcoming.first()
+        if not self._ready:
+            self._read_next()
+        step, rows, damaged = self._ready[0]
         sample_ids = self._order.sample_bases[step.source] + step.sequence
         damage = []
-        for row, error in sorted(self._read(step).items()):
+        for row, error in sorted(damaged.items()):
             if self._on_damage == "stop":
                 raise error
             name = self._order.sources[step.source.flat[row]].name
             damage.append(Damage.of(error, int(step.positions.flat[row]), name, int(sample_ids.flat[row])))
             sample_ids.flat[row] = HOLE
-        self._upcoming.pop()
-        rows = self._rows.reshape(*step.positions.shape, -1)
+        self._ready.popleft()
         # one piece of memory a step: many smaller ones are given back to the system, and faulted in anew, at every step
         into, eos_id = np.empty(rows.shape, np.int64), self._sources[0].eos_id
         batches = (
@@ -184,12 +194,34 @@ class StepLoader:
         made = tuple(batch.pin_memory() if self._pin_memory else batch for batch in batches)
         return Step(step.position, step.next_position, step.global_batch, made, tuple(damage))
 
-    def _read(self, step: LocatedStep) -> dict[int, DamagedBlockError]:
-        """Fill ``_rows`` [G b, T + 1] with the step's tokens; returns what is wrong, by row."""
-        if len(self._rows) != step.positions.size:
+    def _read_next(self) -> None:
+        """Read the next steps: several of few sequences at once, for a read costs more by itself than by the row."""
+        if not self._located:
+            self._located = self._upcoming.take(self._at_once)
+        steps = self._located
+        try:
+            damage = self._read(steps)
+        except OSError:
+            if len(steps) == 1:
+                raise
+            steps = steps[:1]  # the disk may have failed in a later one, which must not hold up this one
+            damage = self._read(steps)
+        self._located, begin = self._located[len(steps) :], 0
+        for step in steps:
+            stop = begin + step.positions.size
+            own = {row - begin: error for row, error in damage.items() if begin <= row < stop} if damage else {}
+            self._ready.append((step, self._rows[begin:stop].reshape(*step.positions.shape, -1), own))
+            begin = stop
+        # the first step alone, for it is waited for
+        self._at_once = max(1, _BYTES_AT_ONCE // self._rows[:1].nbytes)
+
+    def _read(self, steps: Sequence[LocatedStep]) -> dict[int, DamagedBlockError]:
+        """Fill ``_rows`` [n, T + 1] with the tokens of the steps; returns what is wrong, by row."""
+        sources = np.concatenate([step.source.ravel() for step in steps])
+        sequences = np.concatenate([step.sequence.ravel() for step in steps])
+        if len(self._rows) < len(sources):
             # one buffer for all steps: batches hold copies of it, and fresh memory costs more than reading into it
-            self._rows = np.empty((step.positions.size, self._rows.shape[1]), self._rows.dtype)
-        sources, sequences = step.source.ravel(), step.sequence.ravel()
+            self._rows = np.empty((len(sources), self._rows.shape[1]), self._rows.dtype)
         damage: dict[int, DamagedBlockError] = {}
         for number in np.unique(sources).tolist():
             places = np.flatnonzero(sources == number)

@@ -31,12 +31,7 @@ class Upcoming:
         self._later: deque[LocatedStep] = deque()
         self._positions = 0
 
-    def first(self) -> LocatedStep:
-        """The next step; it stays the next one until :meth:`pop`.
-
-        Raises:
-            StopIteration: there is none.
-        """
+    def _first(self) -> LocatedStep:
         if self._remote:
             self._fetch_ahead()
         if not self._coming:
@@ -45,9 +40,24 @@ class Upcoming:
             self._coming.append(self._later.popleft())
         return self._coming[0]
 
-    def pop(self) -> None:
-        """Go on to the step after."""
+    def take(self, sequences: int) -> list[LocatedStep]:
+        """The next steps: of together at most ``sequences`` sequences of this rank, but at least one; only one where
+        something must be fetched.
+
+        Raises:
+            StopIteration: there is none.
+        """
+        steps = [self._next()]
+        left = 0 if self._remote else sequences - steps[0].positions.size
+        while left > 0 and (self._later or self._locate()) and self._later[0].positions.size <= left:
+            steps.append(self._next())
+            left -= steps[-1].positions.size
+        return steps
+
+    def _next(self) -> LocatedStep:
+        step = self._first()
         self._positions -= self._coming.popleft().global_batch
+        return step
 
     def _locate(self) -> bool:
         chunk = self._schedule.next_chunk()

@@ -379,3 +379,35 @@ def test_sources_that_do_not_fit_the_order_are_refused(order: Order, sources: li
         make_loader(order, sources, seq_len=32)
     with pytest.raises(ValueError, match="source 'code' has"):
         make_loader(order, sources[::-1])
+
+
+def test_a_failing_disk_holds_up_its_own_step_only(
+    order: Order, sources: list[TokenSource], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Steps are read several at once: one that the disk fails in later must not take those before it along. The error
+    of the disk is made, for a real one can't be."""
+    expected = run_steps(order, sources)
+    bad = {int(sample) for sample in expected[7].micro_batches[0].sample_ids if sample < sources[0].sequences}
+    bad -= {int(sample) for step in expected[:7] for sample in step.micro_batches[0].sample_ids}
+    assert bad
+    read_into = sources[0].read_into
+    reads = []
+
+    def failing(indices: np.ndarray, *arguments: Any) -> Any:
+        reads.append(len(indices))
+        if bad.intersection(indices.tolist()):
+            raise OSError(5, "Input/output error")
+        return read_into(indices, *arguments)
+
+    monkeypatch.setattr(sources[0], "read_into", failing)
+    with make_loader(order, sources) as loader:
+        found = [loader.next_step() for _ in range(7)]
+        for _ in range(2):
+            with pytest.raises(OSError, match="Input/output error"):
+                loader.next_step()
+        bad.clear()
+        found += list(loader)
+    assert max(reads) > BATCH, "nothing was read together"
+    for one, other in zip(found, expected, strict=True):
+        assert (one.position, one.next_position) == (other.position, other.next_position)
+        assert torch.equal(one.micro_batches[0].rows, other.micro_batches[0].rows)

@@ -4,6 +4,7 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -66,6 +67,17 @@ def plain(tmp_path: Path) -> dict[str, Any]:
 
 def run(plain: dict[str, Any], **changes: Any) -> Manifest:
     return prepare(build_settings(PrepareSettings, {**plain, **changes}, "test"))
+
+
+def test_a_folder_prepared_anew_takes_the_tokenizer_that_is_there_now(plain: dict[str, Any], tmp_path: Path) -> None:
+    run(plain)
+    shutil.rmtree(tmp_path / "set")
+    (tmp_path / "given.model").write_bytes(tiny_tokenizer(390).model)
+    manifest = run(plain)
+    expected = sum(len(tiny_tokenizer(390).encode(text)) + 1 for text in [*PROSE, *VERSE])
+    assert (
+        manifest.shards.tokens.sum() == expected != sum(len(tiny_tokenizer().encode(t)) + 1 for t in [*PROSE, *VERSE])
+    )
 
 
 def hashes(folder: Path) -> dict[str, str]:

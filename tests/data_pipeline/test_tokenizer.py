@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 from functools import lru_cache
 from pathlib import Path
 
@@ -62,6 +63,25 @@ def test_every_text_comes_back_and_its_bytes_add_up(model_type: str, text: str) 
 def test_a_batch_is_its_texts_one_by_one() -> None:
     texts = ["def f(x):\n\treturn x", "", "a \u2581 b", "   spaces"]
     assert [ids.tolist() for ids in trained().encode_batch(texts)] == [trained().encode(text) for text in texts]
+
+
+@settings(max_examples=50, deadline=None)
+@given(sizes=st.lists(st.sampled_from([1, 2, 5, 1000, (1 << 15) - 1, 1 << 15, (1 << 15) + 1, 100_000]), max_size=12))
+def test_the_bytes_of_documents_are_the_sums_of_their_pieces(sizes: list[int]) -> None:
+    tokenizer = trained()
+    tokens = np.random.default_rng(0).integers(tokenizer.vocab_size, size=sum(sizes)).astype(np.uint16)
+    ends = np.cumsum([0, *sizes])
+    expected = [int(tokenizer.piece_bytes[tokens[a:b]].sum()) for a, b in itertools.pairwise(ends)]
+    assert tokenizer.bytes_of(tokens, np.array(sizes, np.int64)).tolist() == expected
+
+
+def test_piece_bytes_are_those_of_each_piece_alone() -> None:
+    tokenizer = trained("bpe")
+    processor = sentencepiece.SentencePieceProcessor(model_proto=tokenizer.model)
+    for i, counted in enumerate(tokenizer.piece_bytes.tolist()):
+        control = processor.is_control(i) or processor.is_unknown(i)
+        piece = 0 if control else len(processor.id_to_piece(i).replace("\u2581", " ").encode())
+        assert counted == (1 if processor.is_byte(i) else piece)
 
 
 def test_control_ids_are_fixed() -> None:
