@@ -351,7 +351,7 @@ def test_tasks_write_the_same_bytes(plain: dict[str, Any], manifest: Manifest, t
         merge(shared)
     said = [prepare_share(shared, Share(task, 3)) for task in range(3)]
     assert "of all tasks' 1 items, 1 are missing (the first: duplicates exact" in said[2]
-    with pytest.raises(UserError, match=r"can't be merged yet: of `find equal text`'s 1 items 1 are missing"):
+    with pytest.raises(UserError, match=r"can't be merged yet: of `find equal text`'s 1 items, 1 are missing"):
         merge(shared)
     for _ in range(shared.passes - 1):
         said += [prepare_share(shared, Share(task, 3)) for task in range(3)]
