@@ -164,7 +164,7 @@ def measure() -> dict[str, Any]:
     ]
     for strata, window in ((64, 1024), (256, 1024), (1024, 128), (1024, 1024), (4096, 1024)):
         name = f"windowed, {strata} strata, windows of {window}"
-        schemes.append((name, OURS, lambda strata=strata, window=window: headrace(strata, window)))  # type: ignore[misc]
+        schemes.append((name, OURS, lambda strata=strata, window=window: headrace(strata, window)))
     rows = []
     for name, code, order in schemes:
         began = time.process_time()

@@ -102,7 +102,8 @@ class Session:
         hosts = ranks.gather_objects(socket.gethostname())
         together(ranks, lambda: self._begin(config, data, attempts, state, origin, hosts, damage))
         self._tell_missing(data, state)
-        if config.data.on_damage == "hole" or (folder / DAMAGE).is_dir():  # an earlier attempt's, done anew in part
+        # rank 0's look decides: on a network file system another rank may not see the folder yet
+        if ranks.broadcast_object(config.data.on_damage == "hole" or (folder / DAMAGE).is_dir()):
             self._ledger = together(
                 ranks, lambda: DamageLedger(folder / DAMAGE, ranks.rank, self._attempt, state.position)
             )

@@ -112,7 +112,7 @@ class Bench:
     windowed: bool
 
     def source(self, on_damage: str, split: str = "train") -> TokenSource:
-        return TokenSource(self.root, "web", split, SEQ, storage=self.storage, on_damage=on_damage)  # type: ignore[arg-type]
+        return TokenSource(self.root, "web", split, SEQ, storage=self.storage, on_damage=on_damage)
 
     @property
     def order(self) -> Order:
@@ -124,7 +124,7 @@ class Bench:
     def steps(self, source: TokenSource, on_damage: str, prefetch: int = 2) -> Iterator[Step]:
         with StepLoader(
             self.order, [source], rank=0, world_size=1, micro_batch=MICRO, plan=PLAN, seq_len=SEQ, start_step=0,
-            start_position=0, end_step=SEQUENCES // 24, prefetch=prefetch, on_damage=on_damage,  # type: ignore[arg-type]
+            start_position=0, end_step=SEQUENCES // 24, prefetch=prefetch, on_damage=on_damage,
         ) as loader:  # fmt: skip
             yield from loader
 
@@ -173,7 +173,7 @@ def test_holes_keep_their_positions_and_nothing_else_changes(name: str, bench: B
                 assert (two.rows[row] == source.eos_id).all()
                 assert not two.loss_mask[row].any()
                 offset, position = LAYOUT.data_offset(block), int(one.run_positions[row])
-                expected.append(Damage(position, "text", sample, f"{shard:06d}", block, offset, reason))  # type: ignore[arg-type]
+                expected.append(Damage(position, "text", sample, f"{shard:06d}", block, offset, reason))
         assert after.damage == tuple(expected)
         holes += len(expected)
     assert holes == len(lost) * PER_BLOCK

@@ -191,10 +191,10 @@ def test_no_hash_seed_random_state_or_process_changes_the_order(mode: Mode, wind
             [sys.executable, "-c", program, seed], env=environment, capture_output=True, text=True, check=True
         ).stdout
         assert printed.strip() == str([column.tolist() for column in here])
-    states = random.getstate(), np.random.get_state()[1].copy()  # type: ignore[index]
+    states = random.getstate(), np.random.get_state()[1].copy()
     Order(0, SOURCES, PHASES, mode, windows).locate(0, 100)
     assert random.getstate() == states[0]
-    assert np.array_equal(np.random.get_state()[1], states[1])  # type: ignore[index]
+    assert np.array_equal(np.random.get_state()[1], states[1])
 
 
 @pytest.mark.parametrize(("mode", "windows"), [("full", None), ("windowed", Windows(1024, 1024))])

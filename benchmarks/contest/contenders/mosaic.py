@@ -36,8 +36,8 @@ def _without_torchvision() -> None:
 
 
 _without_torchvision()
-import streaming  # noqa: E402
-from streaming.base.util import clean_stale_shared_memory  # noqa: E402
+import streaming  # noqa: E402 - looks for torchvision when it is imported
+from streaming.base.util import clean_stale_shared_memory  # noqa: E402 - as above
 
 VERSION = streaming.__version__
 SKIP = 1
