@@ -2,10 +2,21 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from pydantic import Field, model_validator
 
 from data_pipeline.errors import UserError
 from data_pipeline.settings import Settings
+from pretrain.methods import choice_of
+
+from .linear.base import LinearSettings
+from .linear.choose import check_rules
+
+if TYPE_CHECKING:
+    Linear = LinearSettings
+else:
+    Linear = choice_of("pretrain.model.linear.kinds", LinearSettings)
 
 
 class ModelSettings(Settings):
@@ -36,6 +47,9 @@ class ModelSettings(Settings):
     """Standard deviation of the initial weights of the embedding and of every linear layer."""
     init_scaled_residual: bool = True
     """Divide ``init_std`` by sqrt(2 layers) in the linear layers that write into the residual stream (GPT-2)."""
+    linear: tuple[Linear, ...] = ()
+    """Which parameterization the linear layers of the blocks have; those that no rule matches are dense, as is the
+    head. No layer may be matched twice."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:
@@ -54,6 +68,7 @@ class ModelSettings(Settings):
                 f"head_dim {self.effective_head_dim} is odd, but the rotary embedding rotates pairs of features; make "
                 f"it even{'' if self.head_dim else ' (it is hidden_size / heads)'}"
             )
+        check_rules(self)
         return self
 
     @property

@@ -14,7 +14,7 @@ import pretrain.model
 from data_pipeline.errors import UserError
 from data_pipeline.settings import build_settings
 from pretrain.model import Decoder, ModelSettings, initialize_
-from pretrain.model.linear import DenseLinear
+from pretrain.model.linear.kinds.dense import DenseLinear
 
 VOCAB = 61
 SHAPE = {"hidden_size": 32, "layers": 2, "heads": 4, "kv_heads": 2, "intermediate_size": 48}

@@ -1,0 +1,68 @@
+"""What a parameterization of a linear layer is: settings that can make the layer and say what it costs."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, NamedTuple
+
+from pydantic import Field, model_validator
+from torch import nn
+
+from data_pipeline.settings import Settings
+
+
+class LinearCost(NamedTuple):
+    """What one layer costs, by arithmetic; all counts are of elements."""
+
+    parameters: int
+    """Trained values."""
+    multiplied: int
+    """Multiplications of a token's forward pass; the backward pass has twice as many."""
+    activations: int
+    """Values of a token kept for the backward pass besides the layer's input, which other layers share."""
+    buffer_bytes: int = 0
+    """Bytes of what is kept but not trained: indices and masks; whole on every rank at any ZeRO stage."""
+
+
+class LinearSettings(Settings):
+    """Base of the parameterizations; each lives in a module of ``pretrain.model.linear.kinds`` of its own.
+
+    A layer maps [..., in_features] to [..., out_features] without bias, and is an
+    :class:`~pretrain.model.initialize.Initializable`.
+    """
+
+    kind: str
+    """Which parameterization."""
+    modules: tuple[str, ...] = ("attention.*", "feed_forward.*")
+    """Shell patterns of names inside a block, as ``attention.query`` or ``feed_forward.*``: the layers it is for."""
+    layers: Annotated[str, Field(pattern=r"^\d+(-\d+)?$")] | None = None
+    """Blocks, from 0: ``3``, or ``0-7`` with both ends; ``null``: all."""
+
+    @model_validator(mode="after")
+    def _check_layers(self) -> LinearSettings:
+        first, last = self.layer_range or (0, 0)
+        if first > last:
+            raise ValueError(f"layers {self.layers!r} ends before it begins; write the smaller number first")
+        return self
+
+    @property
+    def layer_range(self) -> tuple[int, int] | None:
+        """First and last block; None: all."""
+        if self.layers is None:
+            return None
+        first, _, last = self.layers.partition("-")
+        return int(first), int(last or first)
+
+    def check(self, in_features: int, out_features: int) -> None:
+        """Raises ValueError, with the reason, where a layer of this shape can't be made."""
+
+    def make(self, in_features: int, out_features: int, init_std: float) -> nn.Module:
+        """The layer; ``init_std`` is the standard deviation of the weight that a dense layer would start with."""
+        raise NotImplementedError
+
+    def cost(self, in_features: int, out_features: int) -> LinearCost:
+        """What a layer of this shape costs."""
+        raise NotImplementedError
+
+
+LAYER_NAME = re.compile(r"blocks\.(\d+)\.(.+)")

@@ -1,0 +1,104 @@
+"""The one place where a linear layer is made.
+
+Attention, feed-forward and head ask :func:`make_linear` by name and know nothing of how the layer keeps its weight.
+"""
+
+from __future__ import annotations
+
+import math
+from fnmatch import fnmatchcase
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from data_pipeline.settings import nearest
+
+from .base import LAYER_NAME, LinearSettings
+from .kinds.dense import DenseSettings
+
+if TYPE_CHECKING:
+    from ..settings import ModelSettings
+
+RESIDUAL_WRITERS = ("attention.output", "feed_forward.down")
+"""Ends of the names of the linear layers whose output is added to the residual stream: two in each block."""
+
+
+def block_shapes(settings: ModelSettings) -> dict[str, tuple[int, int]]:
+    """The linear layers of a block: name in the block to (in_features, out_features)."""
+    hidden, inner = settings.hidden_size, settings.intermediate_size
+    queries = settings.heads * settings.effective_head_dim
+    keys = settings.effective_kv_heads * settings.effective_head_dim
+    return {
+        "attention.query": (hidden, queries),
+        "attention.key": (hidden, keys),
+        "attention.value": (hidden, keys),
+        "attention.output": (queries, hidden),
+        "feed_forward.gate": (hidden, inner),
+        "feed_forward.up": (hidden, inner),
+        "feed_forward.down": (inner, hidden),
+    }
+
+
+def check_rules(settings: ModelSettings) -> None:
+    """Refuse rules that match nothing, or one layer twice, or whose method can't make a layer that they match.
+
+    Raises:
+        ValueError: names the rule, the layer and the reason.
+    """
+    shapes = block_shapes(settings)
+    matched_by: dict[tuple[int, str], int] = {}
+    for number, rule in enumerate(settings.linear):
+        where = f"linear.{number} ({rule.kind})"
+        first, last = rule.layer_range or (0, settings.layers - 1)
+        if last >= settings.layers:
+            raise ValueError(
+                f"{where}: layers {rule.layers!r} goes beyond the last block; the model has {settings.layers}, from 0 "
+                f"to {settings.layers - 1}"
+            )
+        for pattern in rule.modules:
+            found = [name for name in shapes if fnmatchcase(name, pattern)]
+            if not found:
+                raise ValueError(f"{where}: modules {pattern!r} matches no layer of a block{nearest(pattern, shapes)}")
+        for name in (name for name in shapes if any(fnmatchcase(name, pattern) for pattern in rule.modules)):
+            for layer in range(first, last + 1):
+                other = matched_by.setdefault((layer, name), number)
+                if other != number:
+                    raise ValueError(
+                        f"{where}: blocks.{layer}.{name} is matched by linear.{other} ({settings.linear[other].kind}) "
+                        "already; let each layer be matched by one rule"
+                    )
+            try:
+                rule.check(*shapes[name])
+            except ValueError as error:
+                raise ValueError(f"{where}: {name} [{shapes[name][1]}, {shapes[name][0]}]: {error}") from error
+
+
+def method_of(name: str, settings: ModelSettings) -> LinearSettings:
+    """The parameterization of the linear layer ``name``, as ``blocks.0.attention.query`` or ``head``."""
+    if found := LAYER_NAME.fullmatch(name):
+        layer, inside = int(found[1]), found[2]
+        for rule in settings.linear:
+            first, last = rule.layer_range or (layer, layer)
+            if first <= layer <= last and any(fnmatchcase(inside, pattern) for pattern in rule.modules):
+                return rule
+    return DenseSettings()
+
+
+def initial_std(name: str, settings: ModelSettings) -> float:
+    """Standard deviation of the initial weight of the linear layer ``name``.
+
+    The layers that write into the residual stream get 1/sqrt(2 L) of the others' (GPT-2, section 2.3), so that the
+    variance of the stream after 2 L additions does not grow with the depth.
+    """
+    scaled = settings.init_scaled_residual and name.endswith(RESIDUAL_WRITERS)
+    return settings.init_std / math.sqrt(2 * settings.layers) if scaled else settings.init_std
+
+
+def make_linear(in_features: int, out_features: int, name: str, settings: ModelSettings) -> nn.Module:
+    """A linear layer without bias, [..., in_features] -> [..., out_features].
+
+    Args:
+        name: the module's full name in the decoder, for example ``blocks.0.attention.query``: what ``model.linear``
+            chooses by.
+    """
+    return method_of(name, settings).make(in_features, out_features, initial_std(name, settings))

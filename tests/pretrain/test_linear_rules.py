@@ -1,0 +1,51 @@
+"""Which parameterization each linear layer gets, and the refusal of rules that can't be meant."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from data_pipeline.errors import UserError
+from data_pipeline.settings import build_settings
+from pretrain.model import Decoder, ModelSettings
+from pretrain.model.linear import block_shapes, method_of
+
+SHAPE = {"hidden_size": 32, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate_size": 48}
+
+
+def settings(*rules: dict[str, Any]) -> ModelSettings:
+    return build_settings(ModelSettings, {**SHAPE, "linear": list(rules)}, "test")
+
+
+def refusal(*rules: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        settings(*rules)
+    return str(caught.value)
+
+
+def test_the_shapes_of_a_block_are_those_of_the_decoder() -> None:
+    with torch.device("meta"):
+        model = Decoder(settings(), 100)
+    for name, (in_features, out_features) in block_shapes(settings()).items():
+        assert model.get_submodule(f"blocks.1.{name}").weight.shape == (out_features, in_features)
+
+
+def test_a_rule_chooses_by_name_and_block() -> None:
+    made = settings({"kind": "dense", "modules": ["attention.*", "feed_forward.down"], "layers": "1-2"})
+    assert method_of("blocks.1.attention.query", made) is made.linear[0]
+    assert method_of("blocks.2.feed_forward.down", made) is made.linear[0]
+    for other in ("blocks.0.attention.query", "blocks.1.feed_forward.up", "head"):
+        assert method_of(other, made) is not made.linear[0]
+        assert method_of(other, made).kind == "dense"
+
+
+def test_rules_that_can_not_be_meant_are_refused() -> None:
+    assert "'mlp.*' matches no layer of a block" in refusal({"kind": "dense", "modules": ["mlp.*"]})
+    assert "did you mean 'feed_forward.up'?" in refusal({"kind": "dense", "modules": ["feedforward.up"]})
+    assert "layers '2-3' goes beyond the last block" in refusal({"kind": "dense", "layers": "2-3"})
+    assert "ends before it begins" in refusal({"kind": "dense", "layers": "2-1"})
+    twice = refusal({"kind": "dense", "layers": "1"}, {"kind": "dense", "modules": ["attention.key"]})
+    assert "blocks.1.attention.key is matched by linear.0 (dense) already" in twice
+    assert "did you mean 'dense'?" in refusal({"kind": "dence"})
