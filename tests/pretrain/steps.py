@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -44,11 +45,11 @@ def tiny_config(**sections: dict[str, Any]) -> Config:
     return build_settings(Config, plain, "test")
 
 
-def ragged_rows(step: int) -> np.ndarray:
-    """[GLOBAL_BATCH, LENGTH + 1] tokens whose rows hold 4 to 23 labels; the last row of odd steps holds none."""
+def ragged_rows(step: int, count: int = GLOBAL_BATCH) -> np.ndarray:
+    """[count, LENGTH + 1] tokens whose rows hold 4 to 23 labels; the last row of odd steps holds none."""
     random = np.random.default_rng(100 + step)
-    rows = random.integers(3, VOCABULARY, (GLOBAL_BATCH, LENGTH + 1))
-    for row, labels in zip(rows, random.permutation(np.linspace(4, 23, GLOBAL_BATCH).astype(int)), strict=True):
+    rows = random.integers(3, VOCABULARY, (count, LENGTH + 1))
+    for row, labels in zip(rows, random.permutation(np.linspace(4, 23, count).astype(int)), strict=True):
         row[labels + 1 :] = EOS
         row[labels // 2] = EOS
     if step % 2:
@@ -56,10 +57,10 @@ def ragged_rows(step: int) -> np.ndarray:
     return rows.astype(np.uint16)
 
 
-def batch_of(step: int, positions: np.ndarray) -> Batch:
-    """The batch that holds these rows of step ``step``; the first half of the rows is of source 0."""
-    rows = ragged_rows(step)[positions]
-    sources = (positions >= GLOBAL_BATCH // 2).astype(np.int64)
+def batch_of(step: int, positions: np.ndarray, count: int = GLOBAL_BATCH) -> Batch:
+    """The batch that holds these of the ``count`` rows of step ``step``; the first half of the rows is of source 0."""
+    rows = ragged_rows(step, count)[positions]
+    sources = (positions >= count // 2).astype(np.int64)
     samples = np.where((rows == EOS).all(axis=1), -1, positions).astype(np.int64)
     return make_batch(rows, EOS, sources, samples, positions.astype(np.int64))
 
@@ -68,7 +69,8 @@ def micro_batches(step: int, ranks: Distributed, micro_batch: int, batch: int = 
     """This rank's micro-batches, by the rule of docs/architecture.md: micro-step, then rank, then row."""
     together = ranks.world_size * micro_batch
     starts = range(ranks.rank * micro_batch, batch, together)
-    return [batch_of(step, np.arange(start, start + micro_batch)) for start in starts]
+    count = max(GLOBAL_BATCH, batch)
+    return [batch_of(step, np.arange(start, start + micro_batch), count) for start in starts]
 
 
 def run_engine(config: Config, ranks: Distributed) -> dict[str, Any]:
@@ -96,29 +98,58 @@ def run_engine(config: Config, ranks: Distributed) -> dict[str, Any]:
     return seen
 
 
-def run_plain(config: Config, group_size: int) -> dict[str, Any]:
-    """The same steps as a plain loop: one process, the whole batch at once, weights by the paper's formula in numpy."""
+def plain_adamw(masters: dict[str, Tensor], config: Config) -> Callable[[float], None]:
+    """torch's AdamW over the fp32 weights: a function of the learning rate that takes one step by their ``grad``."""
+    settings = config.optimizer
+    exempt = {name for name in masters if "norm" in name or "embedding" in name}
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [masters[name] for name in masters if name not in exempt]},
+            {"params": [masters[name] for name in masters if name in exempt], "weight_decay": 0.0},
+        ],
+        weight_decay=settings.weight_decay,
+        betas=settings.betas,
+        eps=settings.eps,
+    )
+
+    def step(rate: float) -> None:
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+
+    return step
+
+
+def run_plain(
+    config: Config,
+    group_size: int,
+    objective: Callable[[Tensor, Batch, Config, int], Tensor] | None = None,
+    optimizer: Callable[[dict[str, Tensor], Config], Callable[[float], None]] = plain_adamw,
+) -> dict[str, Any]:
+    """The same steps as a plain loop: one process, the whole batch at once, weights by the paper's formula in numpy.
+
+    Args:
+        group_size: sequences over which losses are normalised.
+        objective: from the logits of the whole batch to what the step minimises; ``None``: :func:`plain_objective`.
+        optimizer: from the fp32 weights by name to a function of the learning rate that takes one step.
+    """
     model = Decoder(config.model, VOCABULARY)
     initialize_(model, config.run.seed)
     model = model.to(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
     masters = {name: p.detach().float().clone() for name, p in model.named_parameters()}
-    decayed = [p for name, p in masters.items() if "norm" not in name and "embedding" not in name]
-    plain = [p for name, p in masters.items() if "norm" in name or "embedding" in name]
+    update = optimizer(masters, config)
     settings = config.optimizer
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": settings.weight_decay}, {"params": plain, "weight_decay": 0.0}],
-        betas=settings.betas,
-        eps=settings.eps,
-    )
     seen: dict[str, Any] = {"losses": [], "objectives": [], "norms": []}
+    seen["initial"] = {name: p.clone() for name, p in masters.items()}
     for step in range(STEPS):
-        batch = batch_of(step, np.arange(config.batch_plan.batch(step)))
+        size = config.batch_plan.batch(step)
+        batch = batch_of(step, np.arange(size), max(GLOBAL_BATCH, size))
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(masters[name])
         model.zero_grad()
         logits = model(batch.tokens, batch.positions, batch.document_ids, batch.single_document).float()
-        loss = plain_objective(logits, batch, config, group_size)
+        loss = (objective or plain_objective)(logits, batch, config, group_size)
         loss.backward()
         for name, p in model.named_parameters():
             assert p.grad is not None
@@ -129,9 +160,7 @@ def run_plain(config: Config, group_size: int) -> dict[str, Any]:
         for p in masters.values():
             assert p.grad is not None
             p.grad *= min(1.0, settings.clip_norm / (norm.item() + 1e-6))
-        for group in optimizer.param_groups:
-            group["lr"] = RATES[step]
-        optimizer.step()
+        update(RATES[step])
         seen["norms"].append(norm.item())
         seen["objectives"].append(loss.item())
         labels = batch.labels.masked_fill(~batch.loss_mask, -100)

@@ -1,0 +1,41 @@
+"""The rows of the method matrix: each module here holds ``METHODS``, from a name to what ``test_method_matrix`` runs.
+
+A module is one family of methods. A new method is one more entry in its family's module, nothing else.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from data_pipeline.batches import Batch
+from pretrain.config import Config
+
+from ..steps import plain_adamw, plain_objective
+
+
+@dataclass(frozen=True)
+class Method:
+    """One configuration that has to make the same update however it is split, and its plain reference."""
+
+    sections: Mapping[str, dict[str, Any]]
+    """What ``steps.tiny_config`` merges over the tiny configuration."""
+    objective: Callable[[Tensor, Batch, Config, int], Tensor] = plain_objective
+    """The reference's objective: (logits of the whole batch, batch, config, sequences in a group) to a scalar."""
+    optimizer: Callable[[dict[str, Tensor], Config], Callable[[float], None]] = plain_adamw
+    """The reference's optimizer: (fp32 weights by name, config) to a function of the learning rate, one step each."""
+    stages: tuple[int, ...] = (0, 1, 2, 3)
+    """ZeRO stages it allows; that the others are refused is shown by a test of its own."""
+    tolerances: Mapping[str, float] = field(default_factory=dict)
+    """In place of ``test_method_matrix.TOLERANCES``; the row says why."""
+
+
+def families() -> dict[str, dict[str, Method]]:
+    """Module to its methods, in the order of their names."""
+    modules = [entry.name for entry in pkgutil.iter_modules(__path__)]
+    return {name: importlib.import_module(f"{__name__}.{name}").METHODS for name in sorted(modules)}
