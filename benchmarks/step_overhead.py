@@ -36,7 +36,7 @@ from pretrain.distributed import Distributed, finish, start
 from pretrain.engine import Engine
 from pretrain.model import Decoder, count_parameters, initialize_
 from pretrain.objective import Objective
-from pretrain.optimizer import build_optimizer, parameter_groups
+from pretrain.optimizer import parameter_groups
 
 VOCABULARY, LENGTH, BATCH, MICRO = 400, 256, 2, 2
 LIMITS = {0: 1.05, 1: 1.12}
@@ -83,7 +83,7 @@ def loader(order: Order, source: TokenSource) -> StepLoader:
 def plain_step(config: Config, batches: StepLoader) -> Callable[[], float]:
     model = Decoder(config.model, VOCABULARY)
     initialize_(model, config.run.seed)
-    optimizer = build_optimizer(parameter_groups(model.named_parameters(), config.optimizer), config.optimizer)
+    optimizer = config.optimizer.build(parameter_groups(model.named_parameters(), config.optimizer))
 
     def step() -> float:
         micro_batches = batches.next_step().micro_batches

@@ -21,7 +21,7 @@ from data_pipeline.stream import StreamSettings
 
 from .model.settings import ModelSettings
 from .objective.settings import ObjectiveSettings
-from .optimizer.settings import OptimizerSettings, ScheduleSettings
+from .optimizer import AdamWSettings, Optimizer, ScheduleSettings
 
 
 class RunSettings(Settings):
@@ -177,7 +177,8 @@ class Config(Settings):
     data: DataSettings
     model: ModelSettings
     objective: ObjectiveSettings = ObjectiveSettings()
-    optimizer: OptimizerSettings = OptimizerSettings()
+    optimizer: Optimizer = AdamWSettings()
+    """A section without ``kind`` is AdamW's."""
     schedule: ScheduleSettings = ScheduleSettings()
     training: TrainingSettings
     engine: EngineSettings = EngineSettings()

@@ -17,7 +17,7 @@ from .data import RunData, check_epochs
 from .distributed import Distributed
 from .run_folder import plain, versions
 
-FORMAT = 2
+FORMAT = 3
 
 
 @dataclass(frozen=True)
@@ -141,10 +141,7 @@ def _skipped_before(ranges: tuple[tuple[int, int], ...], position: int) -> list[
 
 
 def _model(config: Config, data: RunData) -> dict[str, Any]:
-    layout = {
-        "optimizer.name": config.optimizer.name,
-        "optimizer.decay_norms_and_embeddings": config.optimizer.decay_norms_and_embeddings,
-    }
+    layout = {f"optimizer.{key}": value for key, value in config.optimizer.layout().items()}
     vocabulary = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
     return {**plain(config)["model"], "vocab_size": vocabulary, **layout}
 

@@ -13,7 +13,7 @@ from data_pipeline.errors import HeadraceError
 from pretrain.config import Config
 from pretrain.distributed import Distributed, set_timeout_of_all_groups
 from pretrain.model import Decoder, fill
-from pretrain.optimizer import build_optimizer, parameter_groups
+from pretrain.optimizer import parameter_groups
 
 from .deepspeed_config import clips_itself, deepspeed_config
 from .deepspeed_module import import_deepspeed
@@ -53,7 +53,7 @@ class Engine:
             for block in model.blocks:
                 block.compile()
         groups = parameter_groups(model.named_parameters(), config.optimizer)
-        optimizer = build_optimizer(groups, config.optimizer)
+        optimizer = config.optimizer.build(groups)
         for group in optimizer.param_groups:
             # every step sets it; some of DeepSpeed's optimizers take a first step while they are made
             group["lr"] = 0.0

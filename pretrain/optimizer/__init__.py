@@ -1,13 +1,16 @@
-"""Parameter groups, the optimizer and the learning-rate schedule."""
+"""Parameter groups, the optimizers and the learning-rate schedule."""
 
-from .groups import build_optimizer, parameter_groups
+from .base import OptimizerSettings
+from .groups import parameter_groups
+from .kinds.adamw import AdamWSettings
 from .schedule import check_schedule, learning_rate
-from .settings import OptimizerSettings, ScheduleSettings
+from .settings import Optimizer, ScheduleSettings
 
 __all__ = [
+    "AdamWSettings",
+    "Optimizer",
     "OptimizerSettings",
     "ScheduleSettings",
-    "build_optimizer",
     "check_schedule",
     "learning_rate",
     "parameter_groups",

@@ -1,14 +1,13 @@
-"""Parameter groups and the optimizer over them."""
+"""Parameter groups: which parameters are decayed, and at which share of the learning rate."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
-from .settings import OptimizerSettings
+from .base import OptimizerSettings
 
 
 def is_norm_or_embedding(name: str) -> bool:
@@ -44,16 +43,3 @@ def parameter_groups(
         for members, weight_decay in ((decayed, settings.weight_decay), (plain, 0.0))
         if members
     ]
-
-
-def build_optimizer(groups: list[dict[str, Any]], settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """AdamW over :func:`parameter_groups`, fused where asked and where every parameter's device has the kernel."""
-    devices = {parameter.device.type for group in groups for parameter in group["params"]}
-    return torch.optim.AdamW(
-        groups,
-        lr=settings.lr,
-        betas=settings.betas,
-        eps=settings.eps,
-        weight_decay=settings.weight_decay,
-        fused=True if settings.fused and devices <= {"cpu", "cuda"} else None,
-    )

@@ -2,36 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
 from data_pipeline.settings import Settings
+from pretrain.methods import choice_of
 
+from .base import OptimizerSettings
 
-class OptimizerSettings(Settings):
-    name: Literal["adamw"] = "adamw"
-    """``adamw``: Adam with decoupled weight decay (Loshchilov and Hutter 2019, arXiv 1711.05101)."""
-    lr: float = Field(default=3e-4, gt=0.0, allow_inf_nan=False)
-    """Peak learning rate: what the schedule reaches after its warm-up."""
-    betas: tuple[float, float] = (0.9, 0.95)
-    """Decay of the running means of the gradient and of its square, per step."""
-    eps: float = Field(default=1e-8, gt=0.0, allow_inf_nan=False)
-    """Added to the square root of the mean square gradient."""
-    weight_decay: float = Field(default=0.1, ge=0.0, allow_inf_nan=False)
-    """Share of a decayed weight removed in each step, as a multiple of the learning rate."""
-    decay_norms_and_embeddings: bool = False
-    """Decay the norms' gains and the embedding (a tied head with it) too."""
-    clip_norm: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
-    """A gradient whose global norm is larger is scaled down to this norm; 0 never clips."""
-    fused: bool = True
-    """One kernel for the whole update, where the parameters' device has it (CPU and CUDA)."""
-
-    @model_validator(mode="after")
-    def _check(self) -> OptimizerSettings:
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ValueError(f"betas {list(self.betas)} must both be at least 0 and below 1")
-        return self
+if TYPE_CHECKING:
+    Optimizer = OptimizerSettings
+else:
+    Optimizer = choice_of("pretrain.optimizer.kinds", OptimizerSettings, default="adamw")
 
 
 class ScheduleSettings(Settings):

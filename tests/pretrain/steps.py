@@ -15,6 +15,7 @@ from data_pipeline.settings import build_settings
 from pretrain.config import Config
 from pretrain.distributed import Distributed
 from pretrain.model import Decoder, initialize_
+from pretrain.optimizer import AdamWSettings
 
 VOCABULARY, LENGTH, EOS, GLOBAL_BATCH, STEPS = 64, 24, 2, 8, 3
 RATES = (1e-3, 7e-4, 3e-4)
@@ -101,6 +102,7 @@ def run_engine(config: Config, ranks: Distributed) -> dict[str, Any]:
 def plain_adamw(masters: dict[str, Tensor], config: Config) -> Callable[[float], None]:
     """torch's AdamW over the fp32 weights: a function of the learning rate that takes one step by their ``grad``."""
     settings = config.optimizer
+    assert isinstance(settings, AdamWSettings)
     exempt = {name for name in masters if "norm" in name or "embedding" in name}
     optimizer = torch.optim.AdamW(
         [

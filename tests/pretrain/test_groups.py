@@ -13,7 +13,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.settings import build_settings
 from pretrain.model import Decoder, ModelSettings, initialize_
 from pretrain.model.norm import RMSNorm
-from pretrain.optimizer import OptimizerSettings, build_optimizer, parameter_groups
+from pretrain.optimizer import AdamWSettings, parameter_groups
 
 
 def decoder(tied: bool = False) -> Decoder:
@@ -24,7 +24,7 @@ def decoder(tied: bool = False) -> Decoder:
 
 
 def groups(model: nn.Module, **settings: Any) -> list[dict[str, Any]]:
-    return parameter_groups(model.named_parameters(), OptimizerSettings(**settings))
+    return parameter_groups(model.named_parameters(), AdamWSettings(**settings))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -53,16 +53,16 @@ def test_all_are_decayed_when_asked_and_empty_groups_are_left_out() -> None:
     (only,) = groups(model, decay_norms_and_embeddings=True)
     assert only["weight_decay"] == 0.1
     assert only["names"] == [name for name, _ in model.named_parameters()]
-    (norms,) = parameter_groups([("norm.weight", model.norm.weight)], OptimizerSettings())
+    (norms,) = parameter_groups([("norm.weight", model.norm.weight)], AdamWSettings())
     assert norms["weight_decay"] == 0.0
 
 
 @pytest.mark.parametrize("fused", [True, False])
 def test_the_optimizer_is_adamw(fused: bool) -> None:
     """Three steps against the equations of arXiv 1711.05101, algorithm 2, with the decay multiplied by the rate."""
-    settings = OptimizerSettings(lr=0.01, betas=(0.8, 0.9), eps=0.05, weight_decay=0.5, fused=fused)
+    settings = AdamWSettings(lr=0.01, betas=(0.8, 0.9), eps=0.05, weight_decay=0.5, fused=fused)
     weight, gain = (nn.Parameter(torch.tensor([1.0, -2.0, 3.0])) for _ in range(2))
-    optimizer = build_optimizer(parameter_groups([("head.weight", weight), ("norm.weight", gain)], settings), settings)
+    optimizer = settings.build(parameter_groups([("head.weight", weight), ("norm.weight", gain)], settings))
     assert optimizer.defaults["fused"] is (True if fused else None)
     assert [group["lr_scale"] for group in optimizer.param_groups] == [1.0, 1.0]
     for parameter, decay in ((weight, 0.5), (gain, 0.0)):
@@ -83,8 +83,8 @@ def test_the_optimizer_is_adamw(fused: bool) -> None:
 
 def test_where_the_fused_kernel_does_not_run_the_plain_one_is_taken() -> None:
     parameter = nn.Parameter(torch.empty(2, device="meta"))
-    settings = OptimizerSettings()
-    assert build_optimizer(parameter_groups([("head.weight", parameter)], settings), settings).defaults["fused"] is None
+    settings = AdamWSettings()
+    assert settings.build(parameter_groups([("head.weight", parameter)], settings)).defaults["fused"] is None
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def test_where_the_fused_kernel_does_not_run_the_plain_one_is_taken() -> None:
         ({"betas": (0.9, 1.0)}, "optimizer: betas [0.9, 1.0] must both be at least 0 and below 1"),
         ({"lr": 0.0}, "'lr' = 0.0: input should be greater than 0"),
         ({"lr": "3e-4"}, "'lr' = '3e-4': input should be a valid number"),
-        ({"name": "adam"}, "'name' = 'adam': input should be 'adamw'; did you mean 'adamw'?"),
+        ({"kind": "adam"}, "'kind' = 'adam': input should be 'adamw'; did you mean 'adamw'?"),
         ({"clip": 1.0}, "unknown key 'clip' (value 1.0); did you mean 'clip_norm'?"),
     ],
 )
 def test_impossible_settings_are_refused(settings: dict[str, object], message: str) -> None:
     with pytest.raises(UserError) as refusal:
-        build_settings(OptimizerSettings, settings, "optimizer")
+        build_settings(AdamWSettings, settings, "optimizer")
     assert message in str(refusal.value)

@@ -1,0 +1,57 @@
+"""What an optimizer is: settings that can build it over parameter groups."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from pydantic import Field, model_validator
+
+from data_pipeline.settings import Settings
+
+
+class OptimizerSettings(Settings):
+    """Base of the optimizers; each lives in a module of ``pretrain.optimizer.kinds`` of its own."""
+
+    kind: str
+    """Which optimizer."""
+    lr: float = Field(default=3e-4, gt=0.0, allow_inf_nan=False)
+    """Peak learning rate: what the schedule reaches after its warm-up."""
+    weight_decay: float = Field(default=0.1, ge=0.0, allow_inf_nan=False)
+    """Share of a decayed weight removed in each step, as a multiple of the learning rate."""
+    decay_norms_and_embeddings: bool = False
+    """Decay the norms' gains and the embedding (a tied head with it) too."""
+    clip_norm: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
+    """A gradient whose global norm is larger is scaled down to this norm; 0 never clips."""
+
+    def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+        """The optimizer over :func:`~pretrain.optimizer.groups.parameter_groups`."""
+        raise NotImplementedError
+
+    def layout(self) -> dict[str, Any]:
+        """The settings that decide the groups and the layout of the state: a checkpoint fits to these alone."""
+        return {"kind": self.kind, "decay_norms_and_embeddings": self.decay_norms_and_embeddings}
+
+    def for_gradients_of(self, size: float) -> dict[str, Any]:
+        """What a group of parameters needs besides, where its gradients are ``size`` times as large (muP)."""
+        return {}
+
+
+class AdamSettings(OptimizerSettings):
+    """The settings of Adam's moments, for optimizers that use it for all parameters or for some."""
+
+    betas: tuple[float, float] = (0.9, 0.95)
+    """Decay of the running means of the gradient and of its square, per step."""
+    eps: float = Field(default=1e-8, gt=0.0, allow_inf_nan=False)
+    """Added to the square root of the mean square gradient."""
+    fused: bool = True
+    """One kernel for Adam's whole update, where the parameters' device has it (CPU and CUDA)."""
+
+    def for_gradients_of(self, size: float) -> dict[str, Any]:
+        return {"eps": self.eps * size}
+
+    @model_validator(mode="after")
+    def _check_betas(self) -> AdamSettings:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas {list(self.betas)} must both be at least 0 and below 1")
+        return self

@@ -1,0 +1,1 @@
+"""The optimizers: one file each (see :mod:`pretrain.methods`)."""
