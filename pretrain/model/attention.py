@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .linear import make_linear
+from .mup import forward_multipliers
 from .norm import RMSNorm
 from .rope import Rotation, rotate
 from .settings import ModelSettings
@@ -38,6 +41,9 @@ class Attention(nn.Module):
         self.key = make_linear(settings.hidden_size, key_size, f"{name}.key", settings)
         self.value = make_linear(settings.hidden_size, key_size, f"{name}.value", settings)
         self.output = make_linear(query_size, settings.hidden_size, f"{name}.output", settings)
+        multiplier = forward_multipliers(settings).attention
+        # None is 1 / sqrt(head_dim) as torch rounds it
+        self.scale = None if multiplier == 1.0 else multiplier / math.sqrt(self.head_dim)
         self.qk_norm = settings.qk_norm
         if self.qk_norm:
             self.query_norm = RMSNorm(self.head_dim, settings.norm_eps)
@@ -62,6 +68,7 @@ class Attention(nn.Module):
             value.transpose(1, 2),
             attn_mask=mask,
             is_causal=mask is None,
+            scale=self.scale,
             enable_gqa=self.groups > 1 and mask is None,
         )
         output: Tensor = self.output(mixed.transpose(1, 2).reshape(batch, length, -1))

@@ -13,6 +13,7 @@ from .attention import Attention, document_mask
 from .feed_forward import FeedForward
 from .initialize import Draw
 from .linear import make_linear
+from .mup import forward_multipliers
 from .norm import RMSNorm
 from .rope import Rotation, rotation
 from .settings import ModelSettings
@@ -68,6 +69,7 @@ class Decoder(nn.Module):
         self.head_dim = settings.effective_head_dim
         self.rope_theta = settings.rope_theta
         self.tied_embeddings = settings.tied_embeddings
+        self.multipliers = forward_multipliers(settings)
         self.recompute = activation_checkpointing == "full"
         self.embedding = Embedding(vocab_size, settings)
         self.blocks = nn.ModuleList(Block(f"blocks.{index}", settings) for index in range(settings.layers))
@@ -85,6 +87,8 @@ class Decoder(nn.Module):
             single_document: every row is one document, known on the host: the mask is then never made.
         """
         x = self.embedding(tokens)
+        if self.multipliers.embedding != 1.0:
+            x = x * self.multipliers.embedding
         by = rotation(positions, self.head_dim, self.rope_theta, x.dtype)
         mask = None if single_document else document_mask(document_ids, x.dtype)
         for block in self.blocks:
@@ -93,7 +97,10 @@ class Decoder(nn.Module):
                 x = checkpoint(block, x, by, mask, use_reentrant=False, preserve_rng_state=False)
             else:
                 x = block(x, by, mask)
-        logits: Tensor = self.head(self.norm(x))
+        x = self.norm(x)
+        if self.multipliers.head != 1.0:
+            x = x * self.multipliers.head  # of the d features and not of the V logits: the same, and cheaper
+        logits: Tensor = self.head(x)
         return logits
 
     def _tie(self) -> None:

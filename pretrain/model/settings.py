@@ -12,6 +12,7 @@ from pretrain.methods import choice_of
 
 from .linear.base import LinearSettings
 from .linear.choose import check_rules
+from .mup import MupSettings, check_mup
 
 if TYPE_CHECKING:
     Linear = LinearSettings
@@ -50,6 +51,9 @@ class ModelSettings(Settings):
     linear: tuple[Linear, ...] = ()
     """Which parameterization the linear layers of the blocks have; those that no rule matches are dense, as is the
     head. No layer may be matched twice."""
+    mup: MupSettings | None = None
+    """muP: scale initial weights, learning rates and multipliers with the width, so that hyperparameters tuned at a
+    base shape hold; ``null``: the standard parametrisation."""
 
     @model_validator(mode="after")
     def _check(self) -> ModelSettings:
@@ -69,6 +73,7 @@ class ModelSettings(Settings):
                 f"it even{'' if self.head_dim else ' (it is hidden_size / heads)'}"
             )
         check_rules(self)
+        check_mup(self)
         return self
 
     @property

@@ -13,6 +13,7 @@ from torch import nn
 
 from data_pipeline.settings import nearest
 
+from ..mup import initial_std_factor
 from .base import LAYER_NAME, LinearSettings
 from .kinds.dense import DenseSettings
 
@@ -40,7 +41,8 @@ def block_shapes(settings: ModelSettings) -> dict[str, tuple[int, int]]:
 
 
 def check_rules(settings: ModelSettings) -> None:
-    """Refuse rules that match nothing, or one layer twice, or whose method can't make a layer that they match.
+    """Refuse rules that match nothing, or one layer twice, or whose method can't make a layer that they match, or has
+    no place in muP.
 
     Raises:
         ValueError: names the rule, the layer and the reason.
@@ -49,6 +51,11 @@ def check_rules(settings: ModelSettings) -> None:
     matched_by: dict[tuple[int, str], int] = {}
     for number, rule in enumerate(settings.linear):
         where = f"linear.{number} ({rule.kind})"
+        if settings.mup and not isinstance(rule, DenseSettings):
+            raise ValueError(
+                f"{where}: muP's published table scales dense weights by their fan-in; how the parts of a factorised "
+                "or sparse layer share that scaling is confirmed nowhere. Leave out model.mup, or this rule"
+            )
         first, last = rule.layer_range or (0, settings.layers - 1)
         if last >= settings.layers:
             raise ValueError(
@@ -88,10 +95,11 @@ def initial_std(name: str, settings: ModelSettings) -> float:
     """Standard deviation of the initial weight of the linear layer ``name``.
 
     The layers that write into the residual stream get 1/sqrt(2 L) of the others' (GPT-2, section 2.3), so that the
-    variance of the stream after 2 L additions does not grow with the depth.
+    variance of the stream after 2 L additions does not grow with the depth. muP multiplies by its own factor.
     """
     scaled = settings.init_scaled_residual and name.endswith(RESIDUAL_WRITERS)
-    return settings.init_std / math.sqrt(2 * settings.layers) if scaled else settings.init_std
+    std = settings.init_std / math.sqrt(2 * settings.layers) if scaled else settings.init_std
+    return std * initial_std_factor(name, settings)
 
 
 def make_linear(in_features: int, out_features: int, name: str, settings: ModelSettings) -> nn.Module:
