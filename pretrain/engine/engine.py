@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +14,7 @@ from data_pipeline.errors import HeadraceError
 from pretrain.config import Config
 from pretrain.distributed import Distributed, set_timeout_of_all_groups
 from pretrain.model import Decoder, fill
+from pretrain.model.mup import width_scaling
 from pretrain.optimizer import parameter_groups
 
 from .deepspeed_config import clips_itself, deepspeed_config
@@ -35,9 +37,12 @@ class Engine:
         config: the run's configuration, checked for this number of ranks.
         vocab_size: of the data's tokenizer.
         ranks: this process among its peers.
+        initial: weights to start with instead of drawing them; only rank 0 reads from it.
     """
 
-    def __init__(self, config: Config, vocab_size: int, ranks: Distributed) -> None:
+    def __init__(
+        self, config: Config, vocab_size: int, ranks: Distributed, initial: Weights | None = None
+    ) -> None:
         deepspeed = import_deepspeed()
         settings = deepspeed_config(config, ranks.world_size)
         self._clip_norm = config.optimizer.clip_norm
@@ -48,11 +53,12 @@ class Engine:
         """Micro-steps of the current optimizer step whose backward pass is still to come."""
         self.ranks = ranks
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
-        model = self._build(deepspeed, config, vocab_size, settings)
+        model = self._build(deepspeed, config, vocab_size, settings, initial)
         if config.training.compile:
             for block in model.blocks:
                 block.compile()
-        groups = parameter_groups(model.named_parameters(), config.optimizer)
+        scaling = partial(width_scaling, settings=config.model)
+        groups = parameter_groups(model.named_parameters(), config.optimizer, scaling)
         optimizer = config.optimizer.build(groups)
         for group in optimizer.param_groups:
             # every step sets it; some of DeepSpeed's optimizers take a first step while they are made
@@ -71,7 +77,9 @@ class Engine:
         # copies of DeepSpeed's own tools: an error of the disk there would come between its barriers
         self._engine._copy_recovery_script = lambda folder: None
 
-    def _build(self, deepspeed: Any, config: Config, vocab_size: int, settings: dict[str, Any]) -> Decoder:
+    def _build(
+        self, deepspeed: Any, config: Config, vocab_size: int, settings: dict[str, Any], initial: Weights | None
+    ) -> Decoder:
         """The decoder with its initial weights: the same for every stage and number of ranks."""
 
         def decoder() -> Decoder:

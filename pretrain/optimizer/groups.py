@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
+
+from pretrain.model.mup import WidthScaling
 
 from .base import OptimizerSettings
 
@@ -20,26 +22,33 @@ def is_norm_or_embedding(name: str) -> bool:
 
 
 def parameter_groups(
-    named_parameters: Iterable[tuple[str, nn.Parameter]], settings: OptimizerSettings
+    named_parameters: Iterable[tuple[str, nn.Parameter]],
+    settings: OptimizerSettings,
+    scaling: Callable[[str], WidthScaling] = lambda name: WidthScaling(),
 ) -> list[dict[str, Any]]:
-    """The decayed parameters, then the others; each group in the order given, empty groups left out.
+    """One group for the parameters of equal scaling: those decayed, then the others; the highest learning rate first.
 
-    Norms and the embedding (and so a tied head, which is the same parameter) are decayed only if asked. Besides what
-    torch reads, a group has ``names`` (of its ``params``, in order) and ``lr_scale``, which multiplies the schedule's
-    learning rate.
+    A group's parameters are in the order given. Norms and the embedding (and so a tied head, which is the same
+    parameter) are decayed only if asked. Besides what torch reads, a group has ``names`` (of its ``params``, in order)
+    and ``lr_scale``, which multiplies the schedule's learning rate, and ``gradient_scale``, by which the entries of the
+    gradients are larger than in the standard parametrisation. Which group a parameter is in does not depend on
+    ``weight_decay``, so that a resumed run may change it.
+
+    Args:
+        scaling: the factors of a parameter, by name (``model.mup``); without it all are 1.
     """
-    decayed: list[tuple[str, nn.Parameter]] = []
-    plain: list[tuple[str, nn.Parameter]] = []
+    members: dict[tuple[bool, WidthScaling], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named_parameters:
         exempt = is_norm_or_embedding(name) and not settings.decay_norms_and_embeddings
-        (plain if exempt else decayed).append((name, parameter))
+        # the initial weights are made: how they were scaled does not part a group
+        members.setdefault((exempt, scaling(name)._replace(init_std=1.0)), []).append((name, parameter))
     return [
         {
-            "params": [parameter for _, parameter in members],
-            "names": [name for name, _ in members],
-            "weight_decay": weight_decay,
-            "lr_scale": 1.0,
+            "params": [parameter for _, parameter in members[exempt, factors]],
+            "names": [name for name, _ in members[exempt, factors]],
+            "weight_decay": 0.0 if exempt else settings.weight_decay * factors.weight_decay,
+            "lr_scale": factors.learning_rate,
+            "gradient_scale": factors.gradient,
         }
-        for members, weight_decay in ((decayed, settings.weight_decay), (plain, 0.0))
-        if members
+        for exempt, factors in sorted(members, key=lambda key: (key[0], -key[1].learning_rate))
     ]
