@@ -59,6 +59,14 @@ class Distributed:
         dist.broadcast_object_list(items, src=0)
         return items[0]
 
+    def broadcast(self, tensor: Tensor) -> Tensor:
+        """Rank 0's values, in place; the tensor may lie on another device than the rank's."""
+        if self.world_size > 1:
+            carried = tensor.to(self.device)
+            dist.broadcast(carried, src=0)
+            tensor.copy_(carried)
+        return tensor
+
     def barrier(self) -> None:
         if self.world_size > 1:
             dist.barrier()

@@ -29,6 +29,7 @@ from .config import Config, load_config
 from .data import RunData, stretch_of_run
 from .distributed import Distributed, finish, start
 from .engine import Engine
+from .initial_weights import Weights, open_weights
 from .monitor import AttemptsLog, Monitor, Reason, read_attempts
 from .run_folder import CHECKPOINTS, DAMAGE, lock_run_folder, open_run_folder, set_aside, versions, write_config
 from .signals import StopRequest
@@ -99,15 +100,17 @@ class Session:
         if origin is not None:
             found = origin
             state = together(ranks, lambda: resume_state(found, config, data, ranks))
+        initial = None if origin else self._initial_weights(config, data)
         hosts = ranks.gather_objects(socket.gethostname())
-        together(ranks, lambda: self._begin(config, data, attempts, state, origin, hosts, damage))
+        together(ranks, lambda: self._begin(config, data, attempts, state, origin, initial, hosts, damage))
         self._tell_missing(data, state)
         # rank 0's look decides: on a network file system another rank may not see the folder yet
         if ranks.broadcast_object(config.data.on_damage == "hole" or (folder / DAMAGE).is_dir()):
             self._ledger = together(
                 ranks, lambda: DamageLedger(folder / DAMAGE, ranks.rank, self._attempt, state.position)
             )
-        engine = Engine(config, config.model.resolve_vocab_size(data.tokenizer.vocab_size), ranks)
+        vocab_size = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
+        engine = Engine(config, vocab_size, ranks, initial)
         seed_generators(config.run.seed, ranks.rank)
         if origin is not None:
             store.load(origin, engine)
@@ -131,6 +134,11 @@ class Session:
             )
         return given, damage
 
+    def _initial_weights(self, config: Config, data: RunData) -> Weights | None:
+        """What ``model.weights_from`` names, on every rank, though only rank 0 has to see the files. Collective."""
+        opened = together(self._ranks, lambda: open_weights(config, data.tokenizer) if self._ranks.rank == 0 else None)
+        return self._ranks.broadcast_object(opened)
+
     def _begin(
         self,
         config: Config,
@@ -138,6 +146,7 @@ class Session:
         attempts: AttemptsLog | None,
         state: TrainState,
         origin: Path | None,
+        initial: Weights | None,
         hosts: list[str],
         damage: list[str],
     ) -> None:
@@ -156,10 +165,11 @@ class Session:
             versions=versions(),
             first_step=state.step + 1,
             resumed_from=str(origin) if origin else None,
+            initial_weights={"path": str(initial.path), "sha256": initial.identity()} if initial else None,
             superseded_lines=self._monitor.superseded,
             lost_steps=self._monitor.lost_steps,
         )
-        for line in _where_it_stands(self._folder, config, state, origin, self._monitor.lost_steps):
+        for line in _where_it_stands(self._folder, config, state, origin, initial, self._monitor.lost_steps):
             print(line, flush=True)
         if origin is not None and state.holes and self._folder.resolve() not in origin.resolve().parents:
             inherit_ledger(self._folder / DAMAGE, origin.parent.parent / DAMAGE, state.position)
@@ -218,10 +228,13 @@ class Session:
             print(f"error: {self._folder / 'attempts.jsonl'} could not be written: {error}", file=sys.stderr)
 
 
-def _where_it_stands(folder: Path, config: Config, state: TrainState, origin: Path | None, lost: int) -> list[str]:
+def _where_it_stands(
+    folder: Path, config: Config, state: TrainState, origin: Path | None, initial: Weights | None, lost: int
+) -> list[str]:
     """What a start says to its user: where, from which step, and what has changed since that checkpoint."""
     if origin is None:
-        return [f"{folder}: a new run of {config.total_steps:,} steps"]
+        started = f", with the weights of {initial.path}" if initial else ""
+        return [f"{folder}: a new run of {config.total_steps:,} steps{started}"]
     said = [f"{folder}: resumes from {origin} at step {state.step:,} of {config.total_steps:,}"]
     if lost:
         said.append(f"{lost:,} steps done after that checkpoint are done again")

@@ -21,6 +21,8 @@ from .deepspeed_config import clips_itself, deepspeed_config
 from .deepspeed_module import import_deepspeed
 
 if TYPE_CHECKING:
+    from pretrain.initial_weights import Weights
+
     from .files import CheckpointFiles
 
 TAG = "deepspeed"
@@ -40,9 +42,7 @@ class Engine:
         initial: weights to start with instead of drawing them; only rank 0 reads from it.
     """
 
-    def __init__(
-        self, config: Config, vocab_size: int, ranks: Distributed, initial: Weights | None = None
-    ) -> None:
+    def __init__(self, config: Config, vocab_size: int, ranks: Distributed, initial: Weights | None = None) -> None:
         deepspeed = import_deepspeed()
         settings = deepspeed_config(config, ranks.world_size)
         self._clip_norm = config.optimizer.clip_norm
@@ -85,11 +85,19 @@ class Engine:
         def decoder() -> Decoder:
             return Decoder(config.model, vocab_size, config.training.activation_checkpointing)
 
-        seed = config.run.seed
+        def fill_in(name: str, tensor: Tensor) -> None:
+            if initial is not None and name in initial.shapes:
+                tensor.copy_(initial.read(name))
+            else:
+                fill(model, name, tensor, config.run.seed)
+
         if self._stage < 3:
             model = decoder()
             for name, parameter in model.named_parameters():
-                fill(model, name, parameter.data, seed)
+                if initial is None or self.ranks.rank == 0:
+                    fill_in(name, parameter.data)
+                if initial is not None:
+                    self.ranks.broadcast(parameter.data)
             return model
         # every parameter is split over the ranks as soon as it is made, so no rank ever holds the whole model
         with deepspeed.zero.Init(config_dict_or_path=settings):
@@ -97,7 +105,7 @@ class Engine:
         for name, parameter in model.named_parameters():
             with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
                 if self.ranks.rank == 0:
-                    fill(model, name, parameter.data, seed)
+                    fill_in(name, parameter.data)
         return model
 
     @property

@@ -48,6 +48,9 @@ class ModelSettings(Settings):
     """Standard deviation of the initial weights of the embedding and of every linear layer."""
     init_scaled_residual: bool = True
     """Divide ``init_std`` by sqrt(2 layers) in the linear layers that write into the residual stream (GPT-2)."""
+    weights_from: str | None = None
+    """Start with the weights of a checkpoint (a ``step_...`` folder) instead of drawing them. Read once, when the run
+    begins; a resumed run has its own."""
     linear: tuple[Linear, ...] = ()
     """Which parameterization the linear layers of the blocks have; those that no rule matches are dense, as is the
     head. No layer may be matched twice."""

@@ -40,6 +40,8 @@ class Attempt:
     resumed_from: str | None
     superseded_lines: int
     lost_steps: int
+    initial_weights: dict[str, str] | None
+    """``path`` and ``sha256`` of ``model.weights_from``, where the attempt began with those."""
     stopped: float | None = None
     last_step: int | None = None
     reason: Reason | None = None
@@ -87,6 +89,7 @@ class AttemptsLog:
         versions: Mapping[str, str],
         first_step: int,
         resumed_from: str | None,
+        initial_weights: Mapping[str, str] | None = None,
         superseded_lines: int = 0,
         lost_steps: int = 0,
     ) -> int:
@@ -101,6 +104,7 @@ class AttemptsLog:
                 "versions": dict(versions),
                 "first_step": first_step,
                 "resumed_from": resumed_from,
+                "initial_weights": dict(initial_weights) if initial_weights else None,
                 "superseded_lines": superseded_lines,
                 "lost_steps": lost_steps,
             }
@@ -168,4 +172,5 @@ def _started(line: dict[str, Any]) -> Attempt:
         resumed_from=line["resumed_from"],
         superseded_lines=line["superseded_lines"],
         lost_steps=line["lost_steps"],
+        initial_weights=line["initial_weights"],
     )

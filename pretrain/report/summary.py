@@ -142,12 +142,19 @@ def attempt_rows(run: Run) -> list[list[Cell]]:
                 Cell(took or ABSENT, "" if seconds is None else f"{seconds:.1f} s"),
                 Cell(hosts + (" hosts" if len(attempt.hosts) != 1 else ""), ", ".join(attempt.hosts)),
                 Cell(f"{attempt.first_step:,} to {last}" if attempt.trained else "none"),
-                Cell(attempt.resumed_from or "a fresh start"),
+                Cell(*_began(attempt)),
                 _ended(run, attempt),
                 Cell(ABSENT if lost is None else f"{lost:,}", "", "bad" if lost else ""),
             ]
         )
     return rows
+
+
+def _began(attempt: Attempt) -> tuple[str, str]:
+    """What it went on from, and the hash of weights from elsewhere."""
+    if attempt.initial_weights is None:
+        return attempt.resumed_from or "a fresh start", ""
+    return f"the weights of {attempt.initial_weights['path']}", f"SHA-256 {attempt.initial_weights['sha256']}"
 
 
 def versions(run: Run) -> list[tuple[str, str]]:
