@@ -19,6 +19,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.settings import Settings, load_settings
 from data_pipeline.stream import StreamSettings
 
+from .model.recompute import ActivationCheckpointing
 from .model.settings import ModelSettings
 from .objective.settings import ObjectiveSettings
 from .optimizer import AdamWSettings, Optimizer, ScheduleSettings
@@ -81,8 +82,9 @@ class TrainingSettings(Settings):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of parameters, activations and gradients in forward and backward; the optimizer's copy is always fp32. Over the
     micro-steps of a step, bf16 gradients are summed in fp32 at ZeRO stages 1 to 3, at stage 0 in bf16."""
-    activation_checkpointing: Literal["none", "full"] = "none"
-    """``full`` recomputes every block in the backward pass."""
+    activation_checkpointing: ActivationCheckpointing = "none"
+    """``full`` recomputes every block in the backward pass from its input. ``low_rank`` (CoLA-M) also keeps the
+    r-dimensional activations of the factorised layers, whose first products are then not recomputed."""
     compile: bool = False
     """Compile every block with torch.compile."""
 
@@ -99,6 +101,11 @@ class TrainingSettings(Settings):
                     f"{name} {batch} is not a multiple of micro_batch {self.micro_batch}; "
                     f"the nearest multiples are {' and '.join(map(str, nearest))}"
                 )
+        if self.compile and self.activation_checkpointing == "low_rank":
+            raise ValueError(
+                "activation_checkpointing low_rank keeps products of single layers, which a compiled block does not "
+                "show; set compile=false, or activation_checkpointing=full"
+            )
         return self
 
 
@@ -189,6 +196,17 @@ class Config(Settings):
     resume: str = "auto"
     """``auto``: the newest complete checkpoint of the run folder. ``never``: start over; what the folder held is set
     aside. Else the path of a checkpoint, used when the run folder has none of its own."""
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        recompute, rules = self.training.activation_checkpointing, self.model.linear
+        if recompute == "low_rank" and not any(rule.factorised for rule in rules):
+            kinds = ", ".join(sorted({rule.kind for rule in rules} or {"dense"}))
+            raise ValueError(
+                "training.activation_checkpointing low_rank keeps the r-dimensional activations of factorised layers, "
+                f"and model.linear makes none (its layers are {kinds}); use full or none, or a kind such as cola"
+            )
+        return self
 
     @property
     def run_folder(self) -> Path:

@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from .attention import Attention, document_mask
 from .feed_forward import FeedForward
@@ -15,6 +12,7 @@ from .initialize import Draw
 from .linear import make_linear
 from .mup import forward_multipliers
 from .norm import RMSNorm
+from .recompute import ActivationCheckpointing, run_block
 from .rope import Rotation, rotation
 from .settings import ModelSettings
 
@@ -29,8 +27,8 @@ class Embedding(nn.Embedding):
     def reset_parameters(self) -> None:
         """Draws nothing: weights come from :mod:`.initialize`."""
 
-    def initial_value(self, parameter: str, draw: Draw) -> Tensor:
-        return draw(parameter, (self.num_embeddings, self.embedding_dim), self.init_std)
+    def initial_values(self, draw: Draw) -> dict[str, Tensor]:
+        return {"weight": draw("weight", (self.num_embeddings, self.embedding_dim), self.init_std)}
 
 
 class Block(nn.Module):
@@ -50,27 +48,29 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Tokens to logits. Parameters are uninitialised until :func:`~.initialize.initialize_` or ``fill``.
+    """Tokens to logits. Parameters and buffers hold nothing until :func:`~.initialize.initialize_` or the engine fill
+    them.
 
     Args:
         settings: the shape.
         vocab_size: rows of embedding and head (V); ``settings.resolve_vocab_size`` of the tokenizer's.
         activation_checkpointing: ``full`` keeps only the input of each block and recomputes the block in the backward
-            pass: about a third more arithmetic.
+            pass: about a third more arithmetic. ``low_rank`` keeps the r-dimensional activations of factorised layers
+            too.
     """
 
     def __init__(
         self,
         settings: ModelSettings,
         vocab_size: int,
-        activation_checkpointing: Literal["none", "full"] = "none",
+        activation_checkpointing: ActivationCheckpointing = "none",
     ) -> None:
         super().__init__()
         self.head_dim = settings.effective_head_dim
         self.rope_theta = settings.rope_theta
         self.tied_embeddings = settings.tied_embeddings
         self.multipliers = forward_multipliers(settings)
-        self.recompute = activation_checkpointing == "full"
+        self.activation_checkpointing = activation_checkpointing
         self.embedding = Embedding(vocab_size, settings)
         self.blocks = nn.ModuleList(Block(f"blocks.{index}", settings) for index in range(settings.layers))
         self.norm = RMSNorm(settings.hidden_size, settings.norm_eps)
@@ -92,11 +92,7 @@ class Decoder(nn.Module):
         by = rotation(positions, self.head_dim, self.rope_theta, x.dtype)
         mask = None if single_document else document_mask(document_ids, x.dtype)
         for block in self.blocks:
-            if self.recompute and torch.is_grad_enabled():
-                # nothing in a block is random, so there is no generator state to keep
-                x = checkpoint(block, x, by, mask, use_reentrant=False, preserve_rng_state=False)
-            else:
-                x = block(x, by, mask)
+            x = run_block(block, self.activation_checkpointing, x, by, mask)
         x = self.norm(x)
         if self.multipliers.head != 1.0:
             x = x * self.multipliers.head  # of the d features and not of the V logits: the same, and cheaper

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, NamedTuple
+from typing import Annotated, ClassVar, NamedTuple
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -30,6 +30,10 @@ class LinearSettings(Settings):
     A layer maps [..., in_features] to [..., out_features] without bias, and is an
     :class:`~pretrain.model.initialize.Initializable`.
     """
+
+    factorised: ClassVar[bool] = False
+    """Whether a layer has an r-dimensional activation, which ``training.activation_checkpointing: low_rank`` keeps: it
+    is made by :func:`~pretrain.model.recompute.first_product`."""
 
     kind: str
     """Which parameterization."""
