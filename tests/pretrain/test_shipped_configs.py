@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,17 @@ from data_pipeline.errors import UserError
 from pretrain.config import load_config
 from pretrain.engine import accumulation_steps, check_zero_settings, deepspeed_config
 from pretrain.model import Decoder
+from pretrain.model.mup import width_scaling
 from pretrain.optimizer import check_schedule, parameter_groups
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
-PARAMETERS = {"llama_60m": 58.07, "llama_130m": 134.11, "llama_1b": 1339.08, "llama_7b": 6738.42}
+PARAMETERS = {
+    "llama_60m": 58.07,
+    "llama_60m_mup": 58.07,
+    "llama_130m": 134.11,
+    "llama_1b": 1339.08,
+    "llama_7b": 6738.42,
+}
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=[path.stem for path in CONFIGS])
@@ -27,7 +35,9 @@ def test_builds(path: Path) -> None:
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     if path.stem in PARAMETERS:
         assert round(millions, 2) == PARAMETERS[path.stem]
-    assert len(parameter_groups(model.named_parameters(), config.optimizer)) == 2
+    groups = parameter_groups(model.named_parameters(), config.optimizer, partial(width_scaling, settings=config.model))
+    # with and without weight decay; muP adds the hidden matrices of each width
+    assert len(groups) == (3 if config.model.mup else 2)
     for ranks in (1, 2, 8):
         if config.training.global_batch % (config.training.micro_batch * ranks) == 0:
             made = deepspeed_config(config, ranks)
