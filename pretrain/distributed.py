@@ -59,11 +59,11 @@ class Distributed:
         dist.broadcast_object_list(items, src=0)
         return items[0]
 
-    def broadcast(self, tensor: Tensor) -> Tensor:
-        """Rank 0's values, in place; the tensor may lie on another device than the rank's."""
+    def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
+        """The values of rank ``source``, in place; the tensor may lie on another device than the rank's."""
         if self.world_size > 1:
             carried = tensor.to(self.device)
-            dist.broadcast(carried, src=0)
+            dist.broadcast(carried, src=source)
             tensor.copy_(carried)
         return tensor
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,12 +14,13 @@ from data_pipeline import Batch
 from data_pipeline.errors import HeadraceError
 from pretrain.config import Config
 from pretrain.distributed import Distributed, set_timeout_of_all_groups
-from pretrain.model import Decoder, fill
+from pretrain.model import Decoder
 from pretrain.model.mup import width_scaling
 from pretrain.optimizer import parameter_groups
 
 from .deepspeed_config import clips_itself, deepspeed_config
 from .deepspeed_module import import_deepspeed
+from .initial import fill_model
 
 if TYPE_CHECKING:
     from pretrain.initial_weights import Weights
@@ -82,30 +84,12 @@ class Engine:
     ) -> Decoder:
         """The decoder with its initial weights: the same for every stage and number of ranks."""
 
-        def decoder() -> Decoder:
-            return Decoder(config.model, vocab_size, config.training.activation_checkpointing)
-
-        def fill_in(name: str, tensor: Tensor) -> None:
-            if initial is not None and name in initial.shapes:
-                tensor.copy_(initial.read(name))
-            else:
-                fill(model, name, tensor, config.run.seed)
-
-        if self._stage < 3:
-            model = decoder()
-            for name, parameter in model.named_parameters():
-                if initial is None or self.ranks.rank == 0:
-                    fill_in(name, parameter.data)
-                if initial is not None:
-                    self.ranks.broadcast(parameter.data)
-            return model
-        # every parameter is split over the ranks as soon as it is made, so no rank ever holds the whole model
-        with deepspeed.zero.Init(config_dict_or_path=settings):
-            model = decoder()
-        for name, parameter in model.named_parameters():
-            with deepspeed.zero.GatheredParameters([parameter], modifier_rank=0):
-                if self.ranks.rank == 0:
-                    fill_in(name, parameter.data)
+        # under ZeRO-3 every parameter is split over the ranks as soon as it is made: no rank ever holds the whole model
+        sharded = self._stage == 3
+        with deepspeed.zero.Init(config_dict_or_path=settings) if sharded else nullcontext():
+            model = Decoder(config.model, vocab_size, config.training.activation_checkpointing)
+        whole = deepspeed.zero.GatheredParameters if sharded else None
+        fill_model(model, config.run.seed, self.ranks, initial, whole)
         return model
 
     @property

@@ -2,7 +2,7 @@
 
 from .count import ParameterCount, count_parameters, flops_per_token
 from .decoder import Decoder
-from .initialize import fill, initial_value, initialize_
+from .initialize import initial_values, initialize_, own_tensors
 from .linear import make_linear
 from .settings import ModelSettings
 
@@ -11,9 +11,9 @@ __all__ = [
     "ModelSettings",
     "ParameterCount",
     "count_parameters",
-    "fill",
     "flops_per_token",
-    "initial_value",
+    "initial_values",
     "initialize_",
     "make_linear",
+    "own_tensors",
 ]

@@ -1,8 +1,8 @@
-"""Initial weights from (seed, parameter name) alone.
+"""Initial weights from (seed, module name) alone.
 
-A parameter's initial value depends on neither the order in which modules are made, nor on other parameters, nor on how
-many processes share the model: any rank can make any one parameter by itself. Each module says what its parameters
-start as (``initial_value``); this file keeps the random draws and the walk.
+What a module starts as depends on neither the order in which modules are made, nor on other modules, nor on how many
+processes share the model: any rank can make any one module's values by itself. Each module says what its parameters
+and buffers start as (``initial_values``); this file keeps the random draws and the walk.
 """
 
 from __future__ import annotations
@@ -16,17 +16,18 @@ import torch
 from torch import Tensor, nn
 
 Draw = Callable[[str, tuple[int, ...], float], Tensor]
-"""``draw(parameter, shape, std)``: normal values for a parameter, by its name inside the module that asks."""
+"""``draw(name, shape, std)``: normal values in fp32 on the CPU, fixed by ``name`` inside the module that asks."""
 
 
 @runtime_checkable
 class Initializable(Protocol):
-    """A module that owns parameters: everything in this package that does is one."""
+    """A module that owns parameters or buffers: everything in this package that does is one."""
 
-    def initial_value(self, parameter: str, draw: Draw) -> Tensor:
-        """What the module's own ``parameter`` (a name without dots) starts as: whole, fp32, on the CPU.
+    def initial_values(self, draw: Draw) -> dict[str, Tensor]:
+        """What the module's own parameters and persistent buffers (names without dots) start as: whole, on the CPU,
+        parameters in fp32 and buffers in their own dtype.
 
-        The shape must come from the module's own sizes: under ZeRO-3 the parameter itself may be an empty shard.
+        The shapes must come from the module's own sizes: under ZeRO-3 a parameter itself may be an empty shard.
         """
 
 
@@ -41,26 +42,36 @@ def normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
     return torch.from_numpy(values).mul_(std)
 
 
-def initial_value(model: nn.Module, name: str, seed: int) -> Tensor:
-    """What parameter ``name`` of ``model`` starts as: whole, fp32, on the CPU. Reads no parameter's data."""
-    owner_name, _, parameter = name.rpartition(".")
-    owner = model.get_submodule(owner_name)
-    if not isinstance(owner, Initializable):
-        raise TypeError(f"{type(owner).__name__} ({owner_name!r}) has parameters but no initial_value method")
+def own_tensors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Every parameter and persistent buffer of ``model``, by the name of the module that owns it and its name there.
 
-    def draw(parameter: str, shape: tuple[int, ...], std: float) -> Tensor:
-        return normal(f"{owner_name}.{parameter}", shape, std, seed)
+    A shared parameter stands at its first owner, as in ``named_parameters``; modules that own nothing are left out.
+    """
+    kept = model.state_dict(keep_vars=True).keys()
+    buffers = ((name, buffer) for name, buffer in model.named_buffers() if name in kept)
+    owned: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in (*model.named_parameters(), *buffers):
+        owner, _, own = name.rpartition(".")
+        owned.setdefault(owner, {})[own] = tensor
+    return owned
 
-    return owner.initial_value(parameter, draw)
+
+def initial_values(model: nn.Module, owner: str, seed: int) -> dict[str, Tensor]:
+    """What the own parameters and buffers of module ``owner`` of ``model`` start as. Reads no tensor's data."""
+    module = model.get_submodule(owner)
+    if not isinstance(module, Initializable):
+        raise TypeError(f"{type(module).__name__} ({owner!r}) has tensors but no initial_values method")
+
+    def draw(name: str, shape: tuple[int, ...], std: float) -> Tensor:
+        return normal(f"{owner}.{name}", shape, std, seed)
+
+    return module.initial_values(draw)
 
 
 @torch.no_grad()
-def fill(model: nn.Module, name: str, tensor: Tensor, seed: int) -> None:
-    """Write the initial value of parameter ``name`` of ``model`` into ``tensor`` (whole; any dtype and device)."""
-    tensor.copy_(initial_value(model, name, seed))
-
-
 def initialize_(model: nn.Module, seed: int) -> None:
-    """Fill every parameter of a model that lies whole in this process, in place."""
-    for name, parameter in model.named_parameters():
-        fill(model, name, parameter, seed)
+    """Fill every parameter and buffer of a model that lies whole in this process, in place."""
+    for owner, tensors in own_tensors(model).items():
+        values = initial_values(model, owner, seed)
+        for name, tensor in tensors.items():
+            tensor.copy_(values[name])

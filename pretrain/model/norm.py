@@ -21,5 +21,5 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x, (self.size,), self.weight, self.eps)
 
-    def initial_value(self, parameter: str, draw: Draw) -> Tensor:
-        return torch.ones(self.size)
+    def initial_values(self, draw: Draw) -> dict[str, Tensor]:
+        return {"weight": torch.ones(self.size)}

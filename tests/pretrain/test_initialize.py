@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pretrain.model import Decoder, ModelSettings, fill, initial_value, initialize_
+from pretrain.model import Decoder, ModelSettings, initial_values, initialize_, own_tensors
 from pretrain.model.initialize import normal
 
 SETTINGS = ModelSettings(hidden_size=64, layers=3, heads=4, kv_heads=2, intermediate_size=96, qk_norm=True)
@@ -47,11 +47,13 @@ def test_order_of_construction_and_other_parameters_do_not_matter() -> None:
     straight = weights(4)
     model = Decoder(SETTINGS, VOCAB)
     torch.manual_seed(99)
-    for name, parameter in reversed(list(model.named_parameters())):
+    made = {}
+    for owner in reversed(own_tensors(model)):
         torch.randn(3)
-        fill(model, name, parameter, 4)
-    for name, parameter in model.named_parameters():
-        assert torch.equal(parameter, straight[name]), name
+        made |= {f"{owner}.{name}": value for name, value in initial_values(model, owner, 4).items()}
+    assert made.keys() == straight.keys()
+    for name, value in made.items():
+        assert torch.equal(value, straight[name]), name
     fewer = weights(4, SETTINGS.model_copy(update={"layers": 1, "init_scaled_residual": False}))
     unscaled = [name for name in fewer if not name.endswith(("output.weight", "down.weight"))]
     assert len(unscaled) == len(fewer) - 2
@@ -69,13 +71,14 @@ def test_construction_draws_nothing_from_the_global_generator() -> None:
 def test_models_made_on_the_meta_device_get_the_same_weights() -> None:
     with torch.device("meta"):
         model = Decoder(SETTINGS, VOCAB)
-    shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-    for name, expected in weights(4).items():
-        value = initial_value(model, name, 4)  # one at a time, from a model that holds no data
-        assert value.device.type == "cpu"
-        assert value.dtype == torch.float32
-        assert value.shape == shapes[name]
-        assert torch.equal(value, expected)
+    straight = weights(4)
+    for owner, tensors in own_tensors(model).items():
+        values = initial_values(model, owner, 4)  # one module at a time, of a model that holds no data
+        for name, tensor in tensors.items():
+            assert values[name].device.type == "cpu"
+            assert values[name].dtype == torch.float32
+            assert values[name].shape == tensor.shape
+            assert torch.equal(values[name], straight[f"{owner}.{name}"])
     model.to_empty(device="cpu")
     initialize_(model, 4)
     for name, expected in weights(4).items():
@@ -105,5 +108,5 @@ def test_standard_deviations(scaled: bool) -> None:
 
 def test_parameters_of_a_foreign_module_are_not_left_to_chance() -> None:
     model = nn.Sequential(nn.Linear(2, 2))
-    with pytest.raises(TypeError, match=r"Linear \('0'\) has parameters but no initial_value method"):
+    with pytest.raises(TypeError, match=r"Linear \('0'\) has tensors but no initial_values method"):
         initialize_(model, 1)

@@ -21,8 +21,8 @@ class DenseLinear(nn.Linear):
     def reset_parameters(self) -> None:
         """Draws nothing: weights come from :mod:`pretrain.model.initialize`."""
 
-    def initial_value(self, parameter: str, draw: Draw) -> Tensor:
-        return draw(parameter, (self.out_features, self.in_features), self.init_std)
+    def initial_values(self, draw: Draw) -> dict[str, Tensor]:
+        return {"weight": draw("weight", (self.out_features, self.in_features), self.init_std)}
 
 
 class DenseSettings(LinearSettings):
