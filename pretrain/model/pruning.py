@@ -7,14 +7,16 @@ pruned does not come back.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from fractions import Fraction
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-Keys = Callable[[], Tensor]
-"""Makes the :func:`keys` of one layer. Called again for each look at the layer, so that no two have to be in memory."""
+Scope = Literal["layer", "global"]
+KeysOf = Callable[[str], Tensor]
+"""Makes the :func:`keys` of a layer. Called again for each look at the layer, so that no two have to be in memory."""
 
 _PRUNED = -1
 _LOWER_BITS = 15
@@ -42,26 +44,41 @@ def keys(weight: Tensor, mask: Tensor | None) -> Tensor:
     return bits if mask is None else bits.masked_fill(~mask, _PRUNED)
 
 
-def largest(layers: Sequence[Keys], keep: int) -> Iterator[Tensor]:
+def masks(sizes: Mapping[str, int], keys_of: KeysOf, sparsity: Fraction, scope: Scope) -> Iterator[tuple[str, Tensor]]:
+    """Name and new mask of each layer, in the order of ``sizes``, when ``sparsity`` of the weights are 0.
+
+    Args:
+        sizes: entries of each layer by name.
+        keys_of: makes the :func:`keys` of a layer.
+        scope: ``layer``: each layer loses this share; ``global``: all of them together do.
+    """
+    if scope == "global":
+        yield from largest(list(sizes), keys_of, kept_count(sum(sizes.values()), sparsity))
+        return
+    for name, size in sizes.items():
+        yield from largest([name], {name: keys_of(name)}.__getitem__, kept_count(size, sparsity))
+
+
+def largest(names: Sequence[str], keys_of: KeysOf, keep: int) -> Iterator[tuple[str, Tensor]]:
     """A mask of each layer, which together are True at the ``keep`` largest keys: bool, in the layers' shapes.
 
     Fewer are kept where fewer are not pruned already. Looks three times at every layer and holds one at a time: the
     smallest key that is kept is found by counting, first by its upper and then by its lower bits.
     """
-    smallest, ties = _smallest_kept(layers, keep)
-    for key in layers:
-        values = key()
+    smallest, ties = _smallest_kept(names, keys_of, keep)
+    for name in names:
+        values = keys_of(name)
         equal = values == smallest
-        yield (values > smallest) | (equal & (equal.flatten().cumsum(0).view_as(equal) <= ties))
+        yield name, (values > smallest) | (equal & (equal.flatten().cumsum(0).view_as(equal) <= ties))
         ties -= int(equal.sum())
 
 
-def _smallest_kept(layers: Sequence[Keys], keep: int) -> tuple[int, int]:
+def _smallest_kept(names: Sequence[str], keys_of: KeysOf, keep: int) -> tuple[int, int]:
     """The ``keep``-th largest key, and how many of the keys that equal it are kept."""
-    upper, above = _bin_of((_upper(key()) for key in layers), keep, _UPPER_BINS)
+    upper, above = _bin_of((_upper(keys_of(name)) for name in names), keep, _UPPER_BINS)
     if upper == 0:
         return _PRUNED, 0
-    lower, above_lower = _bin_of((_lower(key(), upper) for key in layers), keep - above, 2**_LOWER_BITS)
+    lower, above_lower = _bin_of((_lower(keys_of(name), upper) for name in names), keep - above, 2**_LOWER_BITS)
     return (upper - 1 << _LOWER_BITS) + lower, keep - above - above_lower
 
 
@@ -70,7 +87,7 @@ def _upper(values: Tensor) -> Tensor:
 
 
 def _lower(values: Tensor, upper: int) -> Tensor:
-    return values[_upper(values) == upper] & 2**_LOWER_BITS - 1
+    return values[_upper(values) == upper].bitwise_and(2**_LOWER_BITS - 1)
 
 
 def _bin_of(members: Iterator[Tensor], rank: int, bins: int) -> tuple[int, int]:

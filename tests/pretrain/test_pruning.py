@@ -27,10 +27,11 @@ def by_sorting(weights: list[Tensor], masks: list[Tensor], keep: int) -> list[li
 
 
 def found(weights: list[Tensor], masks: list[Tensor], keep: int) -> list[list[bool]]:
-    layers = [lambda w=w, m=m: keys(w, m) for w, m in zip(weights, masks, strict=True)]
-    made = list(largest(layers, keep))
-    assert [each.shape for each in made] == [each.shape for each in weights]
-    return [each.flatten().tolist() for each in made]
+    names = [str(layer) for layer in range(len(weights))]
+    made = dict(largest(names, lambda name: keys(weights[int(name)], masks[int(name)]), keep))
+    assert list(made) == names
+    assert [each.shape for each in made.values()] == [each.shape for each in weights]
+    return [each.flatten().tolist() for each in made.values()]
 
 
 @given(st.data())

@@ -60,6 +60,9 @@ class LinearSettings(Settings):
     def check(self, in_features: int, out_features: int) -> None:
         """Raises ValueError, with the reason, where a layer of this shape can't be made."""
 
+    def check_steps(self, first: int, total: int) -> None:
+        """Raises ValueError where something is to change before step ``first`` or after the run's ``total`` steps."""
+
     def make(self, in_features: int, out_features: int, init_std: float) -> nn.Module:
         """The layer; ``init_std`` is the standard deviation of the weight that a dense layer would start with."""
         raise NotImplementedError
