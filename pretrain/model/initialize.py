@@ -7,7 +7,6 @@ and buffers start as (``initial_values``); this file keeps the random draws and 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from hashlib import blake2b
 from typing import Protocol, runtime_checkable
 
@@ -15,8 +14,21 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-Draw = Callable[[str, tuple[int, ...], float], Tensor]
-"""``draw(name, shape, std)``: normal values in fp32 on the CPU, fixed by ``name`` inside the module that asks."""
+
+class Draw:
+    """The random draws of one module: each fixed by the seed, the module's name and its own name inside the module."""
+
+    def __init__(self, module: str, seed: int) -> None:
+        self._module = module
+        self._seed = seed
+
+    def __call__(self, name: str, shape: tuple[int, ...], std: float) -> Tensor:
+        """Independent N(0, std²) values in fp32 on the CPU."""
+        return normal(f"{self._module}.{name}", shape, std, self._seed)
+
+    def generator(self, name: str) -> np.random.Generator:
+        """For other draws than normal ones."""
+        return _generator(f"{self._module}.{name}", self._seed)
 
 
 @runtime_checkable
@@ -32,14 +44,18 @@ class Initializable(Protocol):
 
 
 def normal(name: str, shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """Independent N(0, std²) values in fp32 on the CPU, fixed by ``seed`` and ``name``.
+    """Independent N(0, std²) values in fp32 on the CPU, fixed by ``seed`` and ``name``."""
+    return torch.from_numpy(_generator(name, seed).standard_normal(shape, dtype=np.float32)).mul_(std)
+
+
+def _generator(name: str, seed: int) -> np.random.Generator:
+    """Random numbers fixed by ``seed`` and ``name``.
 
     The generator is numpy's counter-based Philox with a 128-bit key hashed from both: torch's CPU generator keeps only
     32 bits of its seed, so that two of the 10^5 tensors of a large mixture of experts would almost surely be equal.
     """
     key = int.from_bytes(blake2b(f"{seed}/{name}".encode(), digest_size=16).digest(), "little")
-    values = np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32)
-    return torch.from_numpy(values).mul_(std)
+    return np.random.Generator(np.random.Philox(key=key))
 
 
 def own_tensors(model: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -61,11 +77,7 @@ def initial_values(model: nn.Module, owner: str, seed: int) -> dict[str, Tensor]
     module = model.get_submodule(owner)
     if not isinstance(module, Initializable):
         raise TypeError(f"{type(module).__name__} ({owner!r}) has tensors but no initial_values method")
-
-    def draw(name: str, shape: tuple[int, ...], std: float) -> Tensor:
-        return normal(f"{owner}.{name}", shape, std, seed)
-
-    return module.initial_values(draw)
+    return module.initial_values(Draw(owner, seed))
 
 
 @torch.no_grad()
