@@ -206,6 +206,8 @@ class Config(Settings):
                 "training.activation_checkpointing low_rank keeps the r-dimensional activations of factorised layers, "
                 f"and model.linear makes none (its layers are {kinds}); use full or none, or a kind such as cola"
             )
+        if self.model.mup:
+            self.optimizer.mup_rate((1, 1), (1, 1))  # an optimizer without a rule refuses
         return self
 
     @property

@@ -59,7 +59,7 @@ class Engine:
         if config.training.compile:
             for block in model.blocks:
                 block.compile()
-        scaling = partial(width_scaling, settings=config.model)
+        scaling = partial(width_scaling, settings=config.model, rate=config.optimizer.mup_rate)
         groups = parameter_groups(model.named_parameters(), config.optimizer, scaling)
         optimizer = config.optimizer.build(groups)
         for group in optimizer.param_groups:

@@ -20,11 +20,14 @@ At the base shape every m is 1 and the model is the standard parametrisation's, 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Literal, NamedTuple, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING, NamedTuple
 
 from pydantic import Field, model_validator
 
 from data_pipeline.settings import Settings
+
+from .linear.base import LAYER_NAME, block_shapes
 
 if TYPE_CHECKING:
     from .settings import ModelSettings
@@ -37,6 +40,9 @@ class BaseShape(Settings):
     """Features of a token between the blocks."""
     heads: int = Field(ge=1)
     """Query heads."""
+    kv_heads: int | None = Field(default=None, ge=1)
+    """Key and value heads, which matter to Muon's learning rates alone; ``null``: each serves as many query heads as in
+    the model, and there is at least one."""
     head_dim: int | None = Field(default=None, ge=1)
     """Features of a head; ``null``: ``hidden_size / heads``."""
     intermediate_size: int = Field(ge=1)
@@ -49,11 +55,12 @@ class BaseShape(Settings):
                 f"hidden_size {self.hidden_size} is not a multiple of heads {self.heads}; change one of them or give "
                 "head_dim"
             )
+        if self.kv_heads is not None and self.heads % self.kv_heads:
+            raise ValueError(
+                f"heads {self.heads} is not a multiple of kv_heads {self.kv_heads}: every key-value head serves the "
+                "same number of query heads"
+            )
         return self
-
-    @property
-    def effective_head_dim(self) -> int:
-        return self.hidden_size // self.heads if self.head_dim is None else self.head_dim
 
 
 class MupSettings(Settings):
@@ -94,17 +101,20 @@ def check_mup(settings: ModelSettings) -> None:
         )
 
 
-class _Widths(Protocol):
-    """What a :class:`BaseShape` and a ``ModelSettings`` both say."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def effective_head_dim(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
+def base_model(settings: ModelSettings) -> ModelSettings:
+    """The model at its base shape: the same but for the widths."""
+    assert settings.mup is not None
+    base = settings.mup.base
+    in_proportion = max(1, settings.effective_kv_heads * base.heads // settings.heads)
+    return settings.model_copy(
+        update={
+            "hidden_size": base.hidden_size,
+            "heads": base.heads,
+            "kv_heads": in_proportion if base.kv_heads is None else base.kv_heads,
+            "head_dim": base.head_dim,
+            "intermediate_size": base.intermediate_size,
+        }
+    )
 
 
 class ForwardMultipliers(NamedTuple):
@@ -125,57 +135,59 @@ def forward_multipliers(settings: ModelSettings) -> ForwardMultipliers:
     return ForwardMultipliers(
         embedding=settings.mup.embedding_multiplier,
         head=settings.mup.output_multiplier / width("head", settings),
-        attention=math.sqrt(settings.mup.base.effective_head_dim / settings.effective_head_dim),
+        attention=math.sqrt(base_model(settings).effective_head_dim / settings.effective_head_dim),
     )
-
-
-class WidthScaling(NamedTuple):
-    """What multiplies a tensor's settings; all 1 without muP and at the base shape."""
-
-    init_std: float = 1.0
-    learning_rate: float = 1.0
-    weight_decay: float = 1.0
-    gradient: float = 1.0
-    """How large the entries of its gradient are: 1 / m of the head for every tensor, as logits are divided by it and
-    all else keeps its size. Adam's eps has to keep its proportion to them."""
-
-
-def width_scaling(name: str, settings: ModelSettings) -> WidthScaling:
-    """The factors of the parameter ``name``, as ``blocks.0.attention.query.weight``, under Adam or AdamW."""
-    if settings.mup is None:
-        return WidthScaling()
-    gradient = 1.0 / width("head", settings)
-    if kind_of(name) != "hidden":
-        # the head's entries stay at sigma at every width, and so does the size of its zero-initialised start
-        return WidthScaling(gradient=gradient)
-    m = width(name, settings)
-    return WidthScaling(1.0 / math.sqrt(m), 1.0 / m, m if settings.mup.scale_weight_decay else 1.0, gradient)
 
 
 def initial_std_factor(name: str, settings: ModelSettings) -> float:
     """What multiplies the initial standard deviation of the linear layer ``name``; 0 where it starts at zero."""
     mup = settings.mup
-    if mup and ((mup.zero_init_head and name == "head") or (mup.zero_init_query and name.endswith("attention.query"))):
+    if mup is None:
+        return 1.0
+    if (mup.zero_init_head and name == "head") or (mup.zero_init_query and name.endswith("attention.query")):
         return 0.0
-    return width_scaling(name, settings).init_std
+    return 1.0 / math.sqrt(width(name, settings)) if name != "head" else 1.0
 
 
-def kind_of(name: str) -> Literal["embedding", "gain", "hidden", "head"]:
-    """Which row of the table the parameter ``name`` belongs to."""
-    owner = name.removesuffix(".weight").rpartition(".")[2]
-    if owner in ("embedding", "head"):
-        return "embedding" if owner == "embedding" else "head"
-    return "gain" if owner.endswith("norm") else "hidden"
+class WidthScaling(NamedTuple):
+    """What multiplies the optimizer's settings for a tensor; all 1 without muP and at the base shape."""
+
+    learning_rate: float = 1.0
+    weight_decay: float = 1.0
+    gradient: float = 1.0
+    """How large the entries of its gradient are: 1 / m of the head for every tensor, as the logits are divided by it
+    and all else keeps its size. Adam's eps has to keep its proportion to them."""
 
 
-def width(name: str, settings: ModelSettings) -> float:
-    """m: the inputs of the linear layer ``name`` (of a block, or ``head``) over those of the base shape's."""
-    assert settings.mup is not None
-    return _fan_in(name, settings) / _fan_in(name, settings.mup.base)
+RateRule = Callable[[tuple[int, int], tuple[int, int]], float]
+"""From the shapes [out, in] of a hidden matrix and of the same one in the base shape to the factor of its learning
+rate, by what the optimizer's updates are like."""
 
 
-def _fan_in(name: str, shape: _Widths) -> int:
+def width_scaling(name: str, settings: ModelSettings, rate: RateRule) -> WidthScaling:
+    """The factors of the parameter ``name``, as ``blocks.0.attention.query.weight``."""
+    if settings.mup is None:
+        return WidthScaling()
+    gradient = 1.0 / width("head", settings)
     module = name.removesuffix(".weight")
-    if module.endswith("attention.output"):
-        return shape.heads * shape.effective_head_dim
-    return shape.intermediate_size if module.endswith("feed_forward.down") else shape.hidden_size
+    if not is_hidden(module):
+        return WidthScaling(gradient=gradient)
+    factor = rate(_shape(module, settings), _shape(module, base_model(settings)))
+    return WidthScaling(factor, 1.0 / factor if settings.mup.scale_weight_decay else 1.0, gradient)
+
+
+def is_hidden(module: str) -> bool:
+    """Whether a module is a linear layer of a block: both sides of its weight grow with the width."""
+    return module.startswith("blocks.") and not module.endswith("norm")
+
+
+def width(module: str, settings: ModelSettings) -> float:
+    """m: the inputs of a linear layer (of a block, or ``head``) over those of the base shape's."""
+    return _shape(module, settings)[1] / _shape(module, base_model(settings))[1]
+
+
+def _shape(module: str, settings: ModelSettings) -> tuple[int, int]:
+    """[out, in] of the weight of a linear layer; of the head only what it reads grows."""
+    found = LAYER_NAME.fullmatch(module)
+    ins, outs = block_shapes(settings)[found[2]] if found else (settings.hidden_size, 1)
+    return outs, ins

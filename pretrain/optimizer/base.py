@@ -28,6 +28,17 @@ class OptimizerSettings(Settings):
         """The optimizer over :func:`~pretrain.optimizer.groups.parameter_groups`."""
         raise NotImplementedError
 
+    def mup_rate(self, shape: tuple[int, int], base: tuple[int, int]) -> float:
+        """What muP multiplies the learning rate of a hidden matrix by (:data:`pretrain.model.mup.RateRule`).
+
+        Raises:
+            ValueError: for this optimizer it is not known.
+        """
+        raise ValueError(
+            f"optimizer.kind {self.kind}: how its learning rate has to change with the width is confirmed nowhere. "
+            "Leave out model.mup, or choose another optimizer"
+        )
+
     def layout(self) -> dict[str, Any]:
         """The settings that decide the groups and the layout of the state: a checkpoint fits to these alone."""
         return {"kind": self.kind, "decay_norms_and_embeddings": self.decay_norms_and_embeddings}

@@ -40,8 +40,7 @@ def parameter_groups(
     members: dict[tuple[bool, WidthScaling], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named_parameters:
         exempt = is_norm_or_embedding(name) and not settings.decay_norms_and_embeddings
-        # the initial weights are made: how they were scaled does not part a group
-        members.setdefault((exempt, scaling(name)._replace(init_std=1.0)), []).append((name, parameter))
+        members.setdefault((exempt, scaling(name)), []).append((name, parameter))
     return [
         {
             "params": [parameter for _, parameter in members[exempt, factors]],

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from data_pipeline.settings import build_settings
 from pretrain.model import Decoder, ModelSettings, initialize_
-from pretrain.model.mup import width, width_scaling
+from pretrain.model.mup import WidthScaling, width, width_scaling
 from pretrain.optimizer import AdamWSettings, parameter_groups
 
 # 4 query heads on 2 key-value heads of 12, 56 inside the feed-forward: m is 3 for the hidden size, 2 for the heads'
@@ -57,7 +58,7 @@ def forward(model: Decoder) -> Tensor:
 def test_m_is_the_ratio_of_the_columns_of_the_weights() -> None:
     wide, narrow = decoder(), decoder(hidden_size=16, head_dim=6, intermediate_size=8)
     found = {
-        name: width(name, settings({"base": BASE}))
+        name: width(name.removesuffix(".weight"), settings({"base": BASE}))
         for name, parameter in wide.named_parameters()
         if parameter.ndim == 2 and "embedding" not in name
     }
@@ -83,10 +84,12 @@ def test_head_and_query_start_at_zero_if_asked() -> None:
         assert torch.equal(parameter, 0 * plain[name] if name.endswith("query.weight") else plain[name]), name
 
 
+def scaling(mup: dict[str, Any] | None) -> Callable[[str], WidthScaling]:
+    return partial(width_scaling, settings=settings(mup), rate=AdamWSettings().mup_rate)
+
+
 def groups(model: nn.Module, mup: dict[str, Any] | None, **optimizer: Any) -> list[dict[str, Any]]:
-    return parameter_groups(
-        model.named_parameters(), AdamWSettings(**optimizer), partial(width_scaling, settings=settings(mup))
-    )
+    return parameter_groups(model.named_parameters(), AdamWSettings(**optimizer), scaling(mup))
 
 
 @pytest.mark.parametrize("tied", [False, True])
@@ -115,7 +118,7 @@ def test_the_groups_do_not_depend_on_the_order_of_the_parameters_or_on_the_decay
     model, mup = decoder({"base": BASE}), {"base": BASE}
     backwards = list(model.named_parameters())[::-1]
     one = groups(model, mup)
-    other = parameter_groups(backwards, AdamWSettings(), partial(width_scaling, settings=settings(mup)))
+    other = parameter_groups(backwards, AdamWSettings(), scaling(mup))
     assert [set(group["names"]) for group in one] == [set(group["names"]) for group in other]
     undecayed = groups(model, mup, weight_decay=0.0)
     assert [group["names"] for group in one] == [group["names"] for group in undecayed]

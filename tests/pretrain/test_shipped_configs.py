@@ -35,7 +35,8 @@ def test_builds(path: Path) -> None:
     millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
     if path.stem in PARAMETERS:
         assert round(millions, 2) == PARAMETERS[path.stem]
-    groups = parameter_groups(model.named_parameters(), config.optimizer, partial(width_scaling, settings=config.model))
+    scaling = partial(width_scaling, settings=config.model, rate=config.optimizer.mup_rate)
+    groups = parameter_groups(model.named_parameters(), config.optimizer, scaling)
     # with and without weight decay; muP adds the hidden matrices of each width
     assert len(groups) == (3 if config.model.mup else 2)
     for ranks in (1, 2, 8):

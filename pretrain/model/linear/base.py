@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
 
 from pydantic import Field, model_validator
 from torch import nn
 
 from data_pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from ..settings import ModelSettings
 
 
 class LinearCost(NamedTuple):
@@ -73,3 +76,19 @@ class LinearSettings(Settings):
 
 
 LAYER_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
+
+
+def block_shapes(settings: ModelSettings) -> dict[str, tuple[int, int]]:
+    """The linear layers of a block: name in the block to (in_features, out_features)."""
+    hidden, inner = settings.hidden_size, settings.intermediate_size
+    queries = settings.heads * settings.effective_head_dim
+    keys = settings.effective_kv_heads * settings.effective_head_dim
+    return {
+        "attention.query": (hidden, queries),
+        "attention.key": (hidden, keys),
+        "attention.value": (hidden, keys),
+        "attention.output": (queries, hidden),
+        "feed_forward.gate": (hidden, inner),
+        "feed_forward.up": (hidden, inner),
+        "feed_forward.down": (inner, hidden),
+    }

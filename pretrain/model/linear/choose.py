@@ -14,7 +14,7 @@ from torch import nn
 from data_pipeline.settings import nearest
 
 from ..mup import initial_std_factor
-from .base import LAYER_NAME, LinearSettings
+from .base import LAYER_NAME, LinearSettings, block_shapes
 from .kinds.dense import DenseSettings
 
 if TYPE_CHECKING:
@@ -22,22 +22,6 @@ if TYPE_CHECKING:
 
 RESIDUAL_WRITERS = ("attention.output", "feed_forward.down")
 """Ends of the names of the linear layers whose output is added to the residual stream: two in each block."""
-
-
-def block_shapes(settings: ModelSettings) -> dict[str, tuple[int, int]]:
-    """The linear layers of a block: name in the block to (in_features, out_features)."""
-    hidden, inner = settings.hidden_size, settings.intermediate_size
-    queries = settings.heads * settings.effective_head_dim
-    keys = settings.effective_kv_heads * settings.effective_head_dim
-    return {
-        "attention.query": (hidden, queries),
-        "attention.key": (hidden, keys),
-        "attention.value": (hidden, keys),
-        "attention.output": (queries, hidden),
-        "feed_forward.gate": (hidden, inner),
-        "feed_forward.up": (hidden, inner),
-        "feed_forward.down": (inner, hidden),
-    }
 
 
 def check_rules(settings: ModelSettings) -> None:

@@ -14,6 +14,10 @@ class AdamWSettings(AdamSettings):
 
     kind: Literal["adamw"] = "adamw"
 
+    def mup_rate(self, shape: tuple[int, int], base: tuple[int, int]) -> float:
+        """Adam moves every entry by about the rate, all in step with the inputs that they multiply: 1 / fan-in."""
+        return base[1] / shape[1]
+
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """AdamW, fused where asked and where every parameter's device has the kernel."""
         for group in groups:
