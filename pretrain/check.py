@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import math
+
 from data_pipeline.errors import UserError
 
 from .config import Config
 from .data import RunData, open_data
-from .engine import check_zero_settings, deepspeed_config
+from .engine import accumulation_steps, check_zero_settings, deepspeed_config
 from .optimizer import check_schedule
+
+SMALL_GROUP = 8
+"""Samples below which reweighting within a group is warned of."""
 
 
 def check_run(config: Config, world_size: int, rank: int = 0) -> RunData:
@@ -15,27 +20,82 @@ def check_run(config: Config, world_size: int, rank: int = 0) -> RunData:
 
     Raises:
         UserError: the batch does not divide, ``engine.deepspeed`` contradicts other settings, the schedule is longer
-            than the run, a group of one sample would be reweighted, or :func:`open_data` refuses the data.
+            than the run, a group of samples can't be reweighted, or :func:`open_data` refuses the data.
     """
     check_zero_settings(deepspeed_config(config, world_size))
     check_schedule(config.schedule, config.total_steps)
     _check_reached(config)
-    strategy = config.objective.reweighting.strategy
-    if strategy != "uniform" and config.training.micro_batch * world_size == 1:
-        raise UserError(
-            f"objective.reweighting.strategy = {strategy!r} weighs the samples of a micro-step against each other, but "
-            "training.micro_batch x ranks = 1: every weight would be 1. Raise training.micro_batch."
-        )
+    _check_group(config, world_size)
     return open_data(config, (rank, world_size))
+
+
+def warnings(config: Config, world_size: int) -> list[str]:
+    """What a run may well not mean, a sentence each; told before it starts."""
+    reweighting, size = config.objective.reweighting, _group_size(config, world_size)
+    if reweighting.off or size >= SMALL_GROUP:
+        return []
+    told = f"objective.reweighting weighs groups of only {size} samples against each other"
+    if reweighting.strategy.has_temperature:
+        ratio = math.exp(min(1.0 / reweighting.temperature, 700.0))
+        share = min(ratio / (ratio + size - 1), (reweighting.cap or math.inf) / size)
+        told += f": one of them can take {share:.0%} of a group's weight, where {1 / size:.0%} is uniform"
+    mend = "Raise training.micro_batch, or set group=global_batch"
+    return [f"{told}. {mend}." if reweighting.group == "micro_step" else f"{told}. Raise training.global_batch."]
+
+
+def _group_size(config: Config, world_size: int) -> int:
+    """Samples over which losses are normalised, in the smallest group of the run."""
+    if config.objective.reweighting.group == "micro_step":
+        return config.training.micro_batch * world_size
+    return min([config.training.global_batch, *(stage.global_batch for stage in config.training.batch_ramp)])
+
+
+def _check_group(config: Config, world_size: int) -> None:
+    """Refuse reweighting that could do nothing, or would be wrong."""
+    objective, reweighting = config.objective, config.objective.reweighting
+    if reweighting.strategy.neutral:
+        return
+    if _group_size(config, world_size) == 1:
+        what, mend = (
+            ("of a micro-step", "training.micro_batch x ranks = 1: every weight would be 1. Raise training.micro_batch")
+            if reweighting.group == "micro_step"
+            else ("of an optimizer step", "training.global_batch = 1: every weight would be 1. Raise it")
+        )
+        raise UserError(
+            f"objective.reweighting.strategy = {reweighting.strategy.kind!r} weighs the samples {what} against each "
+            f"other, but {mend}."
+        )
+    micro_steps = max(accumulation_steps(config, world_size))
+    if reweighting.group != "global_batch_one_pass" or micro_steps == 1:
+        return
+    only = f"with {micro_steps} micro-steps an optimizer step, multiplies the finished gradient by its normaliser"
+    mend = f"Raise training.micro_batch to {config.training.micro_batch * micro_steps}, or set group=global_batch"
+    if objective.z_loss:
+        raise UserError(
+            f"objective.reweighting.group = 'global_batch_one_pass', {only}; the share of objective.z_loss = "
+            f"{objective.z_loss}, whose denominator is another, would be multiplied too. {mend}, or z_loss=0."
+        )
+    if config.engine.offload_optimizer != "none":
+        raise UserError(
+            f"objective.reweighting.group = 'global_batch_one_pass', {only}; with engine.offload_optimizer = "
+            f"{config.engine.offload_optimizer!r} DeepSpeed has taken the norm that it clips by before that. {mend}, "
+            "or offload_optimizer=none."
+        )
 
 
 def _check_reached(config: Config) -> None:
     """Refuse what would come only after the end of the run, and so never."""
-    start = config.objective.reweighting.start_step
-    if start >= config.total_steps and config.objective.reweighting.strategy != "uniform":
+    reweighting = config.objective.reweighting
+    if reweighting.start_step >= config.total_steps and not reweighting.strategy.neutral:
         raise UserError(
-            f"objective.reweighting.start_step = {start} is not before the run's end at {config.total_steps} steps: no "
-            "sample would be reweighted. Lower it, or set strategy=uniform."
+            f"objective.reweighting.start_step = {reweighting.start_step} is not before the run's end at "
+            f"{config.total_steps} steps: no sample would be reweighted. Lower it, or set strategy=uniform."
+        )
+    if reweighting.warmup and reweighting.start_step + reweighting.warmup.steps >= config.total_steps:
+        raise UserError(
+            f"objective.reweighting.warmup ends after step {reweighting.start_step + reweighting.warmup.steps}, which "
+            f"is not before the run's end at {config.total_steps} steps: temperature = {reweighting.temperature} would "
+            "never be reached. Shorten it."
         )
     before = 0
     for stage in config.training.batch_ramp:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .check import check_run
+from .check import check_run, warnings
 from .config import load_config
 from .engine import accumulation_steps
 from .model import count_parameters, flops_per_token
@@ -47,6 +47,7 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
             name: {"sequences": source.sequences, "drawn": drawn, "epochs": drawn / source.sequences}
             for name, source, drawn in zip(data.names, data.sources, needed, strict=True)
         },
+        "warnings": warnings(config, ranks),
     }
 
 
@@ -76,4 +77,5 @@ def show_plan(plan: dict[str, Any]) -> str:
             f"source        {name}: {source['drawn']:,} of its {source['sequences']:,} sequences = "
             f"{source['epochs']:.2f} epochs"
         )
+    lines += [f"warning       {warning}" for warning in plan["warnings"]]
     return "\n".join(lines)

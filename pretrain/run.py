@@ -23,7 +23,7 @@ from data_pipeline.errors import (
 from data_pipeline.history import record_stretch
 
 from .agreement import AgreedError, agreed, attempt, together
-from .check import check_run
+from .check import check_run, warnings
 from .checkpoint import CheckpointError, CheckpointStore, read_state, seed_generators
 from .config import Config, load_config
 from .data import RunData, stretch_of_run
@@ -171,6 +171,8 @@ class Session:
         )
         for line in _where_it_stands(self._folder, config, state, origin, initial, self._monitor.lost_steps):
             print(line, flush=True)
+        for line in warnings(config, self._ranks.world_size):
+            print(f"warning: {line}", file=sys.stderr, flush=True)
         if origin is not None and state.holes and self._folder.resolve() not in origin.resolve().parents:
             inherit_ledger(self._folder / DAMAGE, origin.parent.parent / DAMAGE, state.position)
             told = f"holes of the run that {origin} is of"

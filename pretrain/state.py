@@ -15,6 +15,7 @@ from .checkpoint import read_state
 from .config import Config
 from .data import RunData, check_epochs
 from .distributed import Distributed
+from .objective import LossRange, StepStatistics
 from .run_folder import plain, versions
 
 FORMAT = 3
@@ -30,14 +31,26 @@ class TrainState:
     """Where the next step begins in the order: the whole state of the data."""
     holes: int = 0
     """Sequences that were missing so far."""
+    dropped: int = 0
+    """Sequences left out so far because their loss was not finite."""
+    loss_range: LossRange | None = None
+    """What a one-pass group of reweighting needs of the step before; to the bit."""
     evaluated: bool = False
     """The evaluation that is due at this step has been made."""
     data_changes: tuple[str, ...] = ()
     """What was different about the data, and from which step on, each time that ``data.accept_change`` let it be."""
 
-    def advance(self, next_position: int, holes: int) -> TrainState:
-        """After one more optimizer step, with ``holes`` missing sequences."""
-        return replace(self, step=self.step + 1, position=next_position, holes=self.holes + holes, evaluated=False)
+    def advance(self, next_position: int, statistics: StepStatistics) -> TrainState:
+        """After one more optimizer step."""
+        return replace(
+            self,
+            step=self.step + 1,
+            position=next_position,
+            holes=self.holes + statistics.holes,
+            dropped=self.dropped + len(statistics.dropped),
+            loss_range=statistics.loss_range,
+            evaluated=False,
+        )
 
 
 def checkpoint_state(state: TrainState, config: Config, data: RunData, ranks: Distributed) -> dict[str, Any]:
@@ -83,8 +96,9 @@ def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) 
         there = {**there, "world_size": here["world_size"]}  # stage 0 shards nothing
     _same("the topology", path, there, here, "This version resumes on the topology that saved; start that one again")
     state = TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
+    loss_range = LossRange(**saved["loss_range"]) if saved["loss_range"] else None
     changes = [*state.data_changes, *([f"from step {state.step + 1} on: {change}"] if change else [])]
-    state = replace(state, data_changes=tuple(changes))
+    state = replace(state, loss_range=loss_range, data_changes=tuple(changes))
     _check_skipped(path, config, state, saved["skip_ranges"])
     _check_end(path, config, data, state)
     return state

@@ -28,12 +28,12 @@ from .distributed import Distributed
 from .engine import Engine
 from .evaluation import evaluate, evaluation_metrics
 from .model import flops_per_token
-from .monitor import Monitor, peak_flops
+from .monitor import Monitor, Stopwatch, peak_flops
 from .objective import Objective, StepStatistics
 from .optimizer import learning_rate
 from .signals import StopRequest, names
 from .state import TrainState, checkpoint_state, end_position
-from .step_metrics import step_metrics
+from .step_metrics import name_dropped, step_metrics
 
 
 class NonFiniteError(HeadraceError):
@@ -56,22 +56,24 @@ class StoppedError(HeadraceError):
 
 @dataclass
 class Pace:
-    """Seconds and sequences of the steps since the last line of metrics.jsonl, and the seconds of waiting for data."""
+    """Seconds and sequences of the steps since the last line of metrics.jsonl, with the seconds of waiting for data and
+    of scoring passes."""
 
     steps: int = 0
     sequences: int = 0
     seconds: float = 0.0
     waited: float = 0.0
+    scored: float = 0.0
 
-    def add(self, sequences: int, seconds: float, waited: float) -> None:
+    def add(self, sequences: int, seconds: float, waited: float, scored: float) -> None:
         self.steps, self.sequences = self.steps + 1, self.sequences + sequences
-        self.seconds, self.waited = self.seconds + seconds, self.waited + waited
+        self.seconds, self.waited, self.scored = self.seconds + seconds, self.waited + waited, self.scored + scored
 
-    def take(self) -> tuple[float, float, float]:
-        """Seconds and waited seconds per step, and sequences per second; the next line begins anew."""
-        means = self.seconds / self.steps, self.waited / self.steps, self.sequences / self.seconds
-        self.steps, self.sequences, self.seconds, self.waited = 0, 0, 0.0, 0.0
-        return means
+    def take(self) -> tuple[float, float, float, float]:
+        """Per step: seconds, those of waiting, those of scoring; sequences per second. The next line begins anew."""
+        sums, steps, speed = (self.seconds, self.waited, self.scored), self.steps, self.sequences / self.seconds
+        self.steps, self.sequences, self.seconds, self.waited, self.scored = 0, 0, 0.0, 0.0, 0.0
+        return sums[0] / steps, sums[1] / steps, sums[2] / steps, speed
 
 
 @dataclass
@@ -92,6 +94,8 @@ class Trainer:
     """Where holes are allowed."""
     state: TrainState
     _pace: Pace = field(default_factory=Pace)
+    _scoring: Stopwatch | None = field(default=None, init=False)
+    """Of the step's scoring pass, where it had one."""
     _saved_step: int = field(init=False)
     """The step of the newest checkpoint."""
 
@@ -116,7 +120,8 @@ class Trainer:
             while self.state.step < total:
                 started = time.perf_counter()
                 step = loader.next_step_unless(stop.overdue)
-                holes = objective.begin_step(self.state.step, step.micro_batches if step else None)
+                batches = step.micro_batches if step else None
+                holes = objective.begin_step(self.state.step, batches, self.state.loss_range)
                 if step is None or holes is None:
                     self._stop_before_step(stop)
                 if holes:
@@ -125,10 +130,14 @@ class Trainer:
                 grad_norm = self._optimizer_step(objective, step, rate)
                 statistics = objective.end_step(stop.flags)
                 self._refuse_non_finite(statistics, float(grad_norm), step)
-                self.state = self.state.advance(step.next_position, statistics.holes)
-                self._pace.add(step.global_batch, time.perf_counter() - started, loader.waited)
+                self.state = self.state.advance(step.next_position, statistics)
+                scored = self._scoring.seconds() if self._scoring else 0.0
+                self._pace.add(step.global_batch, time.perf_counter() - started, loader.waited, scored)
                 if holes:
                     self._record_damage(step)
+                if statistics.dropped and self.monitor:
+                    told, where = self._name_dropped(statistics, self.state.step), {"step": self.state.step}
+                    self.monitor.event({"event": "dropped_samples", "message": told, **where})
                 self._log(statistics, rate, float(grad_norm))
                 finished = self.state.step == total
                 signals = [] if finished else names(statistics.flags)
@@ -149,10 +158,23 @@ class Trainer:
     def _optimizer_step(self, objective: Objective, step: Step, rate: float) -> torch.Tensor | float:
         """One optimizer step over the global batch; returns the gradient norm before clipping."""
         self.engine.begin_step(len(step.micro_batches))
+        self._scoring = self._score(objective, step) if objective.scores_first else None
         for micro_batch in step.micro_batches:
             batch = micro_batch.to(self.ranks.device)
             self.engine.backward(objective.micro_step(self.engine.forward(batch), batch))
+        if (factor := objective.gradient_factor()) is not None:
+            self.engine.scale_gradients(factor)
         return self.engine.step(rate)
+
+    def _score(self, objective: Objective, step: Step) -> Stopwatch:
+        """Let the objective know all losses of the step before its first backward pass; counts nothing (law 3)."""
+        self.engine.evaluating(True)
+        with Stopwatch(self.ranks.device) as watch, torch.no_grad():
+            for micro_batch in step.micro_batches:
+                batch = micro_batch.to(self.ranks.device)
+                objective.score(self.engine.forward(batch), batch)
+        self.engine.evaluating(False)
+        return watch
 
     def _loader(self) -> StepLoader:
         training = self.config.training
@@ -246,21 +268,30 @@ class Trainer:
         """Stop before anything of a poisoned step is saved; every rank sees the same numbers and decides the same."""
         if math.isfinite(statistics.loss) and math.isfinite(statistics.objective) and math.isfinite(grad_norm):
             return
+        dropped = self._name_dropped(statistics, self.state.step + 1)
         raise NonFiniteError(
             f"step {self.state.step + 1} on {socket.gethostname()}: loss {statistics.loss}, objective "
             f"{statistics.objective}, gradient norm {grad_norm} at positions {step.position} to "
-            f"{step.next_position - 1}. Nothing after step {self.state.step} was saved. Look at "
-            "these samples, or resume with a lower optimizer.lr or a smaller optimizer.clip_norm."
+            f"{step.next_position - 1}. {f'Left out were {dropped}. ' if dropped else ''}Nothing after step "
+            f"{self.state.step} was saved. Look at these samples, or resume with a lower optimizer.lr or a smaller "
+            "optimizer.clip_norm."
         )
+
+    def _name_dropped(self, statistics: StepStatistics, step: int) -> str:
+        return name_dropped(statistics.dropped, self.data.names, self.config.run_folder, step)
 
     def _log(self, statistics: StepStatistics, rate: float, norm: float) -> None:
         step, settings = self.state.step, self.config.monitor
         if not self.monitor or (step % settings.log_every and step != self.config.total_steps):
             return
-        seconds, waited, sequences_per_second = self._pace.take()
+        seconds, waited, scored, sequences_per_second = self._pace.take()
         length, plan = self.config.data.seq_len, self.config.batch_plan
         tokens_per_second = sequences_per_second * length
         fields = step_metrics(statistics, self.data.names)
+        if not self.config.objective.reweighting.off:
+            fields["weights/dropped"] = self.state.dropped
+        if self._scoring:
+            fields["weights/scoring_seconds"] = scored
         fields |= {
             "step": step,
             "position": self.state.position,

@@ -20,6 +20,7 @@ from pretrain.optimizer import parameter_groups
 
 from .deepspeed_config import clips_itself, deepspeed_config
 from .deepspeed_module import import_deepspeed
+from .gradients import scale_gradients
 from .initial import fill_model
 
 if TYPE_CHECKING:
@@ -120,6 +121,10 @@ class Engine:
         if self._left:
             self._engine.step()  # only counts the micro-step
             self._engine.set_gradient_accumulation_boundary(self._left == 1)
+
+    def scale_gradients(self, factor: Tensor) -> None:
+        """Multiply the accumulated gradient by ``factor`` (scalar, on the device); after the last :meth:`backward`."""
+        scale_gradients(self._engine, factor)
 
     def step(self, learning_rate: float) -> Tensor | float:
         """Clip the gradient by its global norm and update the parameters.

@@ -1,7 +1,20 @@
 """The objective: what an optimizer step minimises, over one denominator."""
 
+from .base import StrategySettings
+from .groups import Dropped, LossRange, StepWeights
 from .objective import Objective, StepStatistics
 from .settings import ObjectiveSettings, ReweightingSettings
 from .terms import Term, engine_loss
 
-__all__ = ["Objective", "ObjectiveSettings", "ReweightingSettings", "StepStatistics", "Term", "engine_loss"]
+__all__ = [
+    "Dropped",
+    "LossRange",
+    "Objective",
+    "ObjectiveSettings",
+    "ReweightingSettings",
+    "StepStatistics",
+    "StepWeights",
+    "StrategySettings",
+    "Term",
+    "engine_loss",
+]

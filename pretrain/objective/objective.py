@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from data_pipeline import Batch
 from pretrain.distributed import Distributed
 
-from .cross_entropy import sequence_cross_entropy, sequence_squared_log_partition
-from .reweighting import relative_weights
+from .cross_entropy import drop_gradient, sequence_cross_entropy, sequence_squared_log_partition
+from .groups import Dropped, LossRange, OnePassWeigher, StepWeights, Weigher, make_weigher
+from .reweighting import Samples
 from .settings import ObjectiveSettings
 from .terms import Term, engine_loss
 
@@ -25,32 +26,40 @@ class StepStatistics:
     objective: float
     """What was minimised, nats."""
     source_losses: tuple[float, ...]
-    """Sum of −log p over the labels of each source, nats, unweighted."""
+    """Sum of −log p over the labels of each source, nats, unweighted; without dropped sequences."""
     source_labels: tuple[int, ...]
-    """Number of labels of each source."""
+    """Number of labels of each source; without those of dropped sequences."""
     holes: int
     """Positions whose sequence is missing."""
-    weights: tuple[Tensor, ...]
-    """The relative weights of each group [M], where samples were reweighted."""
-    flags: tuple[bool, ...]
+    flags: tuple[bool, ...] = ()
     """For each flag given to ``end_step``: whether any rank raised it."""
+    weights: StepWeights | None = None
+    """Where samples were reweighted."""
+    temperature: float = math.inf
+    """r of the step; infinite where samples were not reweighted."""
+    dropped: tuple[Dropped, ...] = ()
+    """Sequences left out because their loss was not finite."""
+    loss_range: LossRange | None = None
+    """For the next step of a one-pass group."""
 
     @property
     def loss(self) -> float:
-        """Unweighted mean over all labels of the global batch, nats."""
+        """Unweighted mean over all labels of the global batch but those of dropped sequences, nats."""
         labels = sum(self.source_labels)
-        return sum(self.source_losses) / labels if labels else 0.0
+        return sum(self.source_losses) / labels if labels else math.nan if self.dropped else 0.0
 
 
 @dataclass
 class _Step:
+    number: int
     denominators: tuple[float, float]
     holes: int
-    reweighted: bool
+    weigher: Weigher | None
+    previous: LossRange | None
     objective: Tensor
     losses: Tensor
     labels: Tensor
-    weights: list[Tensor] = field(default_factory=list)
+    factor: Tensor | None = None
 
 
 class Objective:
@@ -61,7 +70,8 @@ class Objective:
 
         Σ_i u_i c_i l_i / Σ_i c_i  +  z_loss * Σ_it (log Z_it)² / Σ_i n_i
 
-    with both sums over all sequences of the optimizer step.
+    with both sums over all sequences of the optimizer step. A step is ``begin_step``, where ``scores_first`` a
+    ``score`` of every micro-batch, a ``micro_step`` of every micro-batch, ``gradient_factor``, ``end_step``.
 
     Args:
         settings: the ``objective`` section.
@@ -71,15 +81,19 @@ class Objective:
 
     def __init__(self, settings: ObjectiveSettings, sources: int, ranks: Distributed) -> None:
         self._settings = settings
-        self._sources = sources
+        self._sources = torch.arange(sources, device=ranks.device)
         self._ranks = ranks
         self._step: _Step | None = None
 
-    def begin_step(self, step: int, micro_batches: Sequence[Batch] | None) -> int | None:
+    def begin_step(
+        self, step: int, micro_batches: Sequence[Batch] | None, previous: LossRange | None = None
+    ) -> int | None:
         """Agree on the denominators of optimizer step ``step`` (0-based) from this rank's micro-batches on the CPU.
 
         Args:
-            step: the step. micro_batches: ``None``: this rank has no data and wants to stop.
+            step: the step.
+            micro_batches: ``None``: this rank has no data and wants to stop.
+            previous: ``loss_range`` of the step before; ``None``: there is none.
 
         Returns:
             how many of the step's sequences are missing, over all ranks; ``None`` if a rank wants to stop instead.
@@ -93,17 +107,36 @@ class Objective:
         total, sequences, holes, stops = self._ranks.all_reduce(counts.to(self._ranks.device)).tolist()
         if stops:
             return None
-        settings = self._settings
-        zeros = torch.zeros(2 * self._sources + 1, dtype=torch.float64, device=self._ranks.device)
+        settings, sources = self._settings, len(self._sources)
+        zeros = torch.zeros(2 * sources + 1, dtype=torch.float64, device=self._ranks.device)
         self._step = _Step(
+            number=step,
             denominators=(float(total if settings.average == "token" else sequences), float(total)),
             holes=holes,
-            reweighted=settings.reweighting.strategy != "uniform" and step >= settings.reweighting.start_step,
+            weigher=make_weigher(settings.reweighting, step, len(micro_batches), self._ranks, previous),
+            previous=previous,
             objective=zeros[0],
-            losses=zeros[1 : 1 + self._sources],
-            labels=zeros[1 + self._sources :],
+            losses=zeros[1 : 1 + sources],
+            labels=zeros[1 + sources :],
         )
         return int(holes)
+
+    @property
+    def scores_first(self) -> bool:
+        """Whether this step needs a ``score`` of every micro-batch before the first ``micro_step``."""
+        weigher = self._current().weigher
+        return weigher is not None and weigher.scores_first
+
+    def score(self, logits: Tensor, batch: Batch) -> None:
+        """Take note of a micro-batch's losses; counts nothing else (law 3).
+
+        Args:
+            logits: [b, T, V], without gradient, of a model in evaluation mode; batch: on the same device.
+        """
+        weigher = self._current().weigher
+        assert weigher is not None
+        losses = sequence_cross_entropy(logits, batch.labels, batch.loss_mask)
+        weigher.score(self._samples(losses, batch.loss_mask.sum(dim=1), batch))
 
     def micro_step(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss to hand to the engine for one micro-batch.
@@ -114,52 +147,85 @@ class Objective:
         Returns:
             scalar fp32.
         """
-        step = self._current()
+        step, settings = self._current(), self._settings
+        by_token = settings.average == "token"
         losses = sequence_cross_entropy(logits, batch.labels, batch.loss_mask)
+        squares = sequence_squared_log_partition(logits, batch.loss_mask) if settings.z_loss else None
         labels = batch.loss_mask.sum(dim=1)
-        mean_losses = losses / labels.clamp(min=1)
-        by_token = self._settings.average == "token"
-        weights = self._weights(mean_losses.detach(), labels if by_token else (labels > 0).long())
-        terms = [Term((weights * (losses if by_token else mean_losses)).sum(), step.denominators[0])]
-        if self._settings.z_loss:
-            squares = sequence_squared_log_partition(logits, batch.loss_mask).sum()
-            terms.append(Term(squares, step.denominators[1], self._settings.z_loss))
+        weights = (labels > 0).float()
+        if step.weigher is not None:
+            weights = step.weigher.weigh(self._samples(losses.detach(), labels, batch))
+        if step.weigher is not None and step.weigher.active:
+            dropped = ~losses.detach().isfinite()
+            drop_gradient(logits, dropped)
+            losses, labels = losses.masked_fill(dropped, 0.0), labels.masked_fill(dropped, 0)
+            squares = None if squares is None else squares.masked_fill(dropped, 0.0)
+        numerators = losses if by_token else losses / labels.clamp(min=1)
+        terms = [Term((weights * numerators).sum(), step.denominators[0])]
+        if squares is not None:
+            terms.append(Term(squares.sum(), step.denominators[1], settings.z_loss))
         loss = engine_loss(terms, self._ranks.world_size)
         step.objective += loss.detach() / self._ranks.world_size
         # a product, for index_add_ on a GPU adds in no fixed order and two equal runs would log different losses
-        by_source = F.one_hot(batch.source_ids, self._sources).double()
+        by_source = (batch.source_ids[:, None] == self._sources).double()
         step.losses += losses.detach().double() @ by_source
         step.labels += labels.double() @ by_source
         return loss
 
-    def _weights(self, mean_losses: Tensor, counts: Tensor) -> Tensor:
-        """This rank's rows of the weights of the group: the micro-step's sequences on all ranks."""
+    def _samples(self, losses: Tensor, labels: Tensor, batch: Batch) -> Samples:
+        """This rank's samples of a micro-batch, from the sums of their losses [b] and their labels [b]."""
+        counts = labels if self._settings.average == "token" else labels > 0
+        means = losses / labels.clamp(min=1)
+        return Samples(means.double(), counts.double(), batch.source_ids.double(), batch.run_positions.double())
+
+    def gradient_factor(self) -> Tensor | None:
+        """What the gradients that the step has accumulated have to be multiplied by before they are used, a scalar on
+        the device; None: they are as they should be. After the last ``micro_step``, once. Collective."""
         step = self._current()
-        if not step.reweighted:
-            return (counts > 0).float()
-        # one collective: counts are below 2**24 and so exact in fp32
-        group = self._ranks.all_gather(torch.stack([mean_losses, counts.float()], dim=1))
-        weights = relative_weights(group[:, 0], group[:, 1], self._settings.reweighting)
-        step.weights.append(weights)
-        rows = mean_losses.shape[0]
-        return weights[self._ranks.rank * rows : (self._ranks.rank + 1) * rows]
+        step.factor = step.weigher.gradient_factor() if step.weigher is not None else None
+        return step.factor
 
     def end_step(self, flags: Sequence[bool] = ()) -> StepStatistics:
         """Reduce the step's statistics, and any rank's ``flags`` with them, in one collective."""
         step = self._current()
         raised = torch.tensor(flags, dtype=torch.float64, device=self._ranks.device)
-        parts = torch.cat([step.objective.view(1), step.losses, step.labels, raised])
-        values = self._ranks.all_reduce(parts).tolist()
+        objective = step.objective if step.factor is None else step.objective * step.factor
+        reduced = self._ranks.all_reduce(torch.cat([objective.view(1), step.losses, step.labels, raised]))
+        weights, extra = self._weights(step)
+        # the only place where the host waits for the device
+        values = torch.cat([reduced, extra]).tolist()
+        values, told = values[: len(reduced)], values[len(reduced) :]
         self._step = None
-        first, second = 1 + self._sources, 1 + 2 * self._sources
+        first = 1 + len(self._sources)
+        second = first + len(self._sources)
         return StepStatistics(
             objective=values[0],
             source_losses=tuple(values[1:first]),
             source_labels=tuple(int(value) for value in values[first:second]),
             holes=step.holes,
-            weights=tuple(step.weights),
             flags=tuple(value > 0 for value in values[second:]),
+            weights=weights,
+            temperature=self._settings.reweighting.temperature_at(step.number),
+            dropped=tuple(weights.dropped(self._ranks.world_size)) if weights is not None and told[0] else (),
+            loss_range=self._loss_range(step, told[1:]),
         )
+
+    def _weights(self, step: _Step) -> tuple[StepWeights | None, Tensor]:
+        """The step's weights where it had some; and on the device how many samples it dropped, and its loss range."""
+        if step.weigher is None:
+            return None, step.objective.new_zeros(1)
+        weights = step.weigher.result()
+        told = weights.samples.dropped.sum().double().view(1)
+        if isinstance(step.weigher, OnePassWeigher):
+            following = self._settings.reweighting.temperature_at(step.number + 1)
+            told = torch.cat([told, step.weigher.loss_range(following)])
+        return (weights, told) if step.weigher.active else (None, told)
+
+    def _loss_range(self, step: _Step, told: Sequence[float]) -> LossRange | None:
+        """The range for the next step of a one-pass group; where no sample had a loss, the one before stays."""
+        if not told:
+            return None
+        return LossRange(*told) if all(map(math.isfinite, told)) else step.previous
 
     def _current(self) -> _Step:
         assert self._step is not None, "begin_step comes first"

@@ -82,16 +82,26 @@ def run_engine(config: Config, ranks: Distributed) -> dict[str, Any]:
     engine = Engine(config, VOCABULARY, ranks)
     objective = Objective(config.objective, 2, ranks)
     seen: dict[str, Any] = {"losses": [], "objectives": [], "norms": [], "holes": []}
+    loss_range = None
     for step in range(STEPS):
         batches = micro_batches(step, ranks, config.training.micro_batch, config.batch_plan.batch(step))
         engine.begin_step(len(batches))
-        objective.begin_step(step, batches)
+        objective.begin_step(step, batches, loss_range)
+        if objective.scores_first:
+            engine.evaluating(True)
+            with torch.no_grad():
+                for batch in batches:
+                    objective.score(engine.forward(batch), batch)
+            engine.evaluating(False)
         for batch in batches:
             engine.backward(objective.micro_step(engine.forward(batch), batch))
+        if (factor := objective.gradient_factor()) is not None:
+            engine.scale_gradients(factor)
         if step == 0:
             seen["gradients"] = engine.full_gradients()
         seen["norms"].append(float(engine.step(RATES[step])))
         statistics = objective.end_step()
+        loss_range = statistics.loss_range
         seen["losses"].append(statistics.loss)
         seen["objectives"].append(statistics.objective)
         seen["holes"].append(statistics.holes)
@@ -132,7 +142,7 @@ def run_plain(
 
     Args:
         group_size: sequences over which losses are normalised.
-        objective: from the logits of the whole batch to what the step minimises; ``None``: :func:`plain_objective`.
+        objective: from the logits of the whole batch to what the step minimises; ``None``: :class:`PlainObjective`.
         optimizer: from the fp32 weights by name to a function of the learning rate that takes one step.
     """
     model = Decoder(config.model, VOCABULARY)
@@ -140,6 +150,7 @@ def run_plain(
     model = model.to(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
     masters = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     update = optimizer(masters, config)
+    objective = objective or PlainObjective()
     settings = config.optimizer
     seen: dict[str, Any] = {"losses": [], "objectives": [], "norms": []}
     seen["initial"] = {name: p.clone() for name, p in masters.items()}
@@ -151,7 +162,7 @@ def run_plain(
                 p.copy_(masters[name])
         model.zero_grad()
         logits = model(batch.tokens, batch.positions, batch.document_ids, batch.single_document).float()
-        loss = (objective or plain_objective)(logits, batch, config, group_size)
+        loss = objective(logits, batch, config, group_size)
         loss.backward()
         for name, p in model.named_parameters():
             assert p.grad is not None
@@ -171,33 +182,63 @@ def run_plain(
     return seen
 
 
-def plain_objective(logits: Tensor, batch: Batch, config: Config, group_size: int) -> Tensor:
-    """The objective written out sequence by sequence, without any code of pretrain.objective."""
-    settings = config.objective
-    means, counts = [], []
-    rows = len(batch.tokens)
-    for row in range(rows):
-        chosen = logits[row][batch.loss_mask[row]].log_softmax(-1)
-        picked = chosen.gather(1, batch.labels[row][batch.loss_mask[row]][:, None])
-        counts.append(len(picked))
-        means.append(-picked.mean() if len(picked) else logits.sum() * 0.0)
-    weights = np.zeros(rows)
-    for start in range(0, rows, group_size):
-        members = [i for i in range(start, start + group_size) if counts[i]]
-        shares = np.array([counts[i] if settings.average == "token" else 1 for i in members], float)
-        scores = np.ones(len(members))
-        if settings.reweighting.strategy == "linupper" and members:
-            losses = np.array([means[i].item() for i in members])
-            spread = max(losses.max() - losses.min(), 1e-6)
-            h = (2 * losses - losses.max() - losses.min()) / spread
-            scores = np.exp(np.minimum(h + 1, 1) / settings.reweighting.temperature)
-        weights[members] = scores * shares / (scores * shares).sum() * shares.sum()
-    total = sum(counts) if settings.average == "token" else sum(count > 0 for count in counts)
-    loss = sum((float(w) * mean for w, mean in zip(weights, means, strict=True)), torch.zeros(())) / total
-    if settings.z_loss:
-        squares = torch.logsumexp(logits, -1).square() * batch.loss_mask
-        loss = loss + settings.z_loss * squares.sum() / sum(counts)
-    return loss
+PLAIN_SCORES: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+    "linupper": lambda h: np.minimum(h + 1, 1),
+    "quadratic": lambda h: 1 - h**2,
+    "extremes": np.abs,
+}
+
+
+class PlainObjective:
+    """The objective written out sequence by sequence, without any code of pretrain.objective; one object for one run,
+    for it remembers the losses of the step before."""
+
+    def __init__(self) -> None:
+        self.step = 0
+        self.before: np.ndarray = np.array([])
+
+    def __call__(self, logits: Tensor, batch: Batch, config: Config, group_size: int) -> Tensor:
+        settings = config.objective
+        means, counts = [], []
+        rows = len(batch.tokens)
+        for row in range(rows):
+            chosen = logits[row][batch.loss_mask[row]].log_softmax(-1)
+            picked = chosen.gather(1, batch.labels[row][batch.loss_mask[row]][:, None])
+            counts.append(len(picked))
+            means.append(-picked.mean() if len(picked) else logits.sum() * 0.0)
+        losses = np.array([mean.item() for mean in means], float)
+        weights = np.zeros(rows)
+        size = group_size if settings.reweighting.group == "micro_step" else rows
+        for start in range(0, rows, size):
+            members = [i for i in range(start, start + size) if counts[i]]
+            shares = np.array([counts[i] if settings.average == "token" else 1 for i in members], float)
+            weights[members] = self.weights(losses[members], shares, config)
+        self.step += 1
+        self.before = losses[np.array(counts) > 0]
+        total = sum(counts) if settings.average == "token" else sum(count > 0 for count in counts)
+        loss = sum((float(w) * mean for w, mean in zip(weights, means, strict=True)), torch.zeros(())) / total
+        if settings.z_loss:
+            squares = torch.logsumexp(logits, -1).square() * batch.loss_mask
+            loss = loss + settings.z_loss * squares.sum() / sum(counts)
+        return loss
+
+    def weights(self, losses: np.ndarray, shares: np.ndarray, config: Config) -> np.ndarray:
+        """What each member of a group counts, ``shares`` in all."""
+        settings = config.objective.reweighting
+        within = self.before if settings.group == "global_batch_one_pass" else losses
+        if settings.strategy.kind == "uniform" or self.step < settings.start_step or not len(within):
+            return shares
+        h = (2 * losses - within.max() - within.min()) / max(within.max() - within.min(), 1e-6)
+        h = np.clip(h, -1, 1)
+        importances = np.exp(PLAIN_SCORES[settings.strategy.kind](h) / settings.temperature)
+        low, high = 0.0, 1e9
+        for _ in range(200 if settings.cap else 0):
+            level = (low + high) / 2
+            sums = (np.minimum(level * importances, settings.cap) * shares).sum()
+            low, high = (level, high) if sums < shares.sum() else (low, level)
+        if settings.cap:
+            return np.minimum(low * importances, settings.cap) * shares
+        return importances * shares / (importances * shares).sum() * shares.sum()
 
 
 def relative_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:

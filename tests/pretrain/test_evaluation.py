@@ -190,7 +190,8 @@ def train_with_and_without(ranks: Distributed, stage: int, checkpointing: str) -
             norm = float(engine.step(1e-3))
             seen = objective.end_step()
             statistics.append((norm, seen.objective, seen.source_losses, seen.source_labels, seen.holes))
-            statistics.append([weights.tolist() for weights in seen.weights])
+            assert seen.weights is not None
+            statistics.append(seen.weights.weights.tolist())
         ends.append((engine.full_parameters(), statistics, torch.get_rng_state().tolist(), np.random.random()))
     (one, *others), (other, *same) = ends
     assert others == same

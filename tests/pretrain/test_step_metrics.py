@@ -2,26 +2,34 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
 
 from pretrain.distributed import Distributed
 from pretrain.monitor import WEIGHT_BINS
-from pretrain.objective import Objective, ObjectiveSettings, StepStatistics
-from pretrain.step_metrics import step_metrics
+from pretrain.objective import Dropped, Objective, ObjectiveSettings, StepStatistics, StepWeights
+from pretrain.objective.reweighting import Samples
+from pretrain.step_metrics import NAMED, name_dropped, step_metrics
 
 from .steps import GLOBAL_BATCH, LENGTH, VOCABULARY, batch_of
 
 
-def statistics(*groups: list[float]) -> StepStatistics:
+def statistics(*groups: list[float], **columns: list[float]) -> StepStatistics:
+    """With these relative weights; of samples of loss 1, of 10 labels and of source 0, where not told otherwise."""
+    plain = torch.ones(len(groups), len(groups[0]) if groups else 0)
+    defaults = {"losses": plain, "counts": 10 * plain, "sources": 0 * plain, "positions": 0 * plain}
+    given = {name: torch.tensor([values]).view(plain.shape) for name, values in columns.items()}
+    samples = Samples(**{name: column.double() for name, column in {**defaults, **given}.items()})
     return StepStatistics(
         objective=1.5,
         source_losses=(12.0, 6.0, 0.0),
         source_labels=(4, 5, 0),
         holes=0,
-        weights=tuple(torch.tensor(group) for group in groups),
-        flags=(),
+        weights=StepWeights(torch.tensor(groups), samples) if groups else None,
+        temperature=0.4,
     )
 
 
@@ -51,6 +59,30 @@ def test_effective_sample_size_of_a_half_weighted_pair() -> None:
     assert step_metrics(statistics([1.5, 0.5]), "abc")["weights/ess"] == pytest.approx(0.8)
 
 
+def test_shares_of_weight_and_of_labels() -> None:
+    """u c = [10, 60, 0, 30] over the sources 0, 1, 1, 0; the hole of source 1 counts for neither."""
+    seen = statistics([0.5, 2.0, 0.0, 1.0], counts=[20, 30, 0, 30], sources=[0, 1, 1, 0], losses=[2.0, 7.0, 9.0, 4.5])
+    fields = step_metrics(seen, "abc")
+    assert fields["weights/share/a"] == pytest.approx(0.4)
+    assert fields["weights/share/b"] == pytest.approx(0.6)
+    assert fields["weights/uniform_share/a"] == pytest.approx(0.625)
+    assert fields["weights/uniform_share/b"] == pytest.approx(0.375)
+    assert "weights/share/c" not in fields, "no sample of it in this step"
+    assert (fields["weights/loss_min"], fields["weights/loss_max"]) == (2.0, 7.0)
+    assert fields["weights/temperature"] == 0.4
+
+
+def test_dropped_samples_are_named_with_the_command_that_shows_them(tmp_path: Path) -> None:
+    dropped = [Dropped(rank=1, row=row, position=100 + row, source=row % 2) for row in range(NAMED + 2)]
+    told = name_dropped(dropped, ["a", "b"], tmp_path / "my run", 12)
+    assert told.startswith("10 samples without a finite loss: position 100 of source 'a'")
+    command = f"`pretrain-data explain '{tmp_path / 'my run'}' --step 12 --rank 1 --row 1`"
+    assert f"position 101 of source 'b' ({command})" in told
+    assert told.count("pretrain-data explain") == NAMED
+    assert told.endswith(" and 2 more")
+    assert name_dropped([], ["a"], tmp_path, 12) == ""
+
+
 def a_step(settings: ObjectiveSettings) -> StepStatistics:
     alone = Distributed(0, 1, torch.device("cpu"))
     objective = Objective(settings, 2, alone)
@@ -59,6 +91,7 @@ def a_step(settings: ObjectiveSettings) -> StepStatistics:
     for number, batch in enumerate(batches):
         torch.manual_seed(number)
         objective.micro_step(torch.randn(4, LENGTH, VOCABULARY), batch)
+    assert objective.gradient_factor() is None
     return objective.end_step()
 
 
@@ -77,8 +110,8 @@ def test_the_uniform_objective_is_the_loss() -> None:
 def test_the_logged_loss_is_blind_to_weights() -> None:
     settings = ObjectiveSettings.model_validate({"reweighting": {"strategy": "linupper", "temperature": 0.4}})
     seen = a_step(settings)
-    assert len(seen.weights) == 2
-    assert [len(group) for group in seen.weights] == [4, 4]
+    assert seen.weights is not None
+    assert seen.weights.weights.shape == (2, 4)
     assert seen.loss == a_step(ObjectiveSettings()).loss
     assert seen.objective > seen.loss  # samples of low loss weigh less
 

@@ -16,7 +16,7 @@ from torch import Tensor
 from data_pipeline.batches import Batch
 from pretrain.config import Config
 
-from ..steps import plain_adamw, plain_objective
+from ..steps import plain_adamw
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class Method:
 
     sections: Mapping[str, dict[str, Any]]
     """What ``steps.tiny_config`` merges over the tiny configuration."""
-    objective: Callable[[Tensor, Batch, Config, int], Tensor] = plain_objective
-    """The reference's objective: (logits of the whole batch, batch, config, sequences in a group) to a scalar."""
+    objective: Callable[[Tensor, Batch, Config, int], Tensor] | None = None
+    """The reference's objective: (logits of the whole batch, batch, config, sequences in a group) to a scalar;
+    ``None``: ``steps.PlainObjective``."""
     optimizer: Callable[[dict[str, Tensor], Config], Callable[[float], None]] = plain_adamw
     """The reference's optimizer: (fp32 weights by name, config) to a function of the learning rate, one step each."""
     stages: tuple[int, ...] = (0, 1, 2, 3)

@@ -1,0 +1,51 @@
+"""What a reweighting strategy is: settings that say how much a sample's loss makes it count."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+from torch import Tensor
+
+from data_pipeline.settings import Settings
+
+
+class StrategySettings(Settings):
+    """Base of the strategies; each lives in a module of ``pretrain.objective.strategies`` of its own.
+
+    A strategy of the paper's kind gives a score of where a loss lies in the range of its group (:meth:`score`). One of
+    another kind gives the importances themselves (:meth:`log_importances`), which are then normalised alike.
+    """
+
+    kind: str
+    """Which strategy."""
+    has_temperature: ClassVar[bool] = True
+    """Whether ``temperature`` has a meaning for it; where it has none, giving one is refused."""
+
+    @property
+    def neutral(self) -> bool:
+        """Every sample counts the same: nothing is computed, and a loss that is not finite stops the run."""
+        return False
+
+    def score(self, h: Tensor) -> Tensor:
+        """The score s in [0, 1] of losses at ``h`` in their range: -1 is its lower end, 1 its upper end. Same shape."""
+        raise NotImplementedError
+
+    def log_importances(self, losses: Tensor, lowest: Tensor, highest: Tensor, temperature: float) -> Tensor:
+        """The logarithms of the samples' importances, up to a constant of the step; here s / r (Sow et al., eq. in
+        section 3)::
+
+            h = (2 l - (highest + lowest)) / max(highest - lowest, 1e-6)
+
+        Losses outside the range, which there are only where it is another step's, count as its nearer end.
+
+        Args:
+            losses: [M] float64, nats, mean over each sequence's labels; not finite for samples whose result is unused.
+            lowest, highest: scalars, the range of the finite losses.
+            temperature: r.
+
+        Returns:
+            [M] float64; the larger, the more a sample counts.
+        """
+        # the difference first: for nearly equal losses two quotients of the size of 1e6 would cancel
+        h = (2.0 * losses - (highest + lowest)) / (highest - lowest).clamp(min=1e-6)
+        return self.score(h.clamp(-1.0, 1.0)) / temperature

@@ -1,0 +1,1 @@
+"""The reweighting strategies: one module each, found by themselves (:mod:`pretrain.methods`)."""
