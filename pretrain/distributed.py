@@ -43,6 +43,23 @@ class Distributed:
         dist.all_gather_single(gathered, tensor)
         return gathered
 
+    def all_to_all(self, tensor: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
+        """Parts of a flat tensor to each rank, in rank order, for parts from each.
+
+        Args:
+            tensor: [sum(leaving)].
+            leaving: elements for each rank.
+            arriving: elements from each rank.
+
+        Returns:
+            [sum(arriving)], in rank order.
+        """
+        if self.world_size == 1:
+            return tensor
+        received = tensor.new_empty(sum(arriving))
+        dist.all_to_all_single(received, tensor, arriving, leaving)
+        return received
+
     def gather_objects(self, item: T) -> list[T]:
         """Every rank's picklable item, in rank order, on every rank."""
         if self.world_size == 1:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 
 from data_pipeline import Batch
@@ -22,6 +23,7 @@ from .deepspeed_config import clips_itself, deepspeed_config
 from .deepspeed_module import import_deepspeed
 from .gradients import scale_gradients
 from .initial import fill_model
+from .shards import attach_matrices, shape_of
 
 if TYPE_CHECKING:
     from pretrain.initial_weights import Weights
@@ -30,6 +32,14 @@ if TYPE_CHECKING:
 
 TAG = "deepspeed"
 """Name of DeepSpeed's folder inside a checkpoint."""
+
+
+@contextmanager
+def idle(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """The optimizer takes no step in here: some of DeepSpeed's make one, on zero gradients, while they are built."""
+    optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
+    yield
+    del optimizer.step
 
 
 class Engine:
@@ -61,16 +71,13 @@ class Engine:
             for block in model.blocks:
                 block.compile()
         scaling = partial(width_scaling, settings=config.model, rate=config.optimizer.mup_rate)
-        groups = parameter_groups(model.named_parameters(), config.optimizer, scaling)
+        groups = parameter_groups(model.named_parameters(), config.optimizer, scaling, shape_of)
         optimizer = config.optimizer.build(groups)
-        for group in optimizer.param_groups:
-            # every step sets it; some of DeepSpeed's optimizers take a first step while they are made
-            group["lr"] = 0.0
-        self._engine, self._optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=settings, dist_init_required=False
-        )
-        if self._keeps_own_masters:
-            optimizer.state.clear()  # that first step, on zero gradients, would count in Adam's bias correction
+        with idle(optimizer):
+            self._engine, self._optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=settings, dist_init_required=False
+            )
+        attach_matrices(optimizer, self._optimizer, model, self._stage, ranks)
         set_timeout_of_all_groups(config.resilience.collective_timeout_seconds)
         if self._stage == 0 and ranks.world_size == 1:
             self._engine.enable_backward_allreduce = False  # copies every gradient twice to reduce it with nobody

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import Field, model_validator
 
 from data_pipeline.settings import Settings
+
+if TYPE_CHECKING:
+    from pretrain.config import Config
 
 
 class OptimizerSettings(Settings):
@@ -24,8 +29,26 @@ class OptimizerSettings(Settings):
     clip_norm: float = Field(default=1.0, ge=0.0, allow_inf_nan=False)
     """A gradient whose global norm is larger is scaled down to this norm; 0 never clips."""
 
+    def is_matrix(self, name: str, shape: Sequence[int]) -> bool:
+        """Whether a parameter is updated as a whole matrix, by a :class:`~.matrix_wise.MatrixWise` optimizer."""
+        return False
+
+    def check(self, config: Config, shapes: Mapping[str, Sequence[int]]) -> None:
+        """Refuse what this optimizer can't do, before any work.
+
+        Args:
+            shapes: of every parameter of the model, by name.
+
+        Raises:
+            UserError: names the parameter and the reason.
+        """
+
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
         """The optimizer over :func:`~pretrain.optimizer.groups.parameter_groups`."""
+        raise NotImplementedError
+
+    def state_elements(self, name: str, shape: Sequence[int]) -> int:
+        """Elements (fp32) that the optimizer keeps for a parameter of this shape, over all ranks of a sharded run."""
         raise NotImplementedError
 
     def mup_rate(self, shape: tuple[int, int], base: tuple[int, int]) -> float:
@@ -43,10 +66,6 @@ class OptimizerSettings(Settings):
         """The settings that decide the groups and the layout of the state: a checkpoint fits to these alone."""
         return {"kind": self.kind, "decay_norms_and_embeddings": self.decay_norms_and_embeddings}
 
-    def for_gradients_of(self, size: float) -> dict[str, Any]:
-        """What a group of parameters needs besides, where its gradients are ``size`` times as large (muP)."""
-        return {}
-
 
 class AdamSettings(OptimizerSettings):
     """The settings of Adam's moments, for optimizers that use it for all parameters or for some."""
@@ -58,8 +77,23 @@ class AdamSettings(OptimizerSettings):
     fused: bool = True
     """One kernel for Adam's whole update, where the parameters' device has it (CPU and CUDA)."""
 
-    def for_gradients_of(self, size: float) -> dict[str, Any]:
-        return {"eps": self.eps * size}
+    def adamw(self, groups: list[dict[str, Any]]) -> torch.optim.AdamW:
+        """torch's AdamW over ``groups``, fused where asked and where every parameter's device has the kernel."""
+        for group in groups:
+            # it is compared with the root of a mean square gradient
+            group["eps"] = self.eps * group["gradient_scale"]
+        devices = {parameter.device.type for group in groups for parameter in group["params"]}
+        return torch.optim.AdamW(
+            groups,
+            lr=self.lr,
+            betas=self.betas,
+            eps=self.eps,
+            weight_decay=self.weight_decay,
+            fused=True if self.fused and devices <= {"cpu", "cuda"} else None,
+        )
+
+    def state_elements(self, name: str, shape: Sequence[int]) -> int:
+        return 2 * math.prod(shape)
 
     @model_validator(mode="after")
     def _check_betas(self) -> AdamSettings:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
@@ -25,29 +25,34 @@ def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     settings: OptimizerSettings,
     scaling: Callable[[str], WidthScaling] = lambda name: WidthScaling(),
+    shape_of: Callable[[nn.Parameter], Sequence[int]] = lambda parameter: parameter.shape,
 ) -> list[dict[str, Any]]:
     """One group for the parameters of equal scaling: those decayed, then the others; the highest learning rate first.
 
     A group's parameters are in the order given. Norms and the embedding (and so a tied head, which is the same
     parameter) are decayed only if asked. Besides what torch reads, a group has ``names`` (of its ``params``, in order)
-    and ``lr_scale``, which multiplies the schedule's learning rate, and ``gradient_scale``, by which the entries of the
-    gradients are larger than in the standard parametrisation. Which group a parameter is in does not depend on
-    ``weight_decay``, so that a resumed run may change it.
+    and ``lr_scale``, which multiplies the schedule's learning rate, ``gradient_scale``, by which the entries of the
+    gradients are larger than in the standard parametrisation, and ``matrix``: the optimizer updates its parameters as
+    whole matrices. Which group a parameter is in does not depend on ``weight_decay``, so that a resumed run may change
+    it.
 
     Args:
         scaling: the factors of a parameter, by name (``model.mup``); without it all are 1.
+        shape_of: the whole shape of a parameter that is sharded.
     """
-    members: dict[tuple[bool, WidthScaling], list[tuple[str, nn.Parameter]]] = {}
+    members: dict[tuple[bool, WidthScaling, bool], list[tuple[str, nn.Parameter]]] = {}
     for name, parameter in named_parameters:
         exempt = is_norm_or_embedding(name) and not settings.decay_norms_and_embeddings
-        members.setdefault((exempt, scaling(name)), []).append((name, parameter))
+        key = (exempt, scaling(name), settings.is_matrix(name, shape_of(parameter)))
+        members.setdefault(key, []).append((name, parameter))
     return [
         {
-            "params": [parameter for _, parameter in members[exempt, factors]],
-            "names": [name for name, _ in members[exempt, factors]],
+            "params": [parameter for _, parameter in members[exempt, factors, matrix]],
+            "names": [name for name, _ in members[exempt, factors, matrix]],
             "weight_decay": 0.0 if exempt else settings.weight_decay * factors.weight_decay,
             "lr_scale": factors.learning_rate,
             "gradient_scale": factors.gradient,
+            "matrix": matrix,
         }
-        for exempt, factors in sorted(members, key=lambda key: (key[0], -key[1].learning_rate))
+        for exempt, factors, matrix in sorted(members, key=lambda key: (key[0], -key[1].learning_rate, key[2]))
     ]

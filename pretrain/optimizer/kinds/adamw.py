@@ -19,16 +19,4 @@ class AdamWSettings(AdamSettings):
         return base[1] / shape[1]
 
     def build(self, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
-        """AdamW, fused where asked and where every parameter's device has the kernel."""
-        for group in groups:
-            # it is compared with the root of a mean square gradient
-            group["eps"] = self.eps * group["gradient_scale"]
-        devices = {parameter.device.type for group in groups for parameter in group["params"]}
-        return torch.optim.AdamW(
-            groups,
-            lr=self.lr,
-            betas=self.betas,
-            eps=self.eps,
-            weight_decay=self.weight_decay,
-            fused=True if self.fused and devices <= {"cpu", "cuda"} else None,
-        )
+        return self.adamw(groups)

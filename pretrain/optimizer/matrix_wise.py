@@ -1,0 +1,120 @@
+"""Optimizers that treat a weight as a matrix, right under any sharding of it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import HeadraceError
+from pretrain.distributed import Distributed
+
+from .matrices import MatrixUnit, Piece
+
+Group = dict[str, Any]
+
+
+class MatrixWise(torch.optim.Optimizer):
+    """Base: AdamW for the groups that are not marked ``matrix``, a subclass's rule for the matrices of the others.
+
+    A tensor of a marked group is a matrix itself, or holds pieces of matrices that :meth:`attach` has told: a flat
+    tensor whose pieces are unknown is refused, as its update would be wrong without a sign.
+
+    A subclass says how the elementwise state advances (:meth:`begin`), which values a matrix consists of (:meth:`read`)
+    and what the update of whole matrices is (:meth:`updates`). Weight decay is decoupled: a weight loses the share
+    ``lr * weight_decay`` before the update is applied.
+
+    Args:
+        groups: of :func:`~pretrain.optimizer.groups.parameter_groups`.
+        adamw: makes the optimizer of the other groups.
+    """
+
+    dtype = torch.float32
+    """Of matrices and their updates on the way between ranks."""
+    spread = True
+    """Where every rank holds all matrices, each computes a share of the updates for all."""
+
+    def __init__(self, groups: list[Group], adamw: Callable[[list[Group]], torch.optim.Optimizer]) -> None:
+        others = [group for group in groups if not group["matrix"]]
+        self._adamw = adamw(others) if others else None
+        super().__init__(groups, {})
+        self._units: dict[Tensor, MatrixUnit] = {}
+
+    def attach(self, units: Sequence[tuple[Sequence[Tensor], Sequence[Piece]]], ranks: Distributed) -> None:
+        """Tell where the pieces of the matrices lie. Collective.
+
+        Args:
+            units: for each set of tensors that are stepped together, in one order on all ranks: the tensors, and what
+                lies in them.
+            ranks: this process among those that hold pieces.
+        """
+        made = [MatrixUnit(tensors, pieces, ranks, self.dtype, self.spread) for tensors, pieces in units]
+        self._units = {unit.tensors[0]: unit for unit in made}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing calls an optimizer with a closure
+        """Update the parameters of ``param_groups`` (of one of them, when ZeRO says so). Collective."""
+        for group in self.param_groups:
+            if not group["params"]:
+                continue
+            if group["matrix"]:
+                self._step_matrices(group)
+            else:
+                assert self._adamw is not None
+                self._adamw.state, self._adamw.param_groups = self.state, [group]
+                self._adamw.step()
+
+    def _step_matrices(self, group: Group) -> None:
+        unit = self._unit(group)
+        for tensor in unit.tensors:
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+            self.begin(group, tensor)
+            tensor.mul_(1.0 - group["lr"] * group["weight_decay"])
+        for now in unit.rounds:
+            matrices = unit.gather(
+                now, lambda piece: self.read(group, unit.tensors[piece.tensor], piece).to(unit.device, unit.dtype)
+            )
+            homes = {piece.name: unit.tensors[piece.tensor] for piece in now.own}
+            for piece, values in unit.scatter(now, self.updates(group, matrices, homes)):
+                piece.add(unit.tensors[piece.tensor], values, -group["lr"] * self.factor(piece.shape))
+
+    def _unit(self, group: Group) -> MatrixUnit:
+        tensors = group["params"]
+        unit = self._units.get(tensors[0])
+        if unit is None and all(tensor.dim() == 2 for tensor in tensors):
+            pieces = [
+                Piece(name, tuple(tensor.shape), 0, tensor.numel(), number)
+                for number, (name, tensor) in enumerate(zip(group["names"], tensors, strict=True))
+            ]
+            unit = MatrixUnit(tensors, pieces, Distributed(0, 1, tensors[0].device), self.dtype)
+            self._units[tensors[0]] = unit
+        if unit is None or [*map(id, unit.tensors)] != [*map(id, tensors)]:
+            raise HeadraceError(
+                f"{type(self).__name__} got tensors of shapes {[list(tensor.shape) for tensor in tensors]} for the "
+                f"matrices {', '.join(group['names'][:3])}, ... and was not told which part of which matrix they hold: "
+                "its update would be wrong. pretrain.engine.shards has no map of this kind of engine."
+            )
+        return unit
+
+    def begin(self, group: Group, tensor: Tensor) -> None:
+        """Advance the state that goes element by element with ``tensor`` and its gradient."""
+
+    def read(self, group: Group, tensor: Tensor, piece: Piece) -> Tensor:
+        """The values [length] of a piece that lies in ``tensor``: what the matrix in :meth:`updates` is made of."""
+        assert tensor.grad is not None
+        return piece.read(tensor.grad)
+
+    def updates(self, group: Group, matrices: dict[str, Tensor], homes: dict[str, Tensor]) -> dict[str, Tensor]:
+        """What is subtracted from each matrix [m, n], by name, before the learning rate and :meth:`factor`.
+
+        Args:
+            homes: for each matrix, a tensor in which it lies, to keep its state with.
+        """
+        raise NotImplementedError
+
+    def factor(self, shape: tuple[int, int]) -> float:
+        """What multiplies the update of a matrix of this shape."""
+        return 1.0
