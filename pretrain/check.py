@@ -83,6 +83,15 @@ def _check_group(config: Config, world_size: int) -> None:
         )
 
 
+def check_linear_steps(config: Config, first: int) -> None:
+    """Raise UserError where a rule of ``model.linear`` is to change something when a run from step ``first`` is not."""
+    for number, rule in enumerate(config.model.linear):
+        try:
+            rule.check_steps(first, config.total_steps)
+        except ValueError as error:
+            raise UserError(f"model.linear.{number} ({rule.kind}): {error}") from error
+
+
 def _check_reached(config: Config) -> None:
     """Refuse what would come only after the end of the run, and so never."""
     reweighting = config.objective.reweighting
@@ -97,6 +106,7 @@ def _check_reached(config: Config) -> None:
             f"is not before the run's end at {config.total_steps} steps: temperature = {reweighting.temperature} would "
             "never be reached. Shorten it."
         )
+    check_linear_steps(config, 0)
     before = 0
     for stage in config.training.batch_ramp:
         before += stage.steps

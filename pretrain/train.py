@@ -157,6 +157,7 @@ class Trainer:
 
     def _optimizer_step(self, objective: Objective, step: Step, rate: float) -> torch.Tensor | float:
         """One optimizer step over the global batch; returns the gradient norm before clipping."""
+        self.engine.update_buffers(self.state.step)
         self.engine.begin_step(len(step.micro_batches))
         self._scoring = self._score(objective, step) if objective.scores_first else None
         for micro_batch in step.micro_batches:

@@ -17,6 +17,7 @@ from pretrain.config import Config
 from pretrain.distributed import Distributed, set_timeout_of_all_groups
 from pretrain.model import Decoder
 from pretrain.model.mup import width_scaling
+from pretrain.model.scheduled import schedules
 from pretrain.optimizer import parameter_groups
 
 from .deepspeed_config import clips_itself, deepspeed_config
@@ -71,6 +72,7 @@ class Engine:
             for block in model.blocks:
                 block.compile()
         scaling = partial(width_scaling, settings=config.model, rate=config.optimizer.mup_rate)
+        self._schedules = schedules(model)
         groups = parameter_groups(model.named_parameters(), config.optimizer, scaling, shape_of)
         optimizer = config.optimizer.build(groups)
         with idle(optimizer):
@@ -112,6 +114,13 @@ class Engine:
 
     def evaluating(self, evaluating: bool) -> None:
         self._engine.train(not evaluating)
+
+    def update_buffers(self, step: int) -> None:
+        """Let the buffers that follow a schedule change, before optimizer step ``step`` (from 0). Collective."""
+        master = self._master()
+        for schedule, modules in self._schedules:
+            if schedule.due(step):
+                schedule.update(step, modules, lambda name: master(self._engine.module.get_parameter(name)).detach())
 
     def begin_step(self, micro_steps: int) -> None:
         """Say how many micro-steps the optimizer step that begins has; a batch ramp changes it on the way."""
@@ -188,18 +197,26 @@ class Engine:
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Every parameter, whole, in fp32 from the optimizer's own copy, on the CPU. Collective."""
-        return self._whole("safe_get_full_fp32_param", lambda parameter: parameter.data)
+        return self._whole(self._master())
+
+    def _master(self) -> Callable[[nn.Parameter], Tensor]:
+        """A function from a parameter to the optimizer's own copy of it, whole, in fp32. Collective."""
+        if self._keeps_own_masters:
+            pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
+            masters = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
+            return lambda parameter: masters[id(parameter)]
+        if self._stage == 0:
+            return lambda parameter: parameter.data
+        gathered: Callable[[nn.Parameter], Tensor] = import_deepspeed().utils.safe_get_full_fp32_param
+        return gathered
 
     def full_gradients(self) -> dict[str, Tensor]:
         """Every reduced gradient, whole, in fp32, on the CPU; between the last backward and the step. Collective."""
-        return self._whole("safe_get_full_grad", lambda parameter: parameter.grad)
+        if self._stage == 0:
+            return self._whole(lambda parameter: parameter.grad)
+        return self._whole(import_deepspeed().utils.safe_get_full_grad)
 
-    def _whole(self, getter: str, plain: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
-        read = plain if self._stage == 0 else getattr(import_deepspeed().utils, getter)
-        if self._keeps_own_masters and getter == "safe_get_full_fp32_param":
-            pairs = zip(self._optimizer.fp16_groups, self._optimizer.fp32_groups, strict=True)
-            masters = {id(low): high for lows, highs in pairs for low, high in zip(lows, highs, strict=True)}
-            read = lambda parameter: masters[id(parameter)]  # noqa: E731  # one expression, used once below
+    def _whole(self, read: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
         whole: dict[str, Tensor] = {}
         for name, parameter in self._engine.module.named_parameters():
             value = read(parameter)
