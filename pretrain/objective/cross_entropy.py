@@ -37,17 +37,18 @@ def sequence_squared_log_partition(logits: Tensor, loss_mask: Tensor) -> Tensor:
     return (log_partition.square() * loss_mask).sum(dim=1)
 
 
-def drop_gradient(logits: Tensor, dropped: Tensor) -> None:
-    """Make the gradient of some sequences' logits exactly zero, whatever their losses' own would be.
+def only_gradient_of(logits: Tensor, counted: Tensor) -> None:
+    """Make the gradient of logits exactly zero where no loss counts, even where the logits are not finite.
 
     A weight of 0 does not: the derivative of a loss that is not finite is not finite either, and 0 times it is NaN.
 
     Args:
-        logits: [b, T, V], before the backward pass. dropped: [b] bool.
+        logits: [b, T, V], before the backward pass.
+        counted: [b, T] bool.
     """
     if logits.requires_grad:
 
         def zeroed(gradient: Tensor) -> Tensor:
-            return gradient.masked_fill(dropped.view(-1, 1, 1), 0.0)
+            return gradient.masked_fill(~counted[:, :, None], 0.0)
 
         logits.register_hook(zeroed)  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -12,7 +12,7 @@ from torch import Tensor
 from data_pipeline import Batch
 from pretrain.distributed import Distributed
 
-from .cross_entropy import drop_gradient, sequence_cross_entropy, sequence_squared_log_partition
+from .cross_entropy import only_gradient_of, sequence_cross_entropy, sequence_squared_log_partition
 from .groups import Dropped, LossRange, OnePassWeigher, StepWeights, Weigher, make_weigher
 from .reweighting import Samples
 from .settings import ObjectiveSettings
@@ -157,7 +157,7 @@ class Objective:
             weights = step.weigher.weigh(self._samples(losses.detach(), labels, batch))
         if step.weigher is not None and step.weigher.active:
             dropped = ~losses.detach().isfinite()
-            drop_gradient(logits, dropped)
+            only_gradient_of(logits, batch.loss_mask & ~dropped[:, None])
             losses, labels = losses.masked_fill(dropped, 0.0), labels.masked_fill(dropped, 0)
             squares = None if squares is None else squares.masked_fill(dropped, 0.0)
         numerators = losses if by_token else losses / labels.clamp(min=1)
