@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -74,17 +74,32 @@ def micro_batches(step: int, ranks: Distributed, micro_batch: int, batch: int = 
     return [batch_of(step, np.arange(start, start + micro_batch), count) for start in starts]
 
 
-def run_engine(config: Config, ranks: Distributed) -> dict[str, Any]:
-    """STEPS optimizer steps; the reduced gradient of the first and the parameters after the last, whole, fp32."""
+class Given:
+    """Initial values that a test gives, as ``pretrain.initial_weights.Weights`` has them."""
+
+    def __init__(self, values: Mapping[str, Tensor]) -> None:
+        self._values = values
+        self.shapes = {name: tuple(value.shape) for name, value in values.items()}
+
+    def read(self, name: str) -> Tensor:
+        return self._values[name]
+
+
+def run_engine(config: Config, ranks: Distributed, initial: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
+    """STEPS optimizer steps; the reduced gradient of the first and the parameters after the last, whole, fp32.
+
+    ``initial`` values are taken in place of the drawn ones.
+    """
     from pretrain.engine import Engine
     from pretrain.objective import Objective
 
-    engine = Engine(config, VOCABULARY, ranks)
+    engine = Engine(config, VOCABULARY, ranks, Given(initial) if initial else None)
     objective = Objective(config.objective, 2, ranks)
     seen: dict[str, Any] = {"losses": [], "objectives": [], "norms": [], "holes": []}
     loss_range = None
     for step in range(STEPS):
         batches = micro_batches(step, ranks, config.training.micro_batch, config.batch_plan.batch(step))
+        engine.update_buffers(step)
         engine.begin_step(len(batches))
         objective.begin_step(step, batches, loss_range)
         if objective.scores_first:
@@ -137,6 +152,8 @@ def run_plain(
     group_size: int,
     objective: Callable[[Tensor, Batch, Config, int], Tensor] | None = None,
     optimizer: Callable[[dict[str, Tensor], Config], Callable[[float], None]] = plain_adamw,
+    before_step: Callable[[Decoder, dict[str, Tensor], int], None] = lambda model, masters, step: None,
+    initial: Mapping[str, Tensor] | None = None,
 ) -> dict[str, Any]:
     """The same steps as a plain loop: one process, the whole batch at once, weights by the paper's formula in numpy.
 
@@ -144,9 +161,12 @@ def run_plain(
         group_size: sequences over which losses are normalised.
         objective: from the logits of the whole batch to what the step minimises; ``None``: :class:`PlainObjective`.
         optimizer: from the fp32 weights by name to a function of the learning rate that takes one step.
+        before_step: what is done to the model before a step, by the fp32 weights: (model, weights by name, step).
+        initial: values in place of the drawn ones.
     """
     model = Decoder(config.model, VOCABULARY)
     initialize_(model, config.run.seed)
+    model.load_state_dict(initial or {}, strict=False)
     model = model.to(torch.bfloat16 if config.training.precision == "bf16" else torch.float32)
     masters = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     update = optimizer(masters, config)
@@ -160,6 +180,7 @@ def run_plain(
         with torch.no_grad():
             for name, p in model.named_parameters():
                 p.copy_(masters[name])
+        before_step(model, masters, step)
         model.zero_grad()
         logits = model(batch.tokens, batch.positions, batch.document_ids, batch.single_document).float()
         loss = objective(logits, batch, config, group_size)

@@ -63,10 +63,12 @@ def differences(family: str, cases: list[Case]) -> list[tuple[str, dict[str, flo
         if (name, case[1]) not in references:
             config = configured(method, ranks.world_size, (0, case[1], "none"))
             group = BATCH // case[1]
-            references[name, case[1]] = run_plain(config, group, method.objective, method.optimizer)
+            plain = method.objective, method.optimizer, method.before_step, method.initial(config)
+            references[name, case[1]] = run_plain(config, group, *plain)
     found = []
     for name, method, case in chosen:
-        seen, reference = run_engine(configured(method, ranks.world_size, case), ranks), references[name, case[1]]
+        config = configured(method, ranks.world_size, case)
+        seen, reference = run_engine(config, ranks, method.initial(config)), references[name, case[1]]
         apart = {
             "gradients": relative_difference(seen["gradients"], reference["gradients"]),
             "updates": relative_difference(added(seen, reference), added(reference, reference)),

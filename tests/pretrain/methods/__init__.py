@@ -15,6 +15,7 @@ from torch import Tensor
 
 from data_pipeline.batches import Batch
 from pretrain.config import Config
+from pretrain.model import Decoder
 
 from ..steps import plain_adamw
 
@@ -30,6 +31,10 @@ class Method:
     ``None``: ``steps.PlainObjective``."""
     optimizer: Callable[[dict[str, Tensor], Config], Callable[[float], None]] = plain_adamw
     """The reference's optimizer: (fp32 weights by name, config) to a function of the learning rate, one step each."""
+    before_step: Callable[[Decoder, dict[str, Tensor], int], None] = lambda model, masters, step: None
+    """What the reference does to its model before a step: (model, fp32 weights by name, step)."""
+    initial: Callable[[Config], Mapping[str, Tensor]] = lambda config: {}
+    """Initial values, by name, that both take in place of the drawn ones."""
     stages: tuple[int, ...] = (0, 1, 2, 3)
     """ZeRO stages it allows; that the others are refused is shown by a test of its own."""
     tolerances: Mapping[str, float] = field(default_factory=dict)
