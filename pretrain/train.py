@@ -28,12 +28,13 @@ from .distributed import Distributed
 from .engine import Engine
 from .evaluation import evaluate, evaluation_metrics
 from .model import flops_per_token
-from .monitor import Monitor, Stopwatch, peak_flops
+from .monitor import Monitor, peak_flops
 from .objective import Objective, StepStatistics
 from .optimizer import learning_rate
 from .signals import StopRequest, names
 from .state import TrainState, checkpoint_state, end_position
 from .step_metrics import name_dropped, step_metrics
+from .stopwatch import Stopwatch
 
 
 class NonFiniteError(HeadraceError):

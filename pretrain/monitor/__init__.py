@@ -13,7 +13,6 @@ from .metrics import (
 )
 from .monitor import Monitor
 from .progress import evaluation_line, progress_line
-from .stopwatch import Stopwatch
 from .tensorboard import TensorBoardWriter
 
 __all__ = [
@@ -26,7 +25,6 @@ __all__ = [
     "MetricsLog",
     "Monitor",
     "Reason",
-    "Stopwatch",
     "TensorBoardWriter",
     "evaluation_line",
     "peak_flops",

@@ -16,7 +16,11 @@ event          ``event`` (its kind), ``message`` and anything that helps to expl
 
 Sample weights are logged relative to uniform, that is multiplied by the size of the group over which they are
 normalised: ``weights/min``, ``weights/max``, ``weights/ess`` (effective sample size (sum w)^2 / sum w^2 over the group
-size, 0 to 1) and ``weights/histogram`` (:func:`weight_histogram`).
+size, 0 to 1) and ``weights/histogram`` (:func:`weight_histogram`). Beside them stand ``weights/share/NAME`` and
+``weights/uniform_share/NAME`` (a source's part of the weight, and what it would be with uniform weights),
+``weights/loss_min`` and ``weights/loss_max`` (of the samples' mean losses, nats), ``weights/temperature`` (r),
+``weights/dropped`` (sequences left out because their loss was not finite, since the run began) and
+``weights/scoring_seconds`` (of the scoring passes, per step).
 """
 
 from __future__ import annotations
@@ -39,7 +43,10 @@ MetricLine: TypeAlias = Mapping[str, MetricValue]
 
 METRICS_FILE = "metrics.jsonl"
 
-WALL_CLOCK_FIELDS = ("time", "seconds", "step_seconds", "tokens_per_second", "data_wait_seconds", "mfu", "eta_seconds")
+WALL_CLOCK_FIELDS = (
+    "time", "seconds", "step_seconds", "tokens_per_second", "data_wait_seconds", "mfu", "eta_seconds",
+    "weights/scoring_seconds",
+)  # fmt: skip
 """The fields that differ between two runs that are otherwise equal to the bit."""
 
 WEIGHT_BINS: tuple[float, ...] = tuple(2.0 ** ((2 * k + 1) / 8) for k in range(-25, 25))

@@ -10,13 +10,19 @@ from typing import Any, TypeAlias
 from .plot import NOISY_FROM, SMOOTHED_FROM, Figure, colour, curve, marks, step_axis, y_axis
 from .run import Run, column
 from .series import half_life, smooth
-from .weights import weights_figure
+from .weights import loss_range_figure, shares_figure, temperature_figure, weights_figure
 
 # What the fixed plots and the headline show; any other number of a step line gets a plot of its own.
 _SHOWN = {
     "step", "time", "position", "tokens", "loss", "objective", "learning_rate", "grad_norm", "step_seconds",
     "tokens_per_second", "data_wait_seconds", "mfu", "skipped", "holes", "weights/ess", "weights/min", "weights/max",
+    "weights/loss_min", "weights/loss_max", "weights/temperature", "weights/dropped", "weights/scoring_seconds",
 }  # fmt: skip
+
+_PARTS = (
+    ("data_wait", "Data wait", "data_wait_seconds"),
+    ("scoring", "Scoring pass of reweighting", "weights/scoring_seconds"),
+)
 
 Column: TypeAlias = tuple[list[int], list[float]]
 
@@ -24,8 +30,9 @@ Column: TypeAlias = tuple[list[int], list[float]]
 def make_figures(run: Run) -> list[Figure]:
     """Every plot for which the run has data, in reading order."""
     training = [_loss(run), _heldout(run), _domains(run), _learning_rate(run), _grad_norm(run), _objective(run)]
-    weights = [weights_figure(run), _effective_sample_size(run)]
-    speed = [_throughput(run), _data_wait(run), _mfu(run)]
+    weights = [weights_figure(run), _effective_sample_size(run), shares_figure(run), loss_range_figure(run)]
+    weights.append(temperature_figure(run))
+    speed = [_throughput(run), *(_part_of_step(run, *part) for part in _PARTS), _mfu(run)]
     drawn = [figure for figure in (*training, *weights, *speed, *_others(run)) if figure is not None]
     for figure in drawn:
         figure.layout.setdefault("shapes", marks(run))
@@ -111,15 +118,15 @@ def _throughput(run: Run) -> Figure | None:
     return _noisy("throughput", "Throughput", values, "tokens/s, all ranks", axis, "speed")
 
 
-def _data_wait(run: Run) -> Figure | None:
-    """The wait for data as a share of the step, in percent."""
+def _part_of_step(run: Run, id: str, title: str, key: str) -> Figure | None:
+    """Seconds of a step as a share of it, in percent."""
     lines = [
-        {"step": line["step"], "wait": line["data_wait_seconds"] / line["step_seconds"]}
+        {"step": line["step"], "part": line[key] / line["step_seconds"]}
         for line in run.steps
-        if isinstance(line.get("data_wait_seconds"), int | float) and line.get("step_seconds")
+        if isinstance(line.get(key), int | float) and line.get("step_seconds")
     ]
     axis = {"rangemode": "tozero", "ticksuffix": "%"}
-    return _noisy("data_wait", "Data wait", _percent(column(lines, "wait")), "% of the step", axis, "speed")
+    return _noisy(id, title, _percent(column(lines, "part")), "% of the step", axis, "speed")
 
 
 def _mfu(run: Run) -> Figure | None:
@@ -132,7 +139,7 @@ def _others(run: Run) -> list[Figure]:
     keys = {key for line in run.steps for key, value in line.items() if isinstance(value, int | float)}
     groups: dict[str, list[str]] = {}
     for key in sorted(keys - _SHOWN):
-        if not key.startswith("domain_loss/"):
+        if not key.startswith(("domain_loss/", "weights/share/", "weights/uniform_share/")):
             groups.setdefault(key.rpartition("/")[0] or key, []).append(key)
     figures = []
     for number, (group, members) in enumerate(groups.items()):

@@ -103,6 +103,8 @@ def tiles(run: Run) -> list[Tile]:
     if "skipped" in last or "holes" in last:
         counts = f"{last.get('skipped', 0):,} / {last.get('holes', 0):,}"
         shown.append(Tile("skipped / holes", counts, "steps / sequences"))
+    if last.get("weights/dropped"):
+        shown.append(Tile("dropped", f"{last['weights/dropped']:,}", "sequences without a finite loss"))
     return shown
 
 

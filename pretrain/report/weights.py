@@ -1,13 +1,13 @@
-"""The distribution of sample weights over the run."""
+"""How samples were weighed over the run: the weights' distribution, who got them, and the losses they follow from."""
 
 from __future__ import annotations
 
 import math
 
 from ..monitor.metrics import WEIGHT_BINS
-from .plot import Figure
+from .plot import SMOOTHED_FROM, Figure, colour, curve, y_axis
 from .run import Run
-from .series import sum_columns
+from .series import half_life, smooth, sum_columns
 
 
 def weights_figure(run: Run) -> Figure | None:
@@ -45,6 +45,43 @@ def weights_figure(run: Run) -> Figure | None:
     }
     note = "Share of samples by weight relative to uniform (1 is uniform), on a logarithmic scale."
     return Figure("weights", "Sample weights", [heat], {"yaxis": axis, "hovermode": "closest"}, note, section="weights")
+
+
+def shares_figure(run: Run) -> Figure | None:
+    """A line for each domain: its part of the weight; dotted: the part it would have with uniform weights."""
+    traces, smoothed = [], ""
+    for place, name in enumerate(run.names("domain_loss/")):
+        for key, dash in ((f"weights/share/{name}", "solid"), (f"weights/uniform_share/{name}", "dot")):
+            steps, values = run.column(key)
+            values = [100 * value for value in values]
+            if len(values) >= SMOOTHED_FROM:
+                values, note = (
+                    smooth(values, half_life(len(values))),
+                    "Dotted: with uniform weights. Smoothed as above.",
+                )
+            label = name if dash == "solid" else f"{name}, uniform"
+            traces += [curve(label, steps, values, colour(place), dash=dash)] if values else []
+    layout = {"yaxis": {"title": {"text": "% of the weight"}, "rangemode": "tozero", "ticksuffix": "%"}}
+    note = f"Dotted: with uniform weights.{smoothed}"
+    return Figure("weight_shares", "Weight by domain", traces, layout, note, section="weights") if traces else None
+
+
+def loss_range_figure(run: Run) -> Figure | None:
+    """The lowest and the highest mean loss of a step's sequences."""
+    ends = [(name, run.column(f"weights/loss_{key}")) for name, key in (("highest", "max"), ("lowest", "min"))]
+    traces = [curve(name, *column, colour(place)) for place, (name, column) in enumerate(ends) if column[1]]
+    note = "Mean losses of the sequences of a step."
+    return Figure("loss_range", "Loss range", traces, y_axis("nats"), note, section="weights") if traces else None
+
+
+def temperature_figure(run: Run) -> Figure | None:
+    """r, where it changed."""
+    steps, values = run.column("weights/temperature")
+    if len(set(values)) < 2:
+        return None
+    layout = {"yaxis": {"title": {"text": "r"}, "type": "log", "dtick": "D2", "tickformat": "~g"}}
+    traces = [curve("temperature", steps, values, colour(0))]
+    return Figure("temperature", "Temperature of reweighting", traces, layout, section="weights")
 
 
 def _bin_name(place: int) -> str:

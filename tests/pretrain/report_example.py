@@ -107,7 +107,11 @@ class Trainer:
             **{f"domain_loss/{name}": float(losses[names == name].mean()) for name in sorted(set(names))},
             "weights/ess": float(1 / (weights**2).sum() / BATCH),
             "weights/min": float(relative.min()), "weights/max": float(relative.max()),
-            "weights/histogram": weight_histogram(relative),
+            "weights/histogram": weight_histogram(relative), "weights/dropped": int(step >= SKIPPED_STEP),
+            "weights/loss_min": float(losses.min()), "weights/loss_max": float(losses.max()),
+            "weights/temperature": TEMPERATURE,
+            **{f"weights/share/{name}": float(weights[names == name].sum()) for name in sorted(set(names))},
+            **{f"weights/uniform_share/{name}": float((names == name).mean()) for name in sorted(set(names))},
         }  # fmt: skip
 
     def evaluation(self, step: int) -> dict[str, Any]:

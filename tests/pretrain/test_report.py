@@ -92,8 +92,8 @@ def test_every_figure_is_valid_plotly(example: Path) -> None:
     """graph_objects checks every key and value; the colours' names stand for CSS variables and are put aside."""
     drawn = make_figures(read_run(example))
     assert [figure.id for figure in drawn] == [
-        "loss", "heldout", "domains", "learning_rate", "grad_norm", "objective", "weights", "ess", "throughput",
-        "data_wait",
+        "loss", "heldout", "domains", "learning_rate", "grad_norm", "objective", "weights", "ess", "weight_shares",
+        "loss_range", "throughput", "data_wait",
     ]  # fmt: skip
     for figure in drawn:
         text = re.sub(r'"@[a-z0-9-]+"', '"#123456"', json.dumps({"data": figure.data, "layout": figure.layout}))
@@ -187,6 +187,31 @@ def test_the_heat_map_holds_the_share_of_every_weight(tmp_path: Path) -> None:
     assert shares == {0.25: [None, 50.0], 1.0: [100.0, 25.0], round(2**1.25, 3): [None, 25.0]}
     names = [row[0] for row in heat["customdata"]]
     assert f"{WEIGHT_BINS[24]:.4g} to {WEIGHT_BINS[25]:.4g}" in names
+
+
+def test_weight_by_domain_stands_beside_what_uniform_weights_would_give(tmp_path: Path) -> None:
+    names = {"domain_loss/code": 3.0, "domain_loss/docs": 3.0}
+    shares = {"weights/share/code": 0.75, "weights/uniform_share/code": 0.5, "weights/share/docs": 0.25}
+    folder = write_lines(tmp_path / "run", {"step": 1, **names, **shares}, {"step": 2, **names})
+    drawn = {trace["name"]: trace for trace in figure(folder, "weight_shares").data}
+    assert set(drawn) == {"code", "code, uniform", "docs"}
+    assert (drawn["code"]["y"], drawn["code, uniform"]["y"], drawn["docs"]["x"]) == ([75.0], [50.0], [1])
+    assert drawn["code"]["line"]["color"] == drawn["code, uniform"]["line"]["color"]
+    assert (drawn["code"]["line"]["dash"], drawn["code, uniform"]["line"]["dash"]) == ("solid", "dot")
+
+
+def test_loss_range_temperature_scoring_and_dropped_samples_are_shown(tmp_path: Path) -> None:
+    numbers = {"weights/loss_min": 1.0, "weights/loss_max": 5.0, "weights/temperature": 2.0, "weights/dropped": 0}
+    times = {"weights/scoring_seconds": 0.5, "step_seconds": 2.0}
+    last = {**numbers, "weights/loss_max": 4.5, "weights/temperature": 0.4, "weights/dropped": 3}
+    folder = write_lines(tmp_path / "run", {"step": 1, **numbers, **times}, {"step": 2, **last})
+    assert [trace["y"] for trace in figure(folder, "loss_range").data] == [[5.0, 4.5], [1.0, 1.0]]
+    assert figure(folder, "temperature").data[0]["y"] == [2.0, 0.4]
+    assert figure(folder, "scoring").data[0]["y"] == [25.0]
+    assert "dropped 3 sequences without a finite loss" in words(write_report(folder).read_text())
+    assert not [drawn for drawn in make_figures(read_run(folder)) if drawn.section == "others"]
+    steady = write_lines(tmp_path / "steady", {"step": 1, **numbers}, {"step": 2, **numbers})
+    assert "temperature" not in {drawn.id for drawn in make_figures(read_run(steady))}
 
 
 def test_any_other_number_of_a_step_line_has_its_own_plot(tmp_path: Path) -> None:
