@@ -1,11 +1,11 @@
-"""The command ``pretrain``: train, evaluate, plan, report, verify-checkpoint."""
+"""The command ``pretrain``: train, evaluate, plan, report, export, verify-checkpoint."""
 
 from __future__ import annotations
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -71,6 +71,33 @@ def report(run: RunFolder) -> None:
     from .report import write_report
 
     print(write_report(run))
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="a step_... folder, or a run folder: its newest checkpoint")],
+    output: Annotated[Path, typer.Argument(help="folder to make")],
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the weights")] = "fp32",
+    unmerged: Annotated[bool, typer.Option("--unmerged", help="keep the parts of linear layers")] = False,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="SentencePiece model, where the run's data sets are gone")
+    ] = None,
+    no_tokenizer: Annotated[bool, typer.Option("--no-tokenizer", help="write no tokenizer")] = False,
+    max_shard_size: Annotated[str, typer.Option(help="of a file of weights, as 500MB")] = "5GB",
+    as_json: AsJson = False,
+) -> None:
+    """Write a checkpoint as a folder that the transformers library loads."""
+    from .export.export import export_checkpoint, show_export
+
+    written = export_checkpoint(
+        source,
+        output,
+        dtype=dtype,
+        unmerged=unmerged,
+        tokenizer="none" if no_tokenizer else tokenizer or "data",
+        max_shard_size=max_shard_size,
+    )
+    print(json.dumps(written._asdict()) if as_json else show_export(written))
 
 
 @app.command("verify-checkpoint")

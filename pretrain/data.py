@@ -102,7 +102,7 @@ def _common_tokenizer(config: Config, stream: Stream) -> Tokenizer:
                 f"data.sources.{name} ({paths[name]}) was made with another tokenizer than data.sources.{first} "
                 f"({paths[first]}): {digest[:12]} and {hashes[first][:12]}. Prepare them with one tokenizer."
             )
-    model, origin = _tokenizer_model(settings, paths[first])
+    model, origin = tokenizer_model(settings, paths[first])
     if (found := hashlib.sha256(model).hexdigest()) != hashes[first]:
         raise UserError(
             f"{origin} is not the tokenizer that data.sources.{first} ({paths[first]}) was made with: SHA-256 "
@@ -114,8 +114,12 @@ def _common_tokenizer(config: Config, stream: Stream) -> Tokenizer:
     return tokenizer
 
 
-def _tokenizer_model(settings: DataSettings, root: str) -> tuple[bytes, str]:
-    """The SentencePiece model's bytes and where they come from."""
+def tokenizer_model(settings: DataSettings, root: str) -> tuple[bytes, str]:
+    """The bytes of the SentencePiece model, and where they come from: ``root`` is a data set's.
+
+    Raises:
+        UserError: there is no such file.
+    """
     if settings.tokenizer is None:
         return open_store(root, settings).read(TOKENIZER_FILE), f"{root}/{TOKENIZER_FILE}"
     path = Path(settings.tokenizer)

@@ -1,8 +1,8 @@
-"""Initial weights from elsewhere: of a checkpoint, by the decoder's names, one tensor at a time.
+"""Initial weights from elsewhere, by the decoder's names, one tensor at a time.
 
 A run without ``model.weights_from`` draws its initial weights (:mod:`pretrain.model.initialize`). With it, rank 0 opens
-what it names, checks it against the run's model and reads each parameter when the engine fills it in; the other ranks
-get it from rank 0. A resumed run never comes here: its weights are its checkpoint's.
+what it names, checks it against the run's model and reads each tensor when the engine fills it in; the other ranks get
+it from rank 0. A resumed run never comes here: its weights are its checkpoint's.
 """
 
 from __future__ import annotations
@@ -24,17 +24,24 @@ from .checkpoint import intact, read_manifest, read_state
 from .checkpoint.manifest import NAME as MANIFEST_NAME
 from .config import Config
 from .engine.weights import StoredTensor, stored_weights
+from .export.read import FolderWeights
 from .model import Decoder, ModelSettings
 from .model.linear import block_shapes, method_of
+from .model.linear.terms import DENSE
+from .model.mup import forward_multipliers
+from .state import FORMAT
 
-Shapes = dict[str, tuple[int, ...]]
+_TOLD = 4
+"""Differences that a refusal names."""
 
 
 class Weights(Protocol):
     """A model's parameters and buffers, by the names that a :class:`Decoder` gives them."""
 
     path: Path
-    shapes: Shapes
+    settings: ModelSettings
+    """Of the model whose weights they are."""
+    shapes: dict[str, tuple[int, ...]]
     """Of everything that can be read."""
 
     def read(self, name: str) -> Tensor:
@@ -43,25 +50,38 @@ class Weights(Protocol):
     def identity(self) -> str:
         """Hex SHA-256 that stands for every byte of the weights."""
 
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        """Raises UserError where the rows of the embedding are known to mean other tokens."""
+
 
 class CheckpointWeights:
     """The weights of a complete checkpoint of ours, whatever topology saved it.
+
+    Attributes:
+        config: of the run that saved it.
+        vocab_size: rows of its embedding.
+        outline: every tensor on the meta device: its shape and type.
 
     Args:
         path: a ``step_...`` folder.
 
     Raises:
-        UserError: it is no complete checkpoint, or one whose settings this version does not know.
+        UserError: it is no complete checkpoint, or another version's.
         DataError: a file of it is not as it was saved.
     """
 
     def __init__(self, path: Path) -> None:
         intact(path)
-        self.path = path
         saved = read_state(path)
-        self.settings = build_settings(ModelSettings, saved["config"]["model"], str(path / "state.json"))
+        if saved.get("format") != FORMAT:
+            raise UserError(f"{path} has the checkpoint format {saved.get('format')!r}, this version reads {FORMAT}.")
+        self.path = path
+        self.config = build_settings(Config, saved["config"], str(path / "state.json"))
+        self.settings = self.config.model
         self.tokenizer_sha256: str = saved["data"]["tokenizer"]
-        self.shapes = shapes_of(self.settings, saved["model"]["vocab_size"])
+        self.vocab_size: int = saved["model"]["vocab_size"]
+        self.outline = outline(self.settings, self.vocab_size)
+        self.shapes = {name: tuple(tensor.shape) for name, tensor in self.outline.items()}
 
     @cached_property
     def _stored(self) -> Mapping[str, StoredTensor]:
@@ -73,90 +93,108 @@ class CheckpointWeights:
     def identity(self) -> str:
         return sha256_file(self.path / MANIFEST_NAME)
 
+    def check_tokenizer(self, tokenizer: Tokenizer) -> None:
+        if self.tokenizer_sha256 != tokenizer.sha256:
+            raise UserError(
+                f"{self.path} was trained with another tokenizer than the data's: {self.tokenizer_sha256[:12]} there "
+                f"and {tokenizer.sha256[:12]} here, so that its embedding means other tokens. Prepare the data with "
+                "its tokenizer."
+            )
+
 
 def open_weights(config: Config, tokenizer: Tokenizer) -> Weights | None:
     """What ``model.weights_from`` names, checked against the run's model and tokenizer; None where it names nothing.
 
     Raises:
-        UserError: it holds no weights, or those of another model: says which settings differ.
+        UserError: it holds no weights, or those of a model that computes something else: says what differs.
         DataError: they are damaged.
     """
     if config.model.weights_from is None:
         return None
     path = Path(config.model.weights_from)
-    if read_manifest(path) is None:
+    weights: Weights
+    if (path / "config.json").is_file():
+        weights = FolderWeights(path)
+    elif read_manifest(path) is not None:
+        weights = CheckpointWeights(path)
+    else:
         raise UserError(
-            f"model.weights_from = {str(path)!r} is no complete checkpoint. Give a step_... folder of a run."
+            f"model.weights_from = {str(path)!r} holds no weights. Give a complete checkpoint (a step_... folder), or "
+            "a folder of transformers (config.json and safetensors)."
         )
-    weights = CheckpointWeights(path)
-    if weights.tokenizer_sha256 != tokenizer.sha256:
-        raise UserError(
-            f"model.weights_from = {str(path)!r} was trained with another tokenizer than the data's: "
-            f"{weights.tokenizer_sha256[:12]} there and {tokenizer.sha256[:12]} here, so its embedding means other "
-            "tokens. Prepare the data with its tokenizer."
-        )
+    weights.check_tokenizer(tokenizer)
     _check_same_function(weights, config.model)
-    check_shapes(weights, config.model, config.model.resolve_vocab_size(tokenizer.vocab_size))
+    _check_shapes(weights, config.model, config.model.resolve_vocab_size(tokenizer.vocab_size))
     return weights
 
 
-def shapes_of(settings: ModelSettings, vocab_size: int) -> Shapes:
-    """The shape of each parameter and buffer of a decoder; a tied head is the embedding and not named."""
+def outline(settings: ModelSettings, vocab_size: int) -> dict[str, Tensor]:
+    """Every parameter and buffer of a decoder on the meta device; a tied head is the embedding and not named."""
     with torch.device("meta"):
         model = Decoder(settings, vocab_size)
-    return {name: tuple(value.shape) for name, value in (*model.named_parameters(), *model.named_buffers())}
+    return dict((*model.named_parameters(), *model.named_buffers()))
 
 
-def check_shapes(weights: Weights, settings: ModelSettings, vocab_size: int) -> None:
+def _check_shapes(weights: Weights, settings: ModelSettings, vocab_size: int) -> None:
     """Raise UserError unless ``weights`` has every parameter of the model, in its shape, and nothing beyond it.
 
     A buffer (an index, a mask) that it lacks starts as in any run.
     """
-    with torch.device("meta"):
-        model = Decoder(settings, vocab_size)
-    here = shapes_of(settings, vocab_size)
-    needed = {name for name, _ in model.named_parameters()}
+    there, here = weights.shapes, outline(settings, vocab_size)
     wrong = [
-        f"{name} is {list(weights.shapes[name])} there and {list(here[name])} here"
-        for name in here
-        if name in weights.shapes and weights.shapes[name] != here[name]
+        f"{name} is {list(there[name])} there and {list(tensor.shape)} here"
+        for name, tensor in here.items()
+        if name in there and there[name] != tuple(tensor.shape)
     ]
-    wrong += [f"{name} {list(here[name])} is missing there" for name in here if name in needed - weights.shapes.keys()]
-    wrong += [f"{name} {list(shape)} is only there" for name, shape in weights.shapes.items() if name not in here]
+    wrong += [
+        f"{name} {list(tensor.shape)} is missing there"
+        for name, tensor in here.items()
+        if tensor.requires_grad and name not in there
+    ]
+    wrong += [f"{name} {list(shape)} is only there" for name, shape in there.items() if name not in here]
     if wrong:
-        more = f"; and {len(wrong) - 4} more" if len(wrong) > 4 else ""
         raise UserError(
-            f"model.weights_from = {str(weights.path)!r} does not fit the model: {'; '.join(wrong[:4])}{more}. Give "
-            "the model the shape of these weights, or take others."
+            f"model.weights_from = {str(weights.path)!r} does not fit the model: {_some(wrong)}. Give the model the "
+            "shape of these weights, or take others."
         )
 
 
-_NOT_OF_THE_FUNCTION = {"vocab_size", "init_std", "init_scaled_residual", "linear", "weights_from"}
+_NOT_COMPUTED = {"vocab_size", "init_std", "init_scaled_residual", "linear", "weights_from", "mup"}
 """Settings that say how a model starts, and those that are compared in another way."""
 
 
-def _check_same_function(weights: CheckpointWeights, settings: ModelSettings) -> None:
+def _check_same_function(weights: Weights, settings: ModelSettings) -> None:
     """Raise UserError where the model would compute something else with the same weights.
 
     A dense layer may become one that keeps a whole weight and does something to it, as pruning does: what else it
     could become has other shapes.
     """
     there, here = (
-        each.model_dump(exclude=_NOT_OF_THE_FUNCTION)
+        each.model_dump(exclude=_NOT_COMPUTED)
         | {"kv_heads": each.effective_kv_heads, "head_dim": each.effective_head_dim}
         for each in (weights.settings, settings)
     )
     wrong = [f"model.{key} is {there[key]!r} there and {here[key]!r} here" for key in here if there[key] != here[key]]
+    for name, one, other in zip(
+        ("embedding", "head", "attention"),
+        forward_multipliers(weights.settings),
+        forward_multipliers(settings),
+        strict=True,
+    ):
+        if one != other:
+            wrong.append(f"mup multiplies the {name} by {one:g} there and by {other:g} here")
     for layer in range(0 if wrong else settings.layers):
         for name in block_shapes(settings):
-            methods = [
-                method_of(f"blocks.{layer}.{name}", each).model_dump(exclude={"modules", "layers"})
-                for each in (weights.settings, settings)
-            ]
-            if methods[0] != methods[1] and methods[0] != {"kind": "dense"}:
-                wrong.append(f"blocks.{layer}.{name} is {methods[0]} there and {methods[1]} here")
+            rules = [method_of(f"blocks.{layer}.{name}", each) for each in (weights.settings, settings)]
+            if rules[0].terms() not in (DENSE, rules[1].terms()):
+                wrong.append(f"blocks.{layer}.{name} is {rules[0].kind} there and {rules[1].kind} here")
     if wrong:
         raise UserError(
-            f"model.weights_from = {str(weights.path)!r} is of a model that computes something else: "
-            f"{'; '.join(wrong[:4])}. Give the model the same settings, or take other weights."
+            f"model.weights_from = {str(weights.path)!r} is of a model that computes something else: {_some(wrong)}. "
+            "Give the model the same settings, or take other weights."
         )
+
+
+def _some(wrong: list[str]) -> str:
+    more = f"; and {len(wrong) - _TOLD} more" if len(wrong) > _TOLD else ""
+    return "; ".join(wrong[:_TOLD]) + more

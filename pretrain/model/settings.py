@@ -49,8 +49,9 @@ class ModelSettings(Settings):
     init_scaled_residual: bool = True
     """Divide ``init_std`` by sqrt(2 layers) in the linear layers that write into the residual stream (GPT-2)."""
     weights_from: str | None = None
-    """Start with the weights of a checkpoint (a ``step_...`` folder) instead of drawing them. Read once, when the run
-    begins; a resumed run has its own."""
+    """Start with these weights instead of drawing them: a checkpoint (a ``step_...`` folder), or a folder that
+    transformers or ``pretrain export`` wrote, with a Llama, Mistral or Qwen3 model in safetensors. Read once, when the
+    run begins; a resumed run has its own."""
     linear: tuple[Linear, ...] = ()
     """Which parameterization the linear layers of the blocks have; those that no rule matches are dense, as is the
     head. No layer may be matched twice."""

@@ -12,63 +12,42 @@ from data_pipeline.errors import DataError, UserError
 from data_pipeline.testing import tiny_tokenizer
 from pretrain.config import Config
 from pretrain.initial_weights import open_weights
-from pretrain.model import Decoder, initialize_
-from pretrain.run_folder import plain
 from tests.ranks import run_on_ranks
 
-from .steps import tiny_config
+from .exports import TOKENIZER, config_of, save_checkpoints, vocab_size
 
-TOKENIZER = tiny_tokenizer()
-
-
-def importing(path: Path, **sections: dict[str, Any]) -> Config:
-    """A tiny run, of the tiny tokenizer's vocabulary, that starts with what ``path`` holds."""
-    model = {"vocab_size": None, "weights_from": str(path), **sections.pop("model", {})}
-    return tiny_config(model=model, **sections)
+BASE = {"heads": 4, "kv_heads": 2}
 
 
-def save_checkpoint(folder: Path, **sections: dict[str, Any]) -> None:
-    """On one rank: ``folder/step_000000000`` with the drawn weights of seed 7."""
-    from pretrain.checkpoint import CheckpointStore
-    from pretrain.distributed import start
-    from pretrain.engine import Engine
-
-    ranks = start(60)
-    config = tiny_config(**{**sections, "model": {"vocab_size": TOKENIZER.vocab_size, **sections.get("model", {})}})
-    engine = Engine(config, TOKENIZER.vocab_size, ranks)
-    state = {
-        "step": 0,
-        "config": plain(config),
-        "model": {"vocab_size": TOKENIZER.vocab_size},
-        "data": {"tokenizer": TOKENIZER.sha256},
-    }
-    CheckpointStore(folder, config.checkpoint, ranks).save(engine, state)
+def importing(path: Path, **sections: Any) -> Config:
+    """A tiny run that starts with what ``path`` holds."""
+    return config_of({"weights_from": str(path), **sections.pop("model", {})}, **sections)
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    run_on_ranks(save_checkpoint, 1, folder)
-    return folder / "step_000000000"
+    run_on_ranks(save_checkpoints, 1, folder, {"base": BASE})
+    return folder / "base" / "step_000000000"
 
 
 def start_with(path: Path) -> None:
-    """On one of two ranks: at every stage, the parameters are those of the drawn weights of seed 7, bit for bit."""
+    """On one of two ranks: at every stage the parameters are those of ``path``, bit for bit."""
     from pretrain.distributed import start
     from pretrain.engine import Engine
 
     ranks = start(60)
     for stage in (0, 1, 2, 3):
-        config = importing(path, run={"seed": 8}, engine={"zero_stage": stage})
+        config = importing(path, engine={"zero_stage": stage})
         initial = ranks.broadcast_object(open_weights(config, TOKENIZER) if ranks.rank == 0 else None)
         if ranks.rank:
-            del initial.__dict__["path"]  # nothing but rank 0 reads
-        model = Decoder(config.model, TOKENIZER.vocab_size)
-        initialize_(model, seed=7)
-        whole = Engine(config, TOKENIZER.vocab_size, ranks, initial).full_parameters()
-        assert whole.keys() == dict(model.named_parameters()).keys()
-        for name, parameter in model.named_parameters():
-            assert torch.equal(whole[name], parameter), (stage, name)
+            initial.path = Path("nowhere")  # only rank 0 has to see the files
+        whole = Engine(config, vocab_size(config), ranks, initial).full_parameters()
+        there = open_weights(config, TOKENIZER)
+        assert there is not None
+        assert set(whole) == set(there.shapes)
+        for name, parameter in whole.items():
+            assert torch.equal(parameter, there.read(name)), (stage, name)
 
 
 def test_every_stage_starts_with_a_checkpoints_weights(checkpoint: Path) -> None:
@@ -107,7 +86,7 @@ def test_weights_of_another_tokenizer_are_refused(checkpoint: Path) -> None:
 
 
 def test_no_weights_and_damaged_weights_are_refused(checkpoint: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="is no complete checkpoint"):
+    with pytest.raises(UserError, match="holds no weights"):
         open_weights(importing(tmp_path), TOKENIZER)
     for file in (path for path in checkpoint.rglob("*") if path.is_file()):
         copy = tmp_path / file.relative_to(checkpoint)

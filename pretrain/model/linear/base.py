@@ -10,6 +10,8 @@ from torch import nn
 
 from data_pipeline.settings import Settings
 
+from .terms import Term
+
 if TYPE_CHECKING:
     from ..settings import ModelSettings
 
@@ -72,6 +74,10 @@ class LinearSettings(Settings):
 
     def cost(self, in_features: int, out_features: int) -> LinearCost:
         """What a layer of this shape costs."""
+        raise NotImplementedError
+
+    def terms(self) -> tuple[Term, ...]:
+        """What a layer computes, for export and for weights from elsewhere."""
         raise NotImplementedError
 
 

@@ -10,6 +10,7 @@ from pretrain.model.initialize import Draw
 
 from ..base import LinearCost
 from ..factors import ActivationName, FactorLinear, FactorSettings, factor_cost
+from ..terms import Term
 
 
 class ColaLinear(FactorLinear):
@@ -38,3 +39,6 @@ class ColaSettings(FactorSettings):
 
     def cost(self, in_features: int, out_features: int) -> LinearCost:
         return factor_cost(in_features, out_features, self.rank, self.activation)
+
+    def terms(self) -> tuple[Term, ...]:
+        return (Term("b", down="a", activation=self.activation),)

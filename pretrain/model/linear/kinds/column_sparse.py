@@ -12,6 +12,7 @@ from pretrain.model.initialize import Draw
 
 from ..base import LinearCost, LinearSettings
 from ..columns import Norm, column_count, column_product, largest, norms, random_columns
+from ..terms import Term
 
 
 class ColumnSparseLinear(nn.Module):
@@ -62,3 +63,6 @@ class ColumnSparseSettings(LinearSettings):
     def cost(self, in_features: int, out_features: int) -> LinearCost:
         kept = column_count(self.column_fraction, in_features)
         return LinearCost(out_features * kept, out_features * kept, activations=kept, buffer_bytes=8 * kept)
+
+    def terms(self) -> tuple[Term, ...]:
+        return (Term("column_weight", columns="columns"),)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from pretrain.model.initialize import Draw
 
 from ..base import LinearCost, LinearSettings
+from ..terms import DENSE, Term
 
 
 class DenseLinear(nn.Linear):
@@ -35,3 +36,6 @@ class DenseSettings(LinearSettings):
 
     def cost(self, in_features: int, out_features: int) -> LinearCost:
         return LinearCost(in_features * out_features, in_features * out_features, 0)
+
+    def terms(self) -> tuple[Term, ...]:
+        return DENSE

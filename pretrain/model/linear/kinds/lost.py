@@ -20,6 +20,7 @@ from ..base import LinearCost
 from ..columns import Norm, column_count, column_product, largest, norms, random_columns
 from ..factors import ACTIVATIONS, ActivationName, FactorSettings, factor_cost
 from ..spectrum import Spectrum
+from ..terms import Term
 
 
 class LostLinear(nn.Module):
@@ -152,6 +153,11 @@ class LostSettings(FactorSettings):
             columns = column_count(self.column_fraction, in_features)
             weights, kept, index = weights + columns * out_features, kept + columns, 8 * columns
         return LinearCost(weights, weights, kept, index)
+
+    def terms(self) -> tuple[Term, ...]:
+        low_rank = Term("b", down="a", activation=self.activation, scale=self.gamma)
+        sparse = Term("column_weight", columns="columns", scale=1 - self.gamma)
+        return tuple(term for term in (low_rank, sparse) if term.scale)
 
 
 _SCORING = ("residual", "residual_count", "norm")

@@ -10,6 +10,7 @@ from pretrain.model.initialize import Draw
 
 from ..base import LinearCost
 from ..factors import FactorLinear, FactorSettings, factor_cost
+from ..terms import Term
 
 
 class LowRankLinear(FactorLinear):
@@ -40,3 +41,6 @@ class LowRankSettings(FactorSettings):
 
     def cost(self, in_features: int, out_features: int) -> LinearCost:
         return factor_cost(in_features, out_features, self.rank, "identity")
+
+    def terms(self) -> tuple[Term, ...]:
+        return (Term("b", down="a"),)

@@ -23,6 +23,7 @@ from pretrain.model.pruning import Scope, keys, masks, sparsity_at
 from pretrain.model.scheduled import ReadParameter
 
 from ..base import LinearCost, LinearSettings
+from ..terms import Term
 
 
 class MagnitudePrunedLinear(nn.Module):
@@ -123,6 +124,9 @@ class MagnitudePrunedSettings(LinearSettings):
     def cost(self, in_features: int, out_features: int) -> LinearCost:
         whole = in_features * out_features
         return LinearCost(whole, whole, 0, buffer_bytes=whole)
+
+    def terms(self) -> tuple[Term, ...]:
+        return (Term("weight", mask="mask"),)
 
     def check_steps(self, first: int, total: int) -> None:
         if self.gradual and not first <= self.gradual.begin_step < self.gradual.end_step < total:

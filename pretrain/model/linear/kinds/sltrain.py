@@ -14,6 +14,7 @@ from pretrain.model.initialize import Draw
 
 from ..base import LinearCost
 from ..factors import FactorSettings
+from ..terms import Term
 
 
 class SLTrainLinear(nn.Module):
@@ -126,3 +127,6 @@ class SLTrainSettings(FactorSettings):
         # making W costs r m n more for each pass, whatever the number of tokens: little, where they are thousands
         parameters = self.rank * (in_features + out_features) + entries
         return LinearCost(parameters, whole, 0, buffer_bytes=entries * _position_type(whole).itemsize)
+
+    def terms(self) -> tuple[Term, ...]:
+        return Term("b", down="a", scale=self.alpha / self.rank), Term("values", places="positions")

@@ -1,0 +1,1 @@
+"""Models for the `transformers` library, and from it."""
