@@ -18,21 +18,23 @@ import torch
 
 from .permutation import IntArray
 
+Rows = npt.NDArray[np.unsignedinteger[Any]]
+
+_WORD = 8
+"""Booleans in 64 bits."""
+
 HOLE = -1
 """The sample id of a row that holds no sample."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(eq=False)
 class Batch:
     """``b`` sequences of ``T`` tokens of one micro-batch of one rank.
 
     Attributes:
         rows: int64 [b, T + 1], contiguous; each sequence and the token that follows it.
         eos_id: the token that ends a document.
-        source_ids: int64 [b]; the index of the row's source.
-        sample_ids: int64 [b]; one number per sequence of the whole mixture, the same in every epoch; -1 in a hole, a
-            row of EOS in the place of a damaged sequence, or one that fills up the last batch of an evaluation.
-        run_positions: int64 [b]; the position in the run, of a hole too; in an evaluation the index, -1 in a hole.
+        ids: int64 [3, b]: :attr:`source_ids`, :attr:`sample_ids` and :attr:`run_positions`.
         document_ends: int32 [k], ascending, always on the host: where ``tokens``, seen as one flat row of ``b T``, is
             EOS. Found on the host's copy, so that nobody has to wait for the device to know the boundaries.
         single_document: known on the host: no row that is no hole has a document boundary inside, so that attention
@@ -41,9 +43,7 @@ class Batch:
 
     rows: torch.Tensor
     eos_id: int
-    source_ids: torch.Tensor
-    sample_ids: torch.Tensor
-    run_positions: torch.Tensor
+    ids: torch.Tensor
     document_ends: npt.NDArray[np.int32]
     single_document: bool
 
@@ -56,6 +56,22 @@ class Batch:
     def labels(self) -> torch.Tensor:
         """int64 [b, T], a view of ``rows``; the token that follows each token."""
         return self.rows[:, 1:]
+
+    @property
+    def source_ids(self) -> torch.Tensor:
+        """int64 [b]; the index of the row's source."""
+        return self.ids[0]
+
+    @property
+    def sample_ids(self) -> torch.Tensor:
+        """int64 [b]; one number per sequence of the whole mixture, the same in every epoch; -1 in a hole, a row of EOS
+        in the place of a damaged sequence, or one that fills up the last batch of an evaluation."""
+        return self.ids[1]
+
+    @property
+    def run_positions(self) -> torch.Tensor:
+        """int64 [b]; the position in the run, of a hole too; in an evaluation the index, -1 in a hole."""
+        return self.ids[2]
 
     @cached_property
     def loss_mask(self) -> torch.Tensor:
@@ -106,15 +122,8 @@ class Batch:
         return Batch(**moved)
 
 
-def make_batch(
-    rows: npt.NDArray[np.unsignedinteger[Any]],
-    eos_id: int,
-    source_ids: IntArray,
-    sample_ids: IntArray,
-    run_positions: IntArray,
-    into: IntArray | None = None,
-) -> Batch:
-    """Build a batch; but for ``into`` no tensor shares memory with the arguments.
+def make_batch(rows: Rows, eos_id: int, source_ids: IntArray, sample_ids: IntArray, run_positions: IntArray) -> Batch:
+    """Build one batch; no tensor shares memory with the arguments.
 
     Args:
         rows: [b, T + 1], each sequence with the token that follows it.
@@ -122,26 +131,67 @@ def make_batch(
         source_ids: [b].
         sample_ids: [b]; -1 makes the row a hole, and its tokens EOS.
         run_positions: [b].
-        into: int64 [b, T + 1], contiguous: memory for the batch's rows, which then are its alone; None: of their own.
     """
-    holes = sample_ids < 0
-    if holes.any():
+    if (holes := sample_ids < 0).any():
         rows = np.where(holes[:, None], rows.dtype.type(eos_id), rows)
-    stride = rows.shape[1]
-    ends = (rows == eos_id).ravel().nonzero()[0]
-    in_row = ends // stride
-    place = ends - in_row * stride
-    document_ends, inside = ends - in_row, place < stride - 2
-    if len(last := (place == stride - 1).nonzero()[0]):
-        document_ends = np.delete(document_ends, last)
-    into = np.empty(rows.shape, np.int64) if into is None else into
-    np.copyto(into, rows)
-    return Batch(
-        rows=torch.from_numpy(into),
-        eos_id=eos_id,
-        source_ids=torch.from_numpy(source_ids.copy()),
-        sample_ids=torch.from_numpy(sample_ids.copy()),
-        run_positions=torch.from_numpy(run_positions.copy()),
-        document_ends=document_ends.astype(np.int32),
-        single_document=not (inside & ~holes[in_row]).any(),
-    )
+    (batch,) = BatchMaker(rows, eos_id, source_ids, sample_ids, run_positions, size=len(rows)).make(0, 1)
+    return batch
+
+
+class BatchMaker:
+    """Makes batches of one size of their rows, all of which are looked through in one go.
+
+    Args:
+        rows: [n, T + 1], contiguous; each sequence with the token that follows it, EOS where ``sample_ids`` is -1.
+        eos_id: the token that ends a document.
+        source_ids, sample_ids, run_positions: int64 [n].
+        size: rows of a batch; divides n.
+    """
+
+    def __init__(
+        self, rows: Rows, eos_id: int, source_ids: IntArray, sample_ids: IntArray, run_positions: IntArray, size: int
+    ) -> None:
+        count, stride = len(rows) // size, rows.shape[1]
+        self._rows, self._eos_id = rows.reshape(count, size, stride), eos_id
+        row, place = np.divmod(_find(rows, eos_id), stride)
+        if (last := place == stride - 1).any():
+            row, place = row[~last], place[~last]
+        batch = row // size
+        self._ends = (row % size * (stride - 1) + place).astype(np.int32)
+        self._cuts = np.searchsorted(batch, np.arange(count + 1)).tolist()
+        several = np.zeros(count, np.bool_)
+        several[batch[(place < stride - 2) & (sample_ids[row] >= 0)]] = True
+        self._single = (~several).tolist()
+        ids = np.empty((count, 3, size), np.int64)
+        for number, values in enumerate((source_ids, sample_ids, run_positions)):
+            ids[:, number] = values.reshape(count, size)
+        self._ids = torch.from_numpy(ids).unbind()
+
+    def make(self, first: int, stop: int) -> tuple[Batch, ...]:
+        """The batches ``[first, stop)``, each of them once; they share no memory with one another."""
+        rows, cuts = self._rows[first:stop], self._cuts
+        # one piece of memory for all: many smaller ones are given back to the system, and faulted in anew each time
+        into = np.empty(rows.shape, np.int64)
+        np.copyto(into, rows)
+        return tuple(
+            [
+                Batch(
+                    torch.from_numpy(into[number - first]),
+                    self._eos_id,
+                    self._ids[number],
+                    self._ends[cuts[number] : cuts[number + 1]],
+                    self._single[number],
+                )
+                for number in range(first, stop)
+            ]
+        )
+
+
+def _find(rows: Rows, token: int) -> IntArray:
+    """Where ``token`` stands in ``rows``, seen as one flat row; ascending."""
+    found = (rows == token).ravel()
+    whole = found.size // _WORD * _WORD
+    # a look at eight at once: it is rare
+    words = (found[:whole].view(np.uint64) != 0).nonzero()[0]
+    places = (words[:, None] * _WORD + np.arange(_WORD)).ravel()
+    return np.concatenate([places[found[places]], whole + found[whole:].nonzero()[0]])

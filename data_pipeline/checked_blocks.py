@@ -3,14 +3,41 @@
 from __future__ import annotations
 
 import os
-from typing import Any
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
+from .block_memory import KeptBlocks, Tokens
 from .damage import DamagedBlockError
 from .layout import BlockLayout
-from .shard_files import OpenFile, ShardFiles
+from .permutation import IntArray
+from .shard_files import ShardFiles
+
+_WHOLE_BLOCK = 0.5
+"""From this part of a block's sequences on, the block is read as a whole and cut up in memory."""
+
+BoolArray = npt.NDArray[np.bool_]
+Damaged = dict[int, DamagedBlockError]
+
+
+class Wanted(NamedTuple):
+    """Where some sequences [n] of a source lie."""
+
+    shards: IntArray
+    """[n] the row of the shard,"""
+    blocks: IntArray
+    """[n] the block in it,"""
+    numbers: IntArray
+    """[n] the same block, counted through the source,"""
+    within: IntArray
+    """[n] and the sequence in the block."""
+    spans: IntArray | None
+    """[2, n] the blocks ``[first, stop)`` of the shard to fetch together with each; None: all."""
+
+    def span(self, row: int) -> tuple[int, int] | None:
+        """Of one sequence."""
+        return None if self.spans is None else (int(self.spans[0, row]), int(self.spans[1, row]))
 
 
 class CheckedBlocks:
@@ -20,66 +47,152 @@ class CheckedBlocks:
         files: where they are read.
         layout: their arithmetic.
         count: of the source's blocks.
+        seq_len: tokens per sequence.
     """
 
-    def __init__(self, files: ShardFiles, layout: BlockLayout, count: int) -> None:
-        self._files, self._layout = files, layout
+    def __init__(self, files: ShardFiles, layout: BlockLayout, count: int, seq_len: int) -> None:
+        self._files, self._layout, self._seq_len = files, layout, seq_len
+        self._many = layout.block_tokens // seq_len * _WHOLE_BLOCK
         # one bit a block: 19 MB for the 10^13 tokens of 10^5 shards
-        self._checked = bytearray((count + 7) // 8)
-        self._damaged: dict[int, DamagedBlockError] = {}
-        self._tokens = np.empty(layout.block_tokens + 1, layout.token_dtype)
+        self._checked = np.zeros((count + 7) // 8, np.uint8)
+        self._damaged: Damaged = {}
+        self._tokens: Tokens = np.empty(layout.block_tokens + 1, layout.token_dtype)
+        self.reading: tuple[int, int] | None = None
+        """(row of the shard, block) that a read is at; a new tuple for each."""
 
-    def is_checked(self, number: int) -> bool:
-        """Whether the block was found to be what was written."""
-        return bool(self._checked[number >> 3] & 1 << (number & 7))
-
-    def read(
-        self, number: int, shard: int, block: int, span: tuple[int, int] | None
-    ) -> npt.NDArray[np.unsignedinteger[Any]]:
-        """A whole block with its look-ahead token, checked, [block_tokens + 1]; overwritten by the next call.
-
-        Damage is looked at once more where it can have come from a cache or the network, and then remembered.
+    def rows(self, wanted: Wanted, kept: KeptBlocks | None) -> tuple[Tokens, Damaged]:
+        """The sequences [n, seq_len + 1] in a new array, and what is wrong, by row; what stands in those is undefined.
 
         Args:
-            number: of the block in the source.
-            shard, block, span: as in :meth:`ShardFiles.open`.
+            wanted: n of them.
+            kept: blocks that need no reading; those that are read for the first time are put there.
+
+        Raises:
+            OSError: the disk.
+        """
+        try:
+            if kept is None:
+                rows: Tokens = np.empty((len(wanted.numbers), self._seq_len + 1), self._layout.token_dtype)
+                missing = np.arange(len(rows))
+            else:
+                places, there = kept.find(wanted.numbers)
+                if not there.all():
+                    self._fill(wanted, kept, places, there)
+                    there = kept.find(wanted.numbers)[1]
+                rows, missing = kept.rows(places, wanted.within), (~there).nonzero()[0]
+            damaged = self._read_missing(wanted, missing, rows) if missing.size else {}
+            return rows, damaged
+        finally:
+            self.reading = None
+
+    def _fill(self, wanted: Wanted, kept: KeptBlocks, places: IntArray, there: BoolArray) -> None:
+        """Read blocks to where they are kept: those that must be read as a whole now, and others where there is room.
+
+        Left out is what would take the place of another that is wanted now.
+        """
+        taken = set(places[there].tolist())
+        order, edges = _by_block(wanted, (~there).nonzero()[0])
+        first = order[edges[:-1]]
+        whole = ~self._is_checked(wanted.numbers[first]) | kept.is_empty(places[first])
+        for row in first[whole].tolist():
+            place = int(places[row])
+            if place in taken:
+                continue
+            taken.add(place)
+            try:
+                self._read(wanted, row, kept.clear(place))
+            except DamagedBlockError:
+                continue  # it is met again with the sequences that are missing
+            kept.keep(place, int(wanted.numbers[row]))
+
+    def _read_missing(self, wanted: Wanted, missing: IntArray, rows: Tokens) -> Damaged:
+        """Read the sequences ``missing``: each by itself where few of a checked block are wanted, else whole blocks."""
+        order, edges = _by_block(wanted, missing)
+        counts = np.diff(edges)
+        single = self._is_checked(wanted.numbers[order[edges[:-1]]]) & (counts < self._many)
+        failed = self._read_single(wanted, order[np.repeat(single, counts)], rows) if single.any() else set()
+        damaged: Damaged = {}
+        for block in range(len(counts)):
+            some = order[edges[block] : edges[block + 1]].tolist()
+            if single[block] and failed.isdisjoint(some):
+                continue
+            try:
+                tokens = self._read(wanted, some[0], self._tokens)
+            except DamagedBlockError as error:
+                damaged |= dict.fromkeys(some, error)
+                continue
+            for row in some:
+                begin = int(wanted.within[row]) * self._seq_len
+                rows[row] = tokens[begin : begin + self._seq_len + 1]
+        return damaged
+
+    def _read_single(self, wanted: Wanted, some: IntArray, rows: Tokens) -> set[int]:
+        """Read the sequences ``some`` one by one; returns those where that failed: reading their blocks says why."""
+        content, row_bytes = rows.data.cast("B"), rows.strides[0]
+        shards, blocks, within = (values[some] for values in (wanted.shards, wanted.blocks, wanted.within))
+        offsets = self._layout.data_offset(0) + blocks * self._layout.member_stride
+        offsets += within * (self._seq_len * self._layout.token_bytes)
+        failed = set()
+        for row, shard, block, offset in zip(*(x.tolist() for x in (some, shards, blocks, offsets)), strict=True):
+            self.reading = (shard, block)
+            begin = row * row_bytes
+            try:
+                file = self._files.open(shard, block, wanted.span(row))
+                got = os.preadv(file.descriptor, [content[begin : begin + row_bytes]], offset - file.start)
+            except (OSError, DamagedBlockError):
+                got = -1
+            if got != row_bytes:
+                failed.add(row)
+        return failed
+
+    def _is_checked(self, numbers: IntArray | int) -> BoolArray:
+        """Whether each block [n] was found to be what was written."""
+        checked: BoolArray = (self._checked[numbers >> 3] >> (numbers & 7) & 1) == 1
+        return checked
+
+    def _mark(self, number: int, checked: bool) -> None:
+        bit = 1 << (number & 7)
+        if checked:
+            self._checked[number >> 3] |= bit
+        else:
+            self._checked[number >> 3] &= 255 - bit
+
+    def _read(self, wanted: Wanted, row: int, into: Tokens) -> Tokens:
+        """The whole block of a sequence, with its look-ahead token, checked, in ``into`` [block_tokens + 1].
+
+        Damage is looked at once more where it can have come from a cache or the network, and then remembered.
 
         Raises:
             DamagedBlockError: the block is not what was written, or not there.
         """
+        number, shard, block = int(wanted.numbers[row]), int(wanted.shards[row]), int(wanted.blocks[row])
         if number in self._damaged:
             raise self._damaged[number]
+        span = wanted.span(row)
+        self.reading = (shard, block)
         while True:
             try:
-                return self._read(number, shard, block, span)
+                return self._read_checked(number, shard, block, span, into)
             except DamagedBlockError as error:
-                self._checked[number >> 3] &= ~(1 << (number & 7))
+                self._mark(number, checked=False)
                 if not self._files.again(shard, span):
                     self._damaged[number] = error
                     raise
 
-    def _read(
-        self, number: int, shard: int, block: int, span: tuple[int, int] | None
-    ) -> npt.NDArray[np.unsignedinteger[Any]]:
-        content, start = self._tokens.data.cast("B"), self._layout.data_offset(block)
+    def _read_checked(self, number: int, shard: int, block: int, span: tuple[int, int] | None, into: Tokens) -> Tokens:
+        content, start = into.data.cast("B"), self._layout.data_offset(block)
         got = self._files.open(shard, block, span).read(content, start)
         if got < len(content):
             what = f"ends at byte {start + got}, inside block {block} (bytes {start} to {start + len(content)})"
             raise self._files.damage(shard, block, "short", what)
-        if not self.is_checked(number):
+        if not self._is_checked(number):
             self._files.check(shard, block, content)
-            self._checked[number >> 3] |= 1 << (number & 7)
-        return self._tokens
+            self._mark(number, checked=True)
+        return into
 
 
-def read_rows(file: OpenFile, content: memoryview, row_bytes: int, places: list[int], offsets: list[int]) -> bool:
-    """Read single sequences into their rows of ``content``; False where that failed: a slower reader says why."""
-    descriptor, start = file.descriptor, file.start
-    for place, offset in zip(places, offsets, strict=True):
-        begin = place * row_bytes
-        try:
-            if os.preadv(descriptor, [content[begin : begin + row_bytes]], offset - start) != row_bytes:
-                return False
-        except OSError:
-            return False
-    return True
+def _by_block(wanted: Wanted, some: IntArray) -> tuple[IntArray, IntArray]:
+    """The sequences ``some`` [k] in the order of their blocks, and where each block's begin and the last one's end."""
+    order = some[np.argsort(wanted.numbers[some], kind="stable")]
+    numbers = wanted.numbers[order]
+    return order, np.concatenate([[0], (numbers[1:] != numbers[:-1]).nonzero()[0] + 1, [len(order)]])

@@ -7,50 +7,24 @@ Within a step that takes the sequences s = 0, 1, 2, ... micro-step g, rank r of 
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from .ahead import Ahead
 from .batch_plan import BatchPlan
 from .batches import HOLE, Batch, make_batch
-from .damage import Damage, DamagedBlockError, OnDamage
+from .block_memory import BlockMemory
+from .damage import Damage, OnDamage
 from .errors import UserError
 from .order import Order
 from .permutation import IntArray
 from .reader import TokenSource
-from .schedule import LocatedStep, Schedule, step_offsets
-from .upcoming import Upcoming, neighbours, windows_of
+from .schedule import Schedule, step_offsets
+from .step_reader import Step, StepReader
+from .upcoming import Upcoming, neighbours
 from .watchdog import Watchdog
-
-Rows = npt.NDArray[np.unsignedinteger[Any]]
-
-_BYTES_AT_ONCE = 1 << 20
-"""Of tokens read in one go; they stay in the processor's cache until they are cast."""
-
-
-@dataclass(frozen=True)
-class Step:
-    """One rank's share of an optimizer step.
-
-    Attributes:
-        position: where the step begins.
-        next_position: where the next step does; not always ``position + global_batch``, for ranges may be skipped.
-        global_batch: sequences of the step over all ranks.
-        micro_batches: this rank's, in their order.
-        damage: of this rank's rows: the holes in ``micro_batches``.
-    """
-
-    position: int
-    next_position: int
-    global_batch: int
-    micro_batches: tuple[Batch, ...]
-    damage: tuple[Damage, ...] = ()
 
 
 class StepLoader:
@@ -75,6 +49,7 @@ class StepLoader:
             :attr:`Step.damage`; ``"stop"``: an error in place of its step.
         watchdog_seconds: how long one read may take before ``on_wait`` is told; None: for ever.
         on_wait: takes a message that names what a read waits for, in another thread.
+        memory: keeps blocks of the sources; not for two loaders at once. None: one of its own.
 
     Raises:
         UserError: a batch can't be divided so, or the sources do not fit the order or one another.
@@ -98,6 +73,7 @@ class StepLoader:
         on_damage: OnDamage = "stop",
         watchdog_seconds: float | None = None,
         on_wait: Callable[[str], None] = print,
+        memory: BlockMemory | None = None,
     ) -> None:
         _check_sources(order, sources, seq_len)
         schedule = Schedule(
@@ -110,15 +86,9 @@ class StepLoader:
             position=start_position,
             end_step=end_step,
         )
-        self._order, self._sources = order, tuple(sources)
-        self._upcoming = Upcoming(schedule, order, self._sources)
-        self._pin_memory, self._on_damage = pin_memory, on_damage
-        self._rows: Rows = np.empty((0, seq_len + 1), sources[0].manifest.layout.token_dtype)
-        self._at_once = 1
-        self._located: list[LocatedStep] = []
-        """Steps to be read next."""
-        self._ready: deque[tuple[LocatedStep, Rows, dict[int, DamagedBlockError]]] = deque()
-        """Steps that are read, with their tokens in ``_rows`` and what is wrong with them."""
+        upcoming = Upcoming(schedule, order, sources)
+        self._reader = StepReader(upcoming, order, sources, BlockMemory() if memory is None else memory, on_damage)
+        self._pin_memory = pin_memory
         self.position = start_position
         """Where the next step begins."""
         self.waited = 0.0
@@ -136,7 +106,7 @@ class StepLoader:
             StopIteration: the end step is reached.
             DataError: as :meth:`TokenSource.read`; comes in place of the step that could not be made.
         """
-        step = self.next_step_unless(lambda: False)
+        step = self.next_step_unless(_never)
         assert step is not None
         return step
 
@@ -173,61 +143,10 @@ class StepLoader:
         self.close()
 
     def _make(self) -> Step:
-        if not self._ready:
-            self._read_next()
-        step, rows, damaged = self._ready[0]
-        sample_ids = self._order.sample_bases[step.source] + step.sequence
-        damage = []
-        for row, error in sorted(damaged.items()):
-            if self._on_damage == "stop":
-                raise error
-            name = self._order.sources[step.source.flat[row]].name
-            damage.append(Damage.of(error, int(step.positions.flat[row]), name, int(sample_ids.flat[row])))
-            sample_ids.flat[row] = HOLE
-        self._ready.popleft()
-        # one piece of memory a step: many smaller ones are given back to the system, and faulted in anew, at every step
-        into, eos_id = np.empty(rows.shape, np.int64), self._sources[0].eos_id
-        batches = (
-            make_batch(rows[g], eos_id, step.source[g], sample_ids[g], step.positions[g], into[g])
-            for g in range(len(rows))
-        )
-        made = tuple(batch.pin_memory() if self._pin_memory else batch for batch in batches)
-        return Step(step.position, step.next_position, step.global_batch, made, tuple(damage))
-
-    def _read_next(self) -> None:
-        """Read the next steps: several of few sequences at once, for a read costs more by itself than by the row."""
-        if not self._located:
-            self._located = self._upcoming.take(self._at_once)
-        steps = self._located
-        try:
-            damage = self._read(steps)
-        except OSError:
-            if len(steps) == 1:
-                raise
-            steps = steps[:1]  # the disk may have failed in a later one, which must not hold up this one
-            damage = self._read(steps)
-        self._located, begin = self._located[len(steps) :], 0
-        for step in steps:
-            stop = begin + step.positions.size
-            own = {row - begin: error for row, error in damage.items() if begin <= row < stop} if damage else {}
-            self._ready.append((step, self._rows[begin:stop].reshape(*step.positions.shape, -1), own))
-            begin = stop
-        # the first step alone, for it is waited for
-        self._at_once = max(1, _BYTES_AT_ONCE // self._rows[:1].nbytes)
-
-    def _read(self, steps: Sequence[LocatedStep]) -> dict[int, DamagedBlockError]:
-        """Fill ``_rows`` [n, T + 1] with the tokens of the steps; returns what is wrong, by row."""
-        sources = np.concatenate([step.source.ravel() for step in steps])
-        sequences = np.concatenate([step.sequence.ravel() for step in steps])
-        if len(self._rows) < len(sources):
-            # one buffer for all steps: batches hold copies of it, and fresh memory costs more than reading into it
-            self._rows = np.empty((len(sources), self._rows.shape[1]), self._rows.dtype)
-        damage: dict[int, DamagedBlockError] = {}
-        for number in np.unique(sources).tolist():
-            places = np.flatnonzero(sources == number)
-            windows = windows_of(self._order, self._sources, number, sequences[places])
-            damage |= self._sources[number].read_into(sequences[places], self._rows, places, windows)
-        return damage
+        step = self._reader.next_step()
+        if self._pin_memory:
+            step.micro_batches = tuple(batch.pin_memory() for batch in step.micro_batches)
+        return step
 
 
 class EvaluationLoader:
@@ -315,6 +234,10 @@ class EvaluationLoader:
         """What this rank's batch ``number`` holds, int64 [b]; -1 beyond the end."""
         indices = number * self._per_batch + self._offsets
         return np.where(indices < self.sequences, indices, HOLE)
+
+
+def _never() -> bool:
+    return False
 
 
 def _check_sources(order: Order, sources: Sequence[TokenSource], seq_len: int) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import threading
 import weakref
@@ -13,8 +12,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .checked_blocks import CheckedBlocks, read_rows
-from .damage import DamagedBlockError, OnDamage
+from .block_memory import KeptBlocks, Tokens
+from .checked_blocks import CheckedBlocks, Damaged, Wanted
+from .damage import OnDamage
 from .errors import UserError
 from .manifest import Manifest, load_manifest, read_manifest
 from .permutation import IntArray
@@ -24,9 +24,6 @@ from .storage import StorageSettings, open_store
 
 if TYPE_CHECKING:
     from .remote_shards import RemoteShards
-
-_WHOLE_BLOCK = 0.5
-"""From this part of a block's sequences on, the block is read as a whole and cut up in memory."""
 
 
 class Place(NamedTuple):
@@ -53,8 +50,7 @@ class TokenSource:
         storage: how remote storage is read and where the node keeps what was fetched.
         share: (rank, world size): this process checks that each world-size-th shard is there and has its size; all
             ranks together check all.
-        on_damage: ``"hole"`` lets shards be missing or cut off, and :meth:`read_into` tells of damage instead of
-            raising.
+        on_damage: ``"hole"`` lets shards be missing or cut off; :meth:`read_or_damage` then tells of it.
 
     Raises:
         UserError: no such data set, domain or split, or ``seq_len`` does not divide a block.
@@ -105,12 +101,7 @@ class TokenSource:
         self._starts = self._ends - sequences
         self._first_blocks = np.cumsum(np.concatenate([[0], self.shards.blocks]), dtype=np.int64)
         self._per_block = self._layout.block_tokens // seq_len
-        self._many = self._per_block * _WHOLE_BLOCK
-        self._first_offset, self._stride = self._layout.data_offset(0), self._layout.member_stride
-        self._sequence_bytes = seq_len * self._layout.token_bytes
-        self._blocks = CheckedBlocks(self._files, self._layout, int(self._first_blocks[-1]))
-        self.reading: tuple[int, int] | None = None
-        """(row of the shard, block) that a read is at; a new tuple for each, for a watchdog to look at."""
+        self._blocks = CheckedBlocks(self._files, self._layout, int(self._first_blocks[-1]), seq_len)
         self._lock = threading.Lock()
         _ALIVE.add(self)
 
@@ -125,16 +116,21 @@ class TokenSource:
         return int(self.shards.tokens.sum())
 
     @property
+    def reading(self) -> tuple[int, int] | None:
+        """(row of the shard, block) that a read is at; a new tuple for each, for a watchdog to look at."""
+        return self._blocks.reading
+
+    @property
     def eos_id(self) -> int:
         """The token that ends every document."""
         return self.manifest.eos_id
 
-    def read(self, indices: npt.ArrayLike, windows: IntArray | None = None) -> npt.NDArray[np.unsignedinteger[Any]]:
+    def read(self, indices: npt.ArrayLike, windows: IntArray | None = None) -> Tokens:
         """The tokens of the sequences ``indices`` [n], in that order, each with the token that follows it.
 
         Args:
             indices: of the sequences.
-            windows: as in :meth:`read_into`.
+            windows: as in :meth:`read_or_damage`.
 
         Returns:
             [n, seq_len + 1], in the data set's dtype (uint16 or uint32); a new array at every call.
@@ -149,75 +145,35 @@ class TokenSource:
         return rows
 
     def read_or_damage(
-        self, indices: npt.ArrayLike, windows: IntArray | None = None
-    ) -> tuple[npt.NDArray[np.unsignedinteger[Any]], dict[int, DamagedBlockError]]:
-        """As :meth:`read`, but with what is wrong, by row, in place of an exception; such rows are EOS."""
-        wanted = np.asarray(indices, np.int64)
-        rows = np.empty((len(wanted), self.seq_len + 1), self._layout.token_dtype)
-        return rows, self.read_into(wanted, rows, np.arange(len(wanted)), windows)
-
-    def read_into(
-        self,
-        indices: IntArray,
-        rows: npt.NDArray[np.unsignedinteger[Any]],
-        places: IntArray,
-        windows: IntArray | None = None,
-    ) -> dict[int, DamagedBlockError]:
-        """Read the sequences ``indices`` [n] into the rows ``places`` [n] of ``rows``.
+        self, indices: npt.ArrayLike, windows: IntArray | None = None, kept: KeptBlocks | None = None
+    ) -> tuple[Tokens, Damaged]:
+        """As :meth:`read`, but with what is wrong, by row, in place of an exception; such rows are EOS.
 
         Args:
-            indices: of the sequences.
-            rows: [m, seq_len + 1], contiguous, of the data set's dtype.
-            places: row of each sequence.
+            indices: of the sequences [n].
             windows: [2, n]: the first sequence, and the one after the last, of what to fetch together with each
                 sequence where the storage is remote; None: whole shards.
-
-        Returns:
-            what is wrong, by row of ``rows``; these rows are EOS.
+            kept: this source's part of a :class:`~data_pipeline.block_memory.BlockMemory`: what is there is not read
+                again, and blocks that are read for the first time go there.
 
         Raises:
             IndexError: an index lies outside ``range(sequences)``.
             OSError: the disk.
         """
-        if rows.dtype != self._layout.token_dtype or not rows.flags.c_contiguous:
-            raise ValueError(f"rows are {rows.dtype}; they must be contiguous {self._layout.token_dtype}")
-        if not len(indices):
-            return {}
-        by_offset = np.argsort(indices, kind="stable")
-        ascending = indices[by_offset]
-        if ascending[0] < 0 or ascending[-1] >= self.sequences:
-            raise IndexError(f"sequences {ascending[0]} to {ascending[-1]} of a source that has {self.sequences}")
-        shards, blocks, within = self._locate(ascending)
-        numbers = self._first_blocks[shards] + blocks
-        offsets = (self._first_offset + blocks * self._stride + within * self._sequence_bytes).tolist()
-        edges = [0, *((numbers[1:] != numbers[:-1]).nonzero()[0] + 1).tolist(), len(numbers)]
-        shard_of, block_of, number_of, place_of = (x.tolist() for x in (shards, blocks, numbers, places[by_offset]))
-        spans = None if windows is None else self._spans(shards, windows[:, by_offset]).tolist()
-        content, row_bytes = rows.data.cast("B"), rows.strides[0]
-        damage: dict[int, DamagedBlockError] = {}
+        wanted = np.asarray(indices, np.int64)
+        if not len(wanted):
+            return np.empty((0, self.seq_len + 1), self._layout.token_dtype), {}
+        if int(wanted.view(np.uint64).max()) >= self.sequences:  # as would be a negative one
+            raise IndexError(f"sequences {wanted.min()} to {wanted.max()} of a source that has {self.sequences}")
+        shards, blocks, within = self._locate(wanted)
+        spans = None if windows is None else self._spans(shards, windows)
         with self._lock:
-            try:
-                for first, stop in itertools.pairwise(edges):
-                    shard, block, number = shard_of[first], block_of[first], number_of[first]
-                    self.reading = (shard, block)
-                    span = None if spans is None else (spans[0][first], spans[1][first])
-                    try:
-                        if stop - first < self._many and self._blocks.is_checked(number):
-                            file = self._files.open(shard, block, span)
-                            if read_rows(file, content, row_bytes, place_of[first:stop], offsets[first:stop]):
-                                continue
-                            # what was there before is gone: perhaps from a cache, where it can be fetched again
-                        tokens = self._blocks.read(number, shard, block, span)
-                        for place, offset in zip(place_of[first:stop], offsets[first:stop], strict=True):
-                            begin = (offset - self._layout.data_offset(block)) // tokens.itemsize
-                            rows[place] = tokens[begin : begin + self.seq_len + 1]
-                    except DamagedBlockError as error:
-                        damage |= dict.fromkeys(place_of[first:stop], error)
-            finally:
-                self.reading = None
+            rows, damage = self._blocks.rows(
+                Wanted(shards, blocks, self._first_blocks[shards] + blocks, within, spans), kept
+            )
         for row in damage:
             rows[row] = self.eos_id
-        return damage
+        return rows, damage
 
     def place(self, index: int) -> Place:
         """Where sequence ``index`` lies."""
@@ -234,7 +190,7 @@ class TokenSource:
 
         Args:
             indices: of the sequences.
-            windows: [2, n], as in :meth:`read_into`.
+            windows: [2, n], as in :meth:`read_or_damage`.
 
         Returns:
             whether it was begun; False where enough is coming already.

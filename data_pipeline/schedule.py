@@ -12,26 +12,44 @@ from .order import Located, Order
 from .permutation import IntArray
 
 ORDER_CHUNK = 1024
-"""Positions located in one go, at least: one by one, the order would cost a hundred times more."""
+"""Positions located in one go at first, at least: one by one, the order would cost a hundred times more."""
+_LATER_CHUNK, _LARGEST_CHUNK = 8192, 65_536
+"""And then, which costs half as much a position, but no start should wait for it. More where many ranks share them,
+so that this one can read some together."""
+_READ_TOGETHER = 128
 
 
-@dataclass(frozen=True)
-class LocatedStep:
-    """One rank's share of a step, G micro-steps of b sequences.
+@dataclass(slots=True)
+class Steps:
+    """One rank's share of some steps in a row, the sequences of one after those of the other.
 
     Attributes:
-        position: where the step begins.
-        next_position: where the next one does.
-        global_batch: its sequences over all ranks.
-        positions, source, sequence: int64 [G, b], the position of each sequence, its source, and which it is there.
+        edges: where each of the n steps begins, and where the one after the last does: n + 1 positions.
+        global_batch: the sequences of each step over all ranks.
+        shape: of each step: (micro-steps, micro-batch).
+        positions, source, sequence: int64 [n * micro-steps * micro-batch], the position of each sequence, its source,
+            and which it is there.
     """
 
-    position: int
-    next_position: int
+    edges: tuple[int, ...]
     global_batch: int
+    shape: tuple[int, int]
     positions: IntArray
     source: IntArray
     sequence: IntArray
+
+    def __len__(self) -> int:
+        return len(self.edges) - 1
+
+    @property
+    def sequences(self) -> int:
+        """Of each step."""
+        return self.shape[0] * self.shape[1]
+
+    def part(self, first: int, stop: int) -> Steps:
+        """The steps ``[first, stop)`` of them."""
+        edges, rows = self.edges[first : stop + 1], slice(first * self.sequences, stop * self.sequences)
+        return Steps(edges, self.global_batch, self.shape, self.positions[rows], self.source[rows], self.sequence[rows])
 
 
 class Schedule:
@@ -57,27 +75,32 @@ class Schedule:
         batches = {plan.global_batch, *(batch for _, batch in plan.ramp)}
         self._offsets = {batch: step_offsets(rank, world_size, micro_batch, batch) for batch in batches}
         self._step, self._position = step, position
+        self._ramp_end = sum(steps for steps, _ in plan.ramp)
+        self._chunk, self._later = ORDER_CHUNK, max(_LATER_CHUNK, min(_LARGEST_CHUNK, _READ_TOGETHER * world_size))
 
-    def next_chunk(self) -> list[LocatedStep]:
-        """The steps that follow those of the call before; at least 1024 positions of them unless the run ends, none
-        at its end."""
-        batches: list[int] = []
-        while self._step + len(batches) < self._end and sum(batches) < ORDER_CHUNK:
-            batches.append(self._plan.batch(self._step + len(batches)))
-        if not batches:
-            return []
-        positions = self._plan.positions(self._position, sum(batches))
+    def next_chunk(self) -> Steps | None:
+        """The steps that follow those of the call before, all of one global batch; ``None`` at the end."""
+        if self._step >= self._end:
+            return None
+        batch = self._plan.batch(self._step)
+        most = min(self._end - self._step, -(-self._chunk // batch))
+        count = most if self._step >= self._ramp_end else 1
+        while count < most and self._plan.batch(self._step + count) == batch:
+            count += 1
+        positions = self._plan.positions(self._position, count * batch)
+        after = (positions[batch - 1 :: batch] + 1).tolist()
+        offsets = self._offsets[batch]
+        mine = (np.arange(0, count * batch, batch)[:, None] + offsets.ravel()).ravel()
         located = locate(self._order, positions)
-        steps, begin = [], 0
-        for batch in batches:
-            mine = begin + self._offsets[batch]
-            begin += batch
-            after = int(positions[begin - 1]) + 1
-            steps.append(
-                LocatedStep(self._position, after, batch, positions[mine], located.source[mine], located.sequence[mine])
-            )
-            self._position = after
-        self._step += len(batches)
+        steps = Steps(
+            (self._position, *after),
+            batch,
+            offsets.shape,
+            positions[mine],
+            located.source[mine],
+            located.sequence[mine],
+        )
+        self._step, self._position, self._chunk = self._step + count, after[-1], self._later
         return steps
 
 

@@ -10,7 +10,7 @@ import numpy as np
 from .order import Order
 from .permutation import IntArray
 from .reader import TokenSource
-from .schedule import LocatedStep, Schedule
+from .schedule import Schedule, Steps
 
 _LOOK_AHEAD = 1 << 17
 """Positions located ahead at most in search of something to fetch,"""
@@ -26,44 +26,43 @@ class Upcoming:
     def __init__(self, schedule: Schedule, order: Order, sources: Sequence[TokenSource]) -> None:
         self._schedule, self._order, self._sources = schedule, order, sources
         self._remote = any(source.remote for source in sources)
-        self._coming: deque[LocatedStep] = deque()
-        """Steps whose windows are there or on their way."""
-        self._later: deque[LocatedStep] = deque()
+        self._coming: deque[Steps] = deque()
+        """Single steps whose windows are there or on their way."""
+        self._later: deque[Steps] = deque()
+        """Those that come then; where nothing is fetched, all that were located together."""
         self._positions = 0
 
-    def _first(self) -> LocatedStep:
-        if self._remote:
-            self._fetch_ahead()
-        if not self._coming:
-            if not self._later and not self._locate():
-                raise StopIteration
-            self._coming.append(self._later.popleft())
-        return self._coming[0]
-
-    def take(self, sequences: int) -> list[LocatedStep]:
+    def take(self, sequences: int) -> Steps:
         """The next steps: of together at most ``sequences`` sequences of this rank, but at least one; only one where
         something must be fetched.
 
         Raises:
             StopIteration: there is none.
         """
-        steps = [self._next()]
-        left = 0 if self._remote else sequences - steps[0].positions.size
-        while left > 0 and (self._later or self._locate()) and self._later[0].positions.size <= left:
-            steps.append(self._next())
-            left -= steps[-1].positions.size
-        return steps
+        if self._remote:
+            self._fetch_ahead()
+            if self._coming:
+                return self._taken(self._coming.popleft())
+        if not self._later and not self._locate():
+            raise StopIteration
+        steps = self._later.popleft()
+        count = max(1, sequences // steps.sequences)
+        if count < len(steps):
+            self._later.appendleft(steps.part(count, len(steps)))
+            steps = steps.part(0, count)
+        return self._taken(steps)
 
-    def _next(self) -> LocatedStep:
-        step = self._first()
-        self._positions -= self._coming.popleft().global_batch
-        return step
+    def _taken(self, steps: Steps) -> Steps:
+        self._positions -= len(steps) * steps.global_batch
+        return steps
 
     def _locate(self) -> bool:
         chunk = self._schedule.next_chunk()
-        self._later.extend(chunk)
-        self._positions += sum(step.global_batch for step in chunk)
-        return bool(chunk)
+        if chunk is None:
+            return False
+        self._later.extend((chunk.part(k, k + 1) for k in range(len(chunk))) if self._remote else [chunk])
+        self._positions += len(chunk) * chunk.global_batch
+        return True
 
     def _fetch_ahead(self) -> None:
         chunks = 0
@@ -76,10 +75,9 @@ class Upcoming:
                 return
             self._coming.append(self._later.popleft())
 
-    def _begin(self, step: LocatedStep) -> bool:
-        sources, sequences = step.source.ravel(), step.sequence.ravel()
-        for number in np.unique(sources).tolist():
-            wanted = sequences[sources == number]
+    def _begin(self, step: Steps) -> bool:
+        for number in np.unique(step.source).tolist():
+            wanted = step.sequence[step.source == number]
             windows = windows_of(self._order, self._sources, number, wanted)
             if windows is not None and not self._sources[number].fetch_ahead(wanted, windows):
                 return False

@@ -31,7 +31,9 @@ class Contender:
 
 
 CONTENDERS = (
-    Contender(OURS, "headrace", None, "our tars, CRC32C of every block checked", ("full", "windowed"), "."),
+    Contender(
+        OURS, "headrace", None, "our tars, CRC32C of every block checked", ("full", "full_unkept", "windowed"), "."
+    ),
     Contender(PLAIN_WEBDATASET, "wds", "peers", "our tars", ("blocks", "blocks_frombuffer"), "shards"),
     Contender("webdataset json.gz", "wds", "peers", "tars of .json.gz, a sequence each (open_lm)", ("json_gz",)),
     Contender("mosaicml-streaming", "mosaic", "mosaic", "MDS, a sequence a sample", ("mds", "mds_filled")),

@@ -303,13 +303,13 @@ def test_a_stuck_read_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_wait_is_measured(order: Order, sources: list[TokenSource], monkeypatch: pytest.MonkeyPatch) -> None:
-    read = sources[0].read_into
+    read = sources[0].read_or_damage
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.2)
         return read(*arguments)
 
-    monkeypatch.setattr(sources[0], "read_into", slow)
+    monkeypatch.setattr(sources[0], "read_or_damage", slow)
     with make_loader(order, sources, prefetch=0) as loader:
         loader.next_step()
         assert loader.waited >= 0.2
@@ -324,9 +324,9 @@ def test_batches_share_no_memory_with_one_another(order: Order, sources: list[To
         (tensor.data_ptr(), tensor.data_ptr() + tensor.nbytes)
         for step in run_steps(order, sources, micro_batch=6, prefetch=2)
         for batch in step.micro_batches
-        for tensor in (batch.rows, batch.source_ids, batch.sample_ids, batch.run_positions)
+        for tensor in (batch.rows, batch.ids)
     ]
-    assert len(places) == STEPS * 4 * 4
+    assert len(places) == STEPS * 4 * 2
     assert all(before[1] <= after[0] for before, after in itertools.pairwise(sorted(places)))
 
 
@@ -390,16 +390,16 @@ def test_a_failing_disk_holds_up_its_own_step_only(
     bad = {int(sample) for sample in expected[7].micro_batches[0].sample_ids if sample < sources[0].sequences}
     bad -= {int(sample) for step in expected[:7] for sample in step.micro_batches[0].sample_ids}
     assert bad
-    read_into = sources[0].read_into
+    read = sources[0].read_or_damage
     reads = []
 
     def failing(indices: np.ndarray, *arguments: Any) -> Any:
         reads.append(len(indices))
         if bad.intersection(indices.tolist()):
             raise OSError(5, "Input/output error")
-        return read_into(indices, *arguments)
+        return read(indices, *arguments)
 
-    monkeypatch.setattr(sources[0], "read_into", failing)
+    monkeypatch.setattr(sources[0], "read_or_damage", failing)
     with make_loader(order, sources) as loader:
         found = [loader.next_step() for _ in range(7)]
         for _ in range(2):

@@ -1,0 +1,102 @@
+"""Checked blocks that stay in memory, so that what is wanted of them next takes no read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import numpy.typing as npt
+
+from .layout import BlockLayout
+from .permutation import IntArray
+
+if TYPE_CHECKING:
+    from .reader import TokenSource
+
+Tokens = npt.NDArray[np.unsignedinteger[Any]]
+BoolArray = npt.NDArray[np.bool_]
+
+_EMPTY = -1
+_LINE = 64
+"""Bytes of a cache line."""
+
+
+class BlockMemory:
+    """Memory for blocks of several sources. Not for several threads at once.
+
+    A block has one place where it may be, its number modulo the number of places: what is there is found for many
+    sequences at once by arithmetic, and a new block takes the place of an old one. Nothing of that is state of a run:
+    what isn't here is read from its file.
+
+    Args:
+        limit: bytes, at most; taken from the system as they are needed.
+    """
+
+    def __init__(self, limit: int = 128 << 20) -> None:
+        self._limit = limit
+        self._room = np.empty((0, 1), np.uint8)
+
+    def lend(self, sources: Sequence[TokenSource]) -> list[KeptBlocks | None]:
+        """The part of each source; all is forgotten that was kept before. ``None`` where there is no room for a block.
+
+        Parts that were lent before must not be used any more.
+        """
+        layouts = [source.manifest.layout for source in sources]
+        counts = [int(source.shards.blocks.sum()) for source in sources]
+        place = -(-max(layout.block_bytes for layout in layouts) // _LINE) * _LINE
+        shape = (min(self._limit // place, sum(counts)), place)
+        if self._room.shape != shape:
+            self._room = np.empty(shape, np.uint8)
+        numbers = np.full(shape[0], _EMPTY)
+        first = np.cumsum(counts) - counts
+        return [
+            KeptBlocks(self._room, numbers, int(begin), layout, source.seq_len) if shape[0] else None
+            for begin, layout, source in zip(first, layouts, sources, strict=True)
+        ]
+
+
+class KeptBlocks:
+    """The blocks of one source that are in a :class:`BlockMemory`.
+
+    Args:
+        room: uint8 [places, bytes of the largest block].
+        numbers: int64 [places], shared by all sources: the number of the block that is kept there, -1 for none.
+        first: what the source's block 0 is numbered as there.
+        layout: of the source.
+        seq_len: tokens per sequence.
+    """
+
+    def __init__(
+        self, room: npt.NDArray[np.uint8], numbers: IntArray, first: int, layout: BlockLayout, seq_len: int
+    ) -> None:
+        self._numbers, self._first = numbers, first
+        places, stride = room.shape
+        length, item = layout.block_tokens, layout.token_bytes
+        self._blocks: Tokens = np.ndarray((places, length + 1), layout.token_dtype, room, 0, (stride, item))
+        shape = (places, length // seq_len, seq_len + 1)
+        self._rows: Tokens = np.ndarray(shape, layout.token_dtype, room, 0, (stride, seq_len * item, item))
+
+    def find(self, blocks: IntArray) -> tuple[IntArray, BoolArray]:
+        """The place of each of the source's blocks [n], and whether the block is there."""
+        numbers = blocks + self._first
+        places = numbers % len(self._numbers)
+        return places, self._numbers[places] == numbers
+
+    def is_empty(self, places: IntArray) -> BoolArray:
+        """Where nothing is kept yet [n]."""
+        empty: BoolArray = self._numbers[places] == _EMPTY
+        return empty
+
+    def rows(self, places: IntArray, within: IntArray) -> Tokens:
+        """The sequences ``within`` [n] of what is at ``places`` [n]: [n, seq_len + 1], copied."""
+        return cast("Tokens", self._rows[places, within])
+
+    def clear(self, place: int) -> Tokens:
+        """A place where nothing is kept any more, to be filled with a block: [block_tokens + 1]."""
+        self._numbers[place] = _EMPTY
+        return self._blocks[place]
+
+    def keep(self, place: int, block: int) -> None:
+        """What the place was filled with is that block, checked."""
+        self._numbers[place] = self._first + block

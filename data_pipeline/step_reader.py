@@ -1,0 +1,137 @@
+"""Steps of one rank, read: several small ones at once, for reading costs more by the call than by the row."""
+
+from __future__ import annotations
+
+import itertools
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .batches import HOLE, Batch, BatchMaker, Rows
+from .block_memory import BlockMemory
+from .checked_blocks import Damaged
+from .damage import Damage, OnDamage
+from .order import Order
+from .permutation import IntArray
+from .reader import TokenSource
+from .schedule import Steps
+from .upcoming import Upcoming, windows_of
+
+_BYTES_AT_ONCE = 2 << 20
+"""Of tokens that are read in one go, at most,"""
+_SECONDS_AT_ONCE = 0.01
+"""and how long that may take: a step that is ready must not wait long for those that come later."""
+
+
+@dataclass(eq=False)
+class Step:
+    """One rank's share of an optimizer step.
+
+    Attributes:
+        position: where the step begins.
+        next_position: where the next step does; not always ``position + global_batch``, for ranges may be skipped.
+        global_batch: sequences of the step over all ranks.
+        micro_batches: this rank's, in their order.
+        damage: of this rank's rows: the holes in ``micro_batches``.
+    """
+
+    position: int
+    next_position: int
+    global_batch: int
+    micro_batches: tuple[Batch, ...]
+    damage: tuple[Damage, ...] = ()
+
+
+class StepReader:
+    """Reads steps one after the other. Not for several threads at once.
+
+    Args:
+        upcoming: the steps.
+        order: what they were located by.
+        sources: those of the order, at the same indices.
+        memory: keeps blocks of the sources; lent to nobody else.
+        on_damage: as in :class:`~data_pipeline.StepLoader`.
+    """
+
+    def __init__(
+        self,
+        upcoming: Upcoming,
+        order: Order,
+        sources: Sequence[TokenSource],
+        memory: BlockMemory,
+        on_damage: OnDamage,
+    ) -> None:
+        self._upcoming, self._order, self._sources, self._on_damage = upcoming, order, tuple(sources), on_damage
+        self._kept = memory.lend(sources)
+        self._at_once = 1
+        self._located: Steps | None = None
+        """Steps that could not be read together with those before."""
+        self._made: Iterator[Step] = iter(())
+
+    def next_step(self) -> Step:
+        """The next step.
+
+        Raises:
+            StopIteration: there is none.
+            DataError, OSError: it can't be read; again at every call.
+        """
+        step = next(self._made, None)
+        if step is None:
+            self._made = self._read_together()
+            step = next(self._made)
+        return step
+
+    def _read_together(self) -> Iterator[Step]:
+        steps = self._located or self._upcoming.take(self._at_once)
+        self._located, began = steps, time.perf_counter()
+        try:
+            rows, damaged = self._read(steps)
+        except OSError:
+            if len(steps) == 1:
+                raise
+            steps = steps.part(0, 1)  # the disk may have failed in a later one, which must not hold up this one
+            rows, damaged = self._read(steps)
+        quick = time.perf_counter() - began < _SECONDS_AT_ONCE
+        self._at_once = min(2 * len(rows), _BYTES_AT_ONCE // rows[0].nbytes) if quick else len(rows) // 2
+        if damaged and self._on_damage == "stop":
+            first = min(damaged)
+            if not (whole := first // steps.sequences):
+                raise damaged[first]
+            steps, rows, damaged = steps.part(0, whole), rows[: whole * steps.sequences], {}
+        left = len(self._located) - len(steps)
+        self._located = self._located.part(len(steps), len(steps) + left) if left else None
+        return self._make(steps, rows, damaged)
+
+    def _make(self, steps: Steps, rows: Rows, damaged: Damaged) -> Iterator[Step]:
+        sample_ids = self._order.sample_bases[steps.source] + steps.sequence
+        holes: dict[int, tuple[Damage, ...]] = {}
+        for row in sorted(damaged):
+            name, position = self._order.sources[steps.source[row]].name, int(steps.positions[row])
+            hole = Damage.of(damaged[row], position, name, int(sample_ids[row]))
+            number = row // steps.sequences
+            holes[number] = (*holes.get(number, ()), hole)
+            sample_ids[row] = HOLE
+        micro_steps, size = steps.shape
+        batches = BatchMaker(rows, self._sources[0].eos_id, steps.source, sample_ids, steps.positions, size)
+        for number, (begin, end) in enumerate(itertools.pairwise(steps.edges)):
+            made = batches.make(number * micro_steps, (number + 1) * micro_steps)
+            yield Step(begin, end, steps.global_batch, made, holes.get(number, ()))
+
+    def _read(self, steps: Steps) -> tuple[Rows, Damaged]:
+        """The tokens of the steps, [n, T + 1], and what is wrong with them, by row."""
+        if len(self._sources) == 1:
+            return self._read_source(0, steps.sequence)
+        first = self._sources[0]
+        rows: Rows = np.empty((len(steps.source), first.seq_len + 1), first.manifest.layout.token_dtype)
+        damaged: Damaged = {}
+        for number in np.unique(steps.source).tolist():
+            places = np.flatnonzero(steps.source == number)
+            rows[places], wrong = self._read_source(number, steps.sequence[places])
+            damaged |= {int(places[row]): error for row, error in wrong.items()}
+        return rows, damaged
+
+    def _read_source(self, number: int, sequences: IntArray) -> tuple[Rows, Damaged]:
+        windows = windows_of(self._order, self._sources, number, sequences)
+        return self._sources[number].read_or_damage(sequences, windows, self._kept[number])
