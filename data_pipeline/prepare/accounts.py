@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from ..errors import HeadraceError, UserError
+from ..layout import documents_path, index_path, rejected_path, shard_path
+from ..manifest import Manifest, RejectedFile, Shard
 from .settings import PrepareSettings
+from .workspace import Workspace
 
 _SUMMED = (
     "records",
@@ -52,17 +56,53 @@ def count_sources(
     }
 
 
-def check_documents(sources: Mapping[str, dict[str, Any]], documents: int) -> None:
-    """Compare the sources' documents with those of all shards.
+def check_files(workspace: Workspace, shards: Sequence[Shard], rejected: Sequence[RejectedFile]) -> None:
+    """Look whether the files that completion records speak of are there.
+
+    Raises:
+        UserError: one is missing or has another size. Its record is taken away, so that the next start writes it again.
+    """
+    folder = workspace.folder
+    written: list[tuple[str, Path, int | None]] = []
+    for shard in shards:
+        name = f"{shard.name}.json"
+        written.append((name, shard_path(folder, shard.name), shard.bytes))
+        written += [(name, path(folder, shard.name), None) for path in (index_path, documents_path)]
+    for file in rejected:
+        written.append((f"rejected-{file.name}.json", rejected_path(folder, file.name), file.bytes))
+    lost: list[str] = []
+    for record, path, size in written:
+        if not path.is_file() or size not in (None, path.stat().st_size):
+            lost.append(str(path.relative_to(folder)))
+            (workspace.shard_records / record).unlink(missing_ok=True)
+    if lost:
+        raise UserError(
+            f"{folder}: {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''} ({len(lost)} files) were "
+            "written, but are missing or cut now. Nothing was published; start again (with tasks: all of them): what "
+            "is lost is written again."
+        )
+
+
+def check_totals(manifest: Manifest) -> None:
+    """Compare what the sources gave with what all shards, and the files of rejected records, hold.
 
     Raises:
         HeadraceError: they differ, so something was lost or doubled on the way.
     """
-    counted = sum(source["documents"] for source in sources.values())
-    if counted != documents:
+    groups, sources = manifest.shards.totals(), manifest.sources.values()
+    for what in ("documents", "tokens", "text_bytes"):
+        given = sum(source[what] for source in sources)
+        held = sum(group[what] - (group["filling"] if what == "tokens" else 0) for group in groups)
+        _equal(what, "shards", given, held)
+    given = sum(rejected_documents(source["rejected"]) for source in sources)
+    _equal("rejected records", "files of rejected records", given, sum(file.rows for file in manifest.rejected))
+
+
+def _equal(what: str, where: str, given: int, held: int) -> None:
+    if given != held:
         raise HeadraceError(
-            f"the sources gave {counted:,} documents and the shards hold {documents:,}. Nothing was published; delete "
-            "the output folder and prepare again, and report this."
+            f"the sources gave {given:,} {what} and the {where} hold {held:,}. Nothing was published; delete the "
+            "output folder and prepare again, and report this."
         )
 
 

@@ -7,7 +7,7 @@ uniform shuffle of all documents whatever the parts were.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -23,12 +23,15 @@ from ..errors import DataError
 from ..files import publish, publish_json
 from ..manifest import HELDOUT, TRAIN
 from ..sources import Document, Part, Rejected, Source
+from ..sources.base import encodable
 from ..storage import StorageSettings
 from ..tokenizer import Tokenizer
 from .accounts import Rejected as RejectedCounts
 from .accounts import count_rejected
 from .rejected import Rejects, rejected_row, write_rejects
 from .runs import ID_BYTES, Documents, IntArray, write_run
+from .settings import PrepareSettings
+from .workspace import Workspace
 
 _BATCH_CHARACTERS = 1 << 20
 
@@ -48,6 +51,8 @@ class PartJob:
     run_bytes: int
     cleaning: CleaningSettings
     storage: StorageSettings
+    stamps: Mapping[str, Any]
+    """Of the part's own files, as all tasks have agreed on them."""
 
     @property
     def label(self) -> str:
@@ -63,6 +68,37 @@ class PartJob:
     def rejected(self) -> Path:
         """The records of the part that are left out, if there are any."""
         return self.folder / f"{self.number:06d}.rejected.parquet"
+
+
+def part_jobs(
+    settings: PrepareSettings, workspace: Workspace, stamps: Mapping[str, Mapping[str, Any]]
+) -> list[PartJob]:
+    """The parts of all sources, in the order of the configuration. ``stamps``: of each source's input.
+
+    Raises:
+        UserError: input is missing or unreadable.
+    """
+    jobs: list[PartJob] = []
+    for name, source in settings.sources.items():
+        for part in source.parts(settings.part_bytes, settings.storage):
+            own = {encodable(span.path) for span in part.spans}
+            jobs.append(
+                PartJob(
+                    number=len(jobs),
+                    source_name=name,
+                    source=source,
+                    part=part,
+                    folder=workspace.parts,
+                    tokenizer=workspace.tokenizer,
+                    seed=settings.seed,
+                    heldout_fraction=settings.heldout_fraction,
+                    run_bytes=settings.part_bytes,
+                    cleaning=settings.cleaning,
+                    storage=settings.storage,
+                    stamps={path: stamp for path, stamp in stamps[name].items() if path in own},
+                )
+            )
+    return jobs
 
 
 class _Counts:
@@ -135,6 +171,7 @@ def tokenise_part(job: PartJob) -> None:
     runs += _write_run(job, len(runs), pieces)
     if counts.rows:
         write_rejects(job.rejected, counts.rows)
+    job.source.check_unchanged(job.part, job.stamps)
     about = {"source": job.source_name, "domain": job.source.domain, "runs": runs}
     publish_json(job.record, {**about, **counts.as_json()})
 

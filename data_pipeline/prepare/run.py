@@ -14,6 +14,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +23,22 @@ from ..files import publish_bytes
 from ..layout import MANIFEST_FILE, BlockLayout
 from ..manifest import HELDOUT, TRAIN, Manifest, RejectedFile, Shard, ShardTable, read_manifest, write_manifest
 from ..tokenizer import Tokenizer
-from .accounts import check_documents, count_sources
+from .accounts import check_files, check_totals, count_sources
+from .agreement import (
+    Stamps,
+    agree_on_plan,
+    agree_on_versions,
+    check_evaluation_texts,
+    input_stamps,
+    obtain_tokenizer,
+)
 from .claims import Claimed, Item, Share, claim
 from .compare import CompareJob, compare, dropped_totals, plan_comparisons
 from .duplicates import RunFiles
 from .gather import Format, ShardJob, gather_shard, plan_shards, shard_jobs
-from .parts import PartJob, make_cleaner, tokenise_part
+from .parts import PartJob, make_cleaner, part_jobs, tokenise_part
 from .rejected import RejectedJob, gather_rejected, plan_rejected
 from .settings import PrepareSettings
-from .train_tokenizer import train_tokenizer
 from .workers import run_jobs
 from .workspace import Workspace, open_workspace
 
@@ -42,7 +50,7 @@ def make_tokenizer(settings: PrepareSettings) -> Tokenizer:
         UserError: the settings or the input are wrong, or are not those of an earlier start.
     """
     with _disk_errors(settings.output), open_workspace(Path(settings.output)) as workspace:
-        return _tokenizer(settings, workspace, _stamps(settings), Share())
+        return obtain_tokenizer(settings, workspace, input_stamps(settings), Share())
 
 
 def prepare(settings: PrepareSettings) -> Manifest:
@@ -55,6 +63,7 @@ def prepare(settings: PrepareSettings) -> Manifest:
     with _disk_errors(settings.output), open_workspace(Path(settings.output)) as workspace:
         work = _begin(settings, workspace, Share())
         if work.complete:
+            print(_nothing_done(settings), file=sys.stderr)
             return _finished(workspace)
         for stage in work.stages():
             work.advance(stage)
@@ -74,7 +83,7 @@ def prepare_share(settings: PrepareSettings, share: Share) -> str:
     with _disk_errors(settings.output), open_workspace(Path(settings.output), share) as workspace:
         work = _begin(settings, workspace, share)
         if work.complete:
-            return f"{settings.output} is already complete"
+            return _nothing_done(settings)
         for number, stage in enumerate(work.stages(), start=1):
             work.advance(stage)
             if missing := stage.missing():
@@ -96,6 +105,7 @@ def merge(settings: PrepareSettings) -> Manifest:
             raise UserError(f"{settings.output} holds nothing to merge. Run the tasks first (--task I --tasks N).")
         work = _begin(settings, workspace, Share())
         if work.complete:
+            print(_nothing_done(settings), file=sys.stderr)
             return _finished(workspace)
         for stage in work.stages():
             if missing := stage.missing():
@@ -131,18 +141,23 @@ class _Preparation:
     workspace: Workspace
     share: Share
     tokenizer: Tokenizer
+    stamps: Stamps
 
     @property
     def complete(self) -> bool:
         return (self.workspace.folder / MANIFEST_FILE).exists()
 
+    @cached_property
+    def parts(self) -> list[PartJob]:
+        """The items of the first pass."""
+        return part_jobs(self.settings, self.workspace, self.stamps)
+
     def stages(self) -> Iterator[_Stage]:
         """The passes in their order; each is made when those before are complete."""
-        parts = _part_jobs(self.settings, self.workspace)
-        yield _Stage("tokenise", "B", parts, tokenise_part, lambda job: job.part.bytes)
-        for comparisons in self._comparisons(parts):
+        yield _Stage("tokenise", "B", self.parts, tokenise_part, lambda job: job.part.bytes)
+        for comparisons in self._comparisons():
             yield _Stage(comparisons[0].title, "item", comparisons, compare, lambda job: 1)
-        jobs = [*self._shard_jobs(parts), *self._rejected_jobs(parts)]
+        jobs = [*self._shard_jobs(), *self._rejected_jobs()]
         yield _Stage("write shards", "token", jobs, _write, lambda job: job.tokens)
 
     def advance(self, stage: _Stage) -> None:
@@ -155,46 +170,46 @@ class _Preparation:
         run_jobs(function, items, self.settings.processes, stage.name, stage.unit, stage.weight)
 
     def publish(self) -> Manifest:
-        """Write the manifest, the last step."""
-        parts = _part_jobs(self.settings, self.workspace)
-        sources = count_sources(self.settings, self._records(parts), self._dropped())
-        shards = [Shard.model_validate(record) for record in self._records(self._shard_jobs(()))]
-        rejected = self._records(self._rejected_jobs(parts))
+        """Write the manifest, the last step, once what it counts is seen to be there."""
+        check_evaluation_texts(self.settings, self.workspace)
+        sources = count_sources(self.settings, self.part_records, self._dropped())
+        shards = [Shard.model_validate(record) for record in self._records(self._shard_jobs())]
+        rejected = [RejectedFile.model_validate(record) for record in self._records(self._rejected_jobs())]
+        check_files(self.workspace, shards, rejected)
         manifest = _manifest(self.settings, self.tokenizer, shards, sources, rejected)
-        check_documents(sources, sum(shard.documents for shard in shards))
+        check_totals(manifest)
         _warn_of_missing_splits(self.settings, manifest)
         write_manifest(self.workspace.folder, manifest)
         return _finished(self.workspace)
 
-    def _shard_jobs(self, parts: Sequence[PartJob]) -> list[ShardJob]:
+    def _shard_jobs(self) -> list[ShardJob]:
         settings, workspace = self.settings, self.workspace
         with claim(workspace.claims, "the shard plan", self.share, wait=True):
             if not workspace.shard_plan.exists():
-                records = self._records(parts)
                 dropped = self._dropped()
-                count_sources(settings, records, dropped)
-                plan_shards(workspace, records, dropped, settings.shard_tokens, settings.processes)
+                count_sources(settings, self.part_records, dropped)
+                plan_shards(workspace, self.part_records, dropped, settings.shard_tokens, settings.processes)
         layout = BlockLayout(settings.block_tokens, self.tokenizer.dtype)
         return shard_jobs(workspace, Format(layout, self.tokenizer.eos_id, settings.pack_tokens))
 
-    def _comparisons(self, parts: Sequence[PartJob]) -> list[list[CompareJob]]:
+    def _comparisons(self) -> list[list[CompareJob]]:
         if not self.settings.cleaning.compares:
             return []
-        runs = self._runs(parts)
+        runs = self._runs()
         return plan_comparisons(self.workspace.duplicates, runs, tuple(self.settings.sources), self.settings.cleaning)
 
-    def _rejected_jobs(self, parts: Sequence[PartJob]) -> list[RejectedJob]:
+    def _rejected_jobs(self) -> list[RejectedJob]:
         return plan_rejected(
             self.workspace.folder,
-            self._records(parts),
-            [part.rejected for part in parts],
-            self._runs(parts),
+            self.part_records,
+            [part.rejected for part in self.parts],
+            self._runs(),
             tuple(self.settings.sources),
             self._dropped(),
             self.settings.cleaning.rejected_characters,
         )
 
-    def _runs(self, parts: Sequence[PartJob]) -> list[RunFiles]:
+    def _runs(self) -> list[RunFiles]:
         numbers = {source: number for number, source in enumerate(self.settings.sources)}
         return [
             RunFiles(
@@ -203,31 +218,49 @@ class _Preparation:
                 train=run[TRAIN]["documents"],
                 documents=run[TRAIN]["documents"] + run[HELDOUT]["documents"],
             )
-            for record in self._records(parts)
+            for record in self.part_records
             for run in record["runs"]
         ]
 
     def _dropped(self) -> dict[str, dict[str, Any]]:
         return dropped_totals(self.workspace.duplicates) if self.settings.cleaning.compares else {}
 
+    @cached_property
+    def part_records(self) -> list[dict[str, Any]]:
+        """What the first pass recorded of each part. The first to ask, when all parts are done, puts it into one file,
+        so that not every task reads the file of every part."""
+        path = self.workspace.part_records
+        if not path.exists():
+            with claim(self.workspace.claims, "the part records", self.share, wait=True):
+                if not path.exists():
+                    publish_bytes(path, json.dumps(self._records(self.parts)).encode())
+        records: list[dict[str, Any]] = json.loads(path.read_bytes())
+        return records
+
     def _records(self, items: Sequence[Item]) -> list[dict[str, Any]]:
         return [json.loads(item.record.read_bytes()) for item in items]
 
 
 def _begin(settings: PrepareSettings, workspace: Workspace, share: Share) -> _Preparation:
-    stamps = _stamps(settings)
-    tokenizer = _tokenizer(settings, workspace, stamps, share)
-    plan = {"settings": settings.agreed, "part_bytes": settings.part_bytes, "tokenizer": tokenizer.sha256}
-    workspace.agree("plan", {**plan, "input": stamps, **_evaluation_texts(settings)}, share)
-    work = _Preparation(settings, workspace, share, tokenizer)
+    stamps = input_stamps(settings)
+    tokenizer = obtain_tokenizer(settings, workspace, stamps, share)
+    agree_on_plan(settings, workspace, stamps, tokenizer, share)
+    work = _Preparation(settings, workspace, share, tokenizer, stamps)
     if work.complete:
-        print(f"{settings.output} is already complete", file=sys.stderr)
-    elif share.task == 0 and (ignored := make_cleaner(settings.cleaning).ignored_evaluation_texts):
-        print(
-            f"warning: {ignored} evaluation texts are shorter than decontaminate.min_units and are not looked for.",
-            file=sys.stderr,
-        )
+        return work
+    agree_on_versions(workspace, share)
+    if share.task == 0:
+        _warn_of_input(settings)
     return work
+
+
+def _warn_of_input(settings: PrepareSettings) -> None:
+    if ignored := make_cleaner(settings.cleaning).ignored_evaluation_texts:
+        _warn(f"{ignored} evaluation texts are shorter than decontaminate.min_units and are not looked for.")
+
+
+def _warn(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _write(job: ShardJob | RejectedJob) -> None:
@@ -235,75 +268,6 @@ def _write(job: ShardJob | RejectedJob) -> None:
         gather_shard(job)
     else:
         gather_rejected(job)
-
-
-def _evaluation_texts(settings: PrepareSettings) -> dict[str, Any]:
-    """The files that decontamination reads, by their content."""
-    decontaminate = settings.cleaning.decontaminate
-    return {"evaluation_texts": decontaminate.stamp()} if decontaminate else {}
-
-
-def _stamps(settings: PrepareSettings) -> dict[str, Any]:
-    return {name: source.stamp(settings.storage) for name, source in settings.sources.items()}
-
-
-def _tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: dict[str, Any], share: Share) -> Tokenizer:
-    wanted: dict[str, Any] = {"tokenizer": settings.tokenizer.model_dump(mode="json")}
-    with claim(workspace.claims, "the tokenizer", share, wait=True):
-        if workspace.tokenizer.exists() and not (workspace.work / "tokenizer.json").exists():
-            raise UserError(
-                f"{workspace.tokenizer} was not made here, so it is unknown from what. Move it elsewhere and name it "
-                "as tokenizer.path."
-            )
-        if settings.tokenizer.path is not None:
-            tokenizer = Tokenizer.load(Path(settings.tokenizer.path))
-            workspace.agree("tokenizer", {**wanted, "sha256": tokenizer.sha256}, share)
-            if not workspace.tokenizer.exists():
-                publish_bytes(workspace.tokenizer, tokenizer.model)
-                return tokenizer
-            return Tokenizer.load(workspace.tokenizer)
-        assert settings.tokenizer.train is not None
-        wanted |= {
-            "sources": settings.agreed["sources"],
-            "heldout_fraction": settings.heldout_fraction,
-            "input": stamps,
-            "cleaning": settings.cleaning.of_documents,
-            **_evaluation_texts(settings),
-        }
-        workspace.agree("tokenizer", wanted, share)
-        if workspace.tokenizer.exists():
-            return Tokenizer.load(workspace.tokenizer)
-        tokenizer = train_tokenizer(
-            settings.tokenizer.train,
-            settings.sources,
-            settings.heldout_fraction,
-            make_cleaner(settings.cleaning),
-            settings.storage,
-        )
-        publish_bytes(workspace.tokenizer, tokenizer.model)
-        return tokenizer
-
-
-def _part_jobs(settings: PrepareSettings, workspace: Workspace) -> list[PartJob]:
-    jobs: list[PartJob] = []
-    for name, source in settings.sources.items():
-        for part in source.parts(settings.part_bytes, settings.storage):
-            jobs.append(
-                PartJob(
-                    number=len(jobs),
-                    source_name=name,
-                    source=source,
-                    part=part,
-                    folder=workspace.parts,
-                    tokenizer=workspace.tokenizer,
-                    seed=settings.seed,
-                    heldout_fraction=settings.heldout_fraction,
-                    run_bytes=settings.part_bytes,
-                    cleaning=settings.cleaning,
-                    storage=settings.storage,
-                )
-            )
-    return jobs
 
 
 def _check_space(folder: Path, jobs: Sequence[ShardJob]) -> None:
@@ -317,21 +281,32 @@ def _check_space(folder: Path, jobs: Sequence[ShardJob]) -> None:
 
 
 def _warn_of_missing_splits(settings: PrepareSettings, manifest: Manifest) -> None:
-    held = {group["domain"] for group in manifest.shards.totals() if group["split"] == HELDOUT}
-    for domain in manifest.domains if settings.heldout_fraction else ():
-        if domain not in held:
-            print(
-                f"warning: domain {domain!r} has no held-out document: none of its few fell into heldout_fraction = "
-                f"{settings.heldout_fraction}. It can't be evaluated; raise heldout_fraction, or add text.",
-                file=sys.stderr,
+    held = {(group["domain"], group["split"]) for group in manifest.shards.totals()}
+    for domain in manifest.domains:
+        if (domain, TRAIN) not in held:
+            _warn(
+                f"domain {domain!r} has no training document: all of its few fell into heldout_fraction = "
+                f"{settings.heldout_fraction}. It can't be trained on; lower heldout_fraction, or add text."
             )
+        elif (domain, HELDOUT) not in held and settings.heldout_fraction:
+            _warn(
+                f"domain {domain!r} has no held-out document: none of its few fell into heldout_fraction = "
+                f"{settings.heldout_fraction}. It can't be evaluated; raise heldout_fraction, or add text."
+            )
+
+
+def _nothing_done(settings: PrepareSettings) -> str:
+    return (
+        f"{settings.output} is complete already: nothing was done. For another data set give another `output`, or "
+        "delete that folder."
+    )
 
 
 def _finished(workspace: Workspace) -> Manifest:
     """Drop what only a restart needs; the records of what was asked for stay."""
     for folder in workspace.passing:
         shutil.rmtree(folder)
-    for path in (workspace.shard_plan, workspace.shard_runs):
+    for path in (workspace.part_records, workspace.shard_plan, workspace.shard_runs):
         path.unlink(missing_ok=True)
     return read_manifest(workspace.folder)
 
@@ -341,7 +316,7 @@ def _manifest(
     tokenizer: Tokenizer,
     shards: Sequence[Shard],
     sources: dict[str, dict[str, Any]],
-    rejected: Sequence[dict[str, Any]],
+    rejected: Sequence[RejectedFile],
 ) -> Manifest:
     return Manifest(
         block_tokens=settings.block_tokens,
@@ -354,7 +329,7 @@ def _manifest(
         tokenizer_sha256=tokenizer.sha256,
         shards=ShardTable.of(shards),
         sources=sources,
-        rejected=tuple(RejectedFile.model_validate(record) for record in rejected),
+        rejected=tuple(rejected),
         settings=settings.content,
     )
 

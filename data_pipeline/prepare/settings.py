@@ -144,4 +144,6 @@ class PrepareSettings(AccessSettings):
         for source in content["sources"].values():
             if "files" in source:
                 source["files"] = [shown_name(name) for name in source["files"]]
+        # JSON objects have no order; parts are numbered in this one, and of duplicates the source named first wins
+        content["source_order"] = list(self.sources)
         return content

@@ -45,6 +45,11 @@ class Workspace:
         return self.work / "duplicates"
 
     @property
+    def part_records(self) -> Path:
+        """The completion records of all parts in one file: made when all parts are done."""
+        return self.work / "part_records.json"
+
+    @property
     def shard_plan(self) -> Path:
         """What goes into which shard: made when all parts are done."""
         return self.work / "shard_plan.json"

@@ -6,19 +6,20 @@ processes, cuts the same ones.
 
 from __future__ import annotations
 
+import os
 import sys
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any, Literal
 
 from pydantic import Field
 
-from ..errors import DataError
+from ..errors import DataError, UserError
 from ..settings import Settings
 from ..storage import StorageSettings
-from .inputs import DEFAULT_STORAGE, can_be_cut, find_inputs, input_sizes, input_stamp
+from .inputs import DEFAULT_STORAGE, can_be_cut, find_inputs, input_sizes, input_stamp, is_remote
 from .records import RecordError
 
 
@@ -105,6 +106,14 @@ class Source(Settings, ABC):
     def stamp(self, storage: StorageSettings = DEFAULT_STORAGE) -> dict[str, Any]:
         """What shows that the input changed between two starts of a `prepare` (JSON)."""
 
+    def check_unchanged(self, part: Part, stamps: Mapping[str, Any]) -> None:
+        """Look, after a part was read, whether its input is still what ``stamps`` (of :meth:`stamp`) say; a source
+        whose input can't be looked at again does nothing.
+
+        Raises:
+            UserError: names the file that changed.
+        """
+
     def read(self, part: Part, storage: StorageSettings = DEFAULT_STORAGE) -> Iterator[Document | Rejected]:
         """The records of a part; with ``on_bad_record: stop`` all of them are documents.
 
@@ -140,6 +149,16 @@ class FileSource(Source):
     def stamp(self, storage: StorageSettings = DEFAULT_STORAGE) -> dict[str, Any]:
         """Size and modification time of each file; the size of what is remote."""
         return {encodable(name): input_stamp(name, size) for name, size in self._sizes(storage)}
+
+    def check_unchanged(self, part: Part, stamps: Mapping[str, Any]) -> None:
+        for path in {span.path: None for span in part.spans if not is_remote(span.path)}:
+            expected = stamps[encodable(path)]
+            found = input_stamp(path, 0) if os.path.exists(path) else "gone"
+            if found != expected:
+                raise UserError(
+                    f"{path} changed while it was read: it was {expected}, now it is {found}. Put it back as it was, "
+                    "its time included, or prepare what it is now in another `output`."
+                )
 
     def _sizes(self, storage: StorageSettings) -> list[tuple[str, int]]:
         names = self.input_files(storage)

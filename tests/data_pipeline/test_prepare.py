@@ -1,42 +1,25 @@
 from __future__ import annotations
 
-import hashlib
 import io
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
 import tarfile
-import time
-from collections.abc import Callable
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import sentencepiece
 
-import data_pipeline.prepare.run
-from data_pipeline.errors import HeadraceError, UserError
-from data_pipeline.manifest import Manifest, read_manifest
-from data_pipeline.prepare import PrepareSettings, make_tokenizer, prepare
-from data_pipeline.prepare.workers import run_jobs
+from data_pipeline.errors import UserError
+from data_pipeline.manifest import read_manifest
+from data_pipeline.prepare import PrepareSettings, make_tokenizer
 from data_pipeline.prepare.workspace import open_workspace
 from data_pipeline.settings import build_settings
-from data_pipeline.shard_reading import read_documents, read_tokens
+from data_pipeline.shard_reading import read_documents
 from data_pipeline.testing import tiny_tokenizer
-from data_pipeline.tokenizer import Tokenizer
-
-WORDS = "the quick brown fox jumps over the lazy dog and then it sleeps until morning comes".split()  # noqa: SIM905
-
-
-def make_texts(count: int, seed: int) -> list[str]:
-    generator = np.random.default_rng(seed)
-    return [" ".join(generator.choice(WORDS, generator.integers(1, 60))) + f" {seed}.{i}" for i in range(count)]
-
+from tests.data_pipeline.prepared import hashes, make_texts, run, stored
 
 PROSE = [*make_texts(300, 1), *make_texts(300, 1)[:40]]
 VERSE = make_texts(120, 2)
@@ -65,10 +48,6 @@ def plain(tmp_path: Path) -> dict[str, Any]:
     }
 
 
-def run(plain: dict[str, Any], **changes: Any) -> Manifest:
-    return prepare(build_settings(PrepareSettings, {**plain, **changes}, "test"))
-
-
 def test_a_folder_prepared_anew_takes_the_tokenizer_that_is_there_now(plain: dict[str, Any], tmp_path: Path) -> None:
     run(plain)
     shutil.rmtree(tmp_path / "set")
@@ -79,22 +58,6 @@ def test_a_folder_prepared_anew_takes_the_tokenizer_that_is_there_now(plain: dic
         for tokenizer in (tiny_tokenizer(), tiny_tokenizer(390))
     )
     assert manifest.shards.tokens.sum() == now != before
-
-
-def hashes(folder: Path) -> dict[str, str]:
-    files = (path for path in folder.rglob("*") if path.is_file() and ".prepare" not in path.parts)
-    return {str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
-
-
-def stored(folder: Path, domain: str, split: str) -> list[str]:
-    """The texts of a (domain, split) as the shards hold them, in order, found by EOS alone."""
-    manifest, tokenizer = read_manifest(folder), Tokenizer.load(folder / "tokenizer.model")
-    texts: list[str] = []
-    for shard in manifest.select(domain, split):
-        ids = read_tokens(folder, manifest, shard)
-        ends = np.flatnonzero(ids == tokenizer.eos_id)
-        texts += [tokenizer.decode(piece) for piece in np.split(ids[: ends[-1]], ends[:-1] + 1)]
-    return texts
 
 
 def split_of(text: str) -> str:
@@ -296,100 +259,3 @@ def test_a_bad_record_stops_a_parallel_prepare(plain: dict[str, Any], tmp_path: 
         handle.write("{\n")
     with pytest.raises(UserError, match=r"b\.jsonl, line 172: not valid JSON"):
         run(plain, processes=2)
-
-
-def test_a_killed_worker_is_explained(plain: dict[str, Any]) -> None:
-    with pytest.raises(HeadraceError, match=r"a worker process was killed .* it continues"):
-        run_jobs(_die, [1, 2], 2, "die", "job", int)
-
-
-def _die(job: int) -> None:
-    os.kill(os.getpid(), signal.SIGKILL)
-
-
-def _published(pattern: str, count: int) -> Callable[[Path], bool]:
-    return lambda folder: len(list(folder.glob(pattern))) >= count
-
-
-MOMENTS = {
-    "a run of a part": _published(".prepare/parts/*.tokens", 1),
-    "a part": _published(".prepare/parts/000???.json", 3),
-    "an archive being written": _published("shards/.*.tmp", 1),
-    "a shard's archive": _published("shards/*.tar", 2),
-    "a shard": _published(".prepare/shards/*.json", 4),
-    "the manifest": _published("manifest.json", 1),
-}
-
-
-def test_a_killed_prepare_continues_to_the_same_bytes(plain: dict[str, Any], tmp_path: Path) -> None:
-    run(plain)
-    config = tmp_path / "killed.yaml"
-    config.write_text(json.dumps({**plain, "output": str(tmp_path / "killed"), "processes": 2}))
-    command = [sys.executable, "-m", "data_pipeline", "prepare", str(config)]
-    for moment, reached in MOMENTS.items():
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        while process.poll() is None and not reached(tmp_path / "killed"):
-            time.sleep(0.0005)
-        process.kill()
-        assert process.wait() in (-signal.SIGKILL, 0), moment
-        if moment == "a shard":
-            finished = [path.stem for path in (tmp_path / "killed" / ".prepare" / "shards").glob("*.json")]
-            times = {name: (tmp_path / "killed" / "shards" / f"{name}.tar").stat().st_mtime_ns for name in finished}
-    (tmp_path / "killed" / "shards" / ".000000.tar.1.tmp").write_bytes(b"left over")
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    assert hashes(tmp_path / "killed") == hashes(tmp_path / "set")
-    kept = {name: (tmp_path / "killed" / "shards" / f"{name}.tar").stat().st_mtime_ns for name in times}
-    assert kept == times, "a finished shard was written again"
-    assert sorted(path.name for path in (tmp_path / "killed" / ".prepare").iterdir()) == sorted(
-        path.name for path in (tmp_path / "set" / ".prepare").iterdir()
-    )
-
-
-def test_workers_do_not_outlive_a_killed_parent(tmp_path: Path) -> None:
-    script = (
-        "import os, time\n"
-        "from data_pipeline.prepare.workers import run_jobs\n"
-        "from tests.data_pipeline.test_prepare import _sleep\n"
-        f"if __name__ == '__main__': run_jobs(_sleep, [{str(tmp_path)!r}] * 2, 2, 'sleep', 'job', len)\n"
-    )
-    (tmp_path / "script.py").write_text(script)
-    environment = {**os.environ, "PYTHONPATH": os.getcwd()}
-    parent = subprocess.Popen([sys.executable, tmp_path / "script.py"], env=environment, stderr=subprocess.DEVNULL)
-    while len(pids := [int(path.suffix[1:]) for path in tmp_path.glob("worker.*")]) < 2:
-        time.sleep(0.01)
-    parent.kill()
-    parent.wait()
-    deadline = time.monotonic() + 20
-    while any(_alive(pid) for pid in pids):
-        assert time.monotonic() < deadline, "a worker lives on"
-        time.sleep(0.01)
-
-
-def _sleep(folder: str) -> None:
-    (Path(folder) / f"worker.{os.getpid()}").touch()
-    time.sleep(600)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    except FileNotFoundError:
-        return False
-    return state != "Z"
-
-
-def test_a_part_that_has_its_record_is_not_read_again(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """A prepare stopped between the passes goes on without the first."""
-
-    def full_disk(folder: Path, needed: int) -> None:
-        raise OSError(28, "No space left on device", str(folder))
-
-    monkeypatch.setattr(data_pipeline.prepare.run, "_check_space", full_disk)
-    with pytest.raises(UserError, match=r"set: No space left on device \(.*set\)\. Mend that and start the same"):
-        run(plain)
-    monkeypatch.undo()
-    records = {path: path.stat().st_mtime_ns for path in (Path(plain["output"]) / ".prepare" / "parts").iterdir()}
-    assert records
-    monkeypatch.setattr(data_pipeline.prepare.run.shutil, "rmtree", lambda path: None)
-    run(plain)
-    assert {path: path.stat().st_mtime_ns for path in records} == records

@@ -2,24 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import random
 import re
-import resource
 import signal
 import socket
 import subprocess
 import sys
 import time
-import tracemalloc
 from collections.abc import Iterator
 from multiprocessing.context import ForkServerContext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 
 import data_pipeline.prepare.claims as claims
@@ -27,11 +23,9 @@ import data_pipeline.prepare.workspace as workspaces
 from data_pipeline.errors import UserError
 from data_pipeline.prepare import PrepareSettings, Share, merge, prepare, prepare_share
 from data_pipeline.prepare.claims import claim
-from data_pipeline.prepare.runs import DROP_DTYPE, Documents, Run, write_run
 from data_pipeline.prepare.workspace import Workspace, open_workspace
 from data_pipeline.settings import build_settings
-from data_pipeline.testing import tiny_tokenizer
-from tests.data_pipeline.test_prepare import hashes, make_texts
+from tests.data_pipeline.prepared import build, hashes, make_texts, plain_settings
 
 HOST = re.escape(socket.gethostname())
 
@@ -47,30 +41,10 @@ def processes() -> ForkServerContext:
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Any], dict[str, str]]:
     """Plain settings of about ten parts and ten shards, and the hashes of what one undisturbed prepare writes."""
-    folder = tmp_path_factory.mktemp("reference")
-    for name, texts in {"a": make_texts(200, 1), "b": make_texts(100, 2)}.items():
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    (folder / "given.model").write_bytes(tiny_tokenizer().model)
-
-    def source(name: str) -> dict[str, Any]:
-        return {"kind": "jsonl", "domain": f"domain-{name}", "files": [str(folder / f"{name}.jsonl")]}
-
-    plain = {
-        "output": str(folder / "set"),
-        "tokenizer": {"path": str(folder / "given.model")},
-        "sources": {"first": source("a"), "second": source("b")},
-        "heldout_fraction": 0.1,
-        "block_tokens": 64,
-        "shard_tokens": 2500,
-        "part_bytes": 4000,
-        "processes": 1,
-    }
+    sources = {"first": ("domain-a", make_texts(200, 1)), "second": ("domain-b", make_texts(100, 2))}
+    plain = plain_settings(tmp_path_factory.mktemp("reference"), sources)
     prepare(build(plain))
-    return plain, hashes(folder / "set")
-
-
-def build(plain: dict[str, Any], **changes: Any) -> PrepareSettings:
-    return build_settings(PrepareSettings, {**plain, **changes}, "test")
+    return plain, hashes(Path(plain["output"]))
 
 
 @pytest.fixture
@@ -105,7 +79,7 @@ def test_the_bytes_do_not_depend_on_the_number_of_tasks(
     assert not (Path(settings.output) / "manifest.json").exists()
     merge(settings)
     assert hashes(Path(settings.output)) == expected
-    assert share_out(settings, tasks) == [f"{settings.output} is already complete"] * tasks
+    assert all("is complete already: nothing was done" in said for said in share_out(settings, tasks))
 
 
 def test_each_call_does_its_share_of_one_pass_and_says_what_is_missing(settings: PrepareSettings) -> None:
@@ -219,10 +193,10 @@ def test_commands_of_tasks(settings: PrepareSettings, expected: dict[str, str], 
     assert done.returncode == 0
     assert "data set   " in done.stdout
     assert hashes(Path(settings.output)) == expected
-    assert "is already complete" in command("--task", "0", "--tasks", "1").stdout
+    assert "is complete already" in command("--task", "0", "--tasks", "1").stdout
     done = command()
     assert done.returncode == 0
-    assert f"{settings.output} is already complete\n" in done.stderr
+    assert f"{settings.output} is complete already: nothing was done." in done.stderr
 
 
 # ---- started twice ----
@@ -316,102 +290,6 @@ def test_left_over_files_go_when_nobody_else_is_there(settings: PrepareSettings)
 def test_wrong_task_numbers(task: int, tasks: int) -> None:
     with pytest.raises(UserError, match=rf"task {task} of {tasks} tasks does not exist\. Count tasks from 0"):
         Share(task, tasks)
-
-
-def _claim_and_die(folder: Path, ready: Any) -> None:
-    with claim(folder, "part 000001", Share(1, 2)):
-        ready.set()
-        time.sleep(0.5)
-        os.kill(os.getpid(), signal.SIGKILL)
-
-
-def test_a_claim_dies_with_its_process(tmp_path: Path, processes: ForkServerContext) -> None:
-    ready = processes.Event()
-    process = processes.Process(target=_claim_and_die, args=(tmp_path, ready))
-    process.start()
-    assert ready.wait(30)
-    with claim(tmp_path, "part 000001", Share(0, 2)):
-        process.join(30)
-        assert process.exitcode == -signal.SIGKILL
-    assert list(tmp_path.iterdir()) == []
-
-
-def _count_up(folder: Path, times: int) -> None:
-    for _ in range(times):
-        with claim(folder, "the counter", Share(), wait=True):
-            path = folder / "count"
-            value = int(path.read_text())
-            path.write_text(str(value + 1))
-
-
-def test_claims_exclude_each_other(tmp_path: Path, processes: ForkServerContext) -> None:
-    """Also while their files are made and removed: the counter misses nothing."""
-    (tmp_path / "count").write_text("0")
-    running = [processes.Process(target=_count_up, args=(tmp_path, 60)) for _ in range(3)]
-    for process in running:
-        process.start()
-    for process in running:
-        process.join(60)
-    assert (tmp_path / "count").read_text() == "180"
-
-
-# ---- many runs, large runs ----
-
-
-def test_many_runs_need_few_open_files(settings: PrepareSettings, reference: Any, tmp_path: Path) -> None:
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    opened = len(os.listdir("/proc/self/fd"))
-    try:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (opened + 12, hard))
-        manifest = prepare(settings.model_copy(update={"part_bytes": 900}))
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    assert manifest.identity == json.loads((Path(reference[0]["output"]) / "manifest.json").read_bytes())["identity"]
-
-
-@pytest.fixture
-def large_run(tmp_path: Path) -> Path:
-    """200,000 documents of two tokens: a table of 16 MB."""
-    count = 200_000
-    generator = np.random.default_rng(0)
-    documents = Documents(
-        keys=generator.integers(0, 1 << 64, count, np.uint64),
-        ids=generator.integers(0, 256, (count, 16), np.uint8),
-        lengths=np.full(count, 2),
-        text_bytes=np.full(count, 1),
-        urls=[b"u"] * count,
-        metadata=[b""] * count,
-        tokens=np.tile(np.array([5, 2], np.uint16), count),
-        signatures=np.zeros((count, 0), np.uint32),
-    )
-    write_run(tmp_path / "run", documents, documents.shuffled(np.arange(count)))
-    drops = np.zeros(count // 2, DROP_DTYPE)
-    drops["row"] = np.arange(0, count, 2)
-    np.save(tmp_path / "run.drop.npy", drops)
-    return tmp_path / "run"
-
-
-@pytest.mark.parametrize("deduplicated", [False, True])
-def test_a_shard_costs_what_it_holds_not_what_the_run_holds(large_run: Path, deduplicated: bool) -> None:
-    """The run's first 50,000 documents are another split's; of all the rest every other one is a duplicate."""
-    first, last = 50_000, 200_000
-    run = Run(str(large_run), first, last, deduplicated)
-    keys = np.ascontiguousarray(run.table()["key"])
-    stays = np.arange(first, last) % 2 == 1 if deduplicated else np.ones(last - first, bool)
-    for k in (2_600, 3_117, 9_999):
-        low, high = (k << 64) // 10_000, ((k + 1) << 64) // 10_000
-        tracemalloc.start()
-        found = run.read(low, high, np.dtype("<u2"))
-        peak = tracemalloc.get_traced_memory()[1]
-        tracemalloc.stop()
-        assert found is not None
-        wanted = [key for key, stay in zip(keys.tolist(), stays.tolist(), strict=True) if stay and low <= key < high]
-        assert found.keys.tolist() == wanted
-        assert found.tokens.tolist() == [5, 2] * len(found)
-        assert peak < 100_000, "a part of the run that is not asked for was read"
-    cuts = np.array([(k << 64) // 7 for k in range(1, 7)], np.uint64)
-    places = np.searchsorted(keys, cuts)
-    assert run.tokens_per_range(cuts).tolist() == [2 * int(piece.sum()) for piece in np.split(stays, places)]
 
 
 def test_bad_records_may_be_dropped_by_a_later_start(settings: PrepareSettings) -> None:

@@ -1,0 +1,121 @@
+"""What all starts and tasks of one `prepare` must agree on: settings, input, tokenizer, and the libraries that decide
+what becomes of a text."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import unicodedata
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import publish_bytes
+from ..tokenizer import Tokenizer
+from .claims import Share, claim
+from .parts import make_cleaner
+from .settings import PrepareSettings
+from .train_tokenizer import train_tokenizer
+from .workspace import Workspace
+
+Stamps = dict[str, dict[str, Any]]
+"""Of each source: what shows that its input changed."""
+
+
+def input_stamps(settings: PrepareSettings) -> Stamps:
+    """The stamps of all sources as their input is now.
+
+    Raises:
+        UserError: input is missing or unreadable.
+    """
+    return {name: source.stamp(settings.storage) for name, source in settings.sources.items()}
+
+
+def text_versions() -> dict[str, str]:
+    """Versions that decide what becomes of a text: normalisation and words hang on Unicode's, tokens on
+    SentencePiece's."""
+    return {"sentencepiece": importlib.metadata.version("sentencepiece"), "unicode": unicodedata.unidata_version}
+
+
+def agree_on_plan(
+    settings: PrepareSettings, workspace: Workspace, stamps: Stamps, tokenizer: Tokenizer, share: Share
+) -> None:
+    """Put on record what parts and shards are made of, or check that it is what an earlier start put there.
+
+    Raises:
+        UserError: names what differs.
+    """
+    plan = {"settings": settings.agreed, "part_bytes": settings.part_bytes, "tokenizer": tokenizer.sha256}
+    workspace.agree("plan", {**plan, "input": stamps, **_evaluation_texts(settings)}, share)
+
+
+def check_evaluation_texts(settings: PrepareSettings, workspace: Workspace) -> None:
+    """Look, when all parts are done, whether the evaluation texts are still those that were agreed on.
+
+    Raises:
+        UserError: they changed meanwhile, so that parts may have been compared with either.
+    """
+    agreed = json.loads((workspace.work / "plan.json").read_bytes())
+    if agreed.get("evaluation_texts", {}) != _evaluation_texts(settings).get("evaluation_texts", {}):
+        raise UserError(
+            f"{settings.output}: the evaluation texts of `decontaminate.files` changed while documents were compared "
+            "with them. Put them back, delete the output folder and prepare again."
+        )
+
+
+def agree_on_versions(workspace: Workspace, share: Share) -> None:
+    """The same for :func:`text_versions`; a data set that is complete needs none of them any more.
+
+    Raises:
+        UserError: names what differs.
+    """
+    workspace.agree("versions", text_versions(), share)
+
+
+def obtain_tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: Stamps, share: Share) -> Tokenizer:
+    """The data set's tokenizer: the one that is there, or the one trained, or taken from a file, now.
+
+    Raises:
+        UserError: there is one of unknown origin, or what it was made from is not what is asked for now.
+    """
+    wanted: dict[str, Any] = {"tokenizer": settings.tokenizer.model_dump(mode="json")}
+    with claim(workspace.claims, "the tokenizer", share, wait=True):
+        if workspace.tokenizer.exists() and not (workspace.work / "tokenizer.json").exists():
+            raise UserError(
+                f"{workspace.tokenizer} was not made here, so it is unknown from what. Move it elsewhere and name it "
+                "as tokenizer.path."
+            )
+        if settings.tokenizer.path is not None:
+            tokenizer = Tokenizer.load(Path(settings.tokenizer.path))
+            workspace.agree("tokenizer", {**wanted, "sha256": tokenizer.sha256}, share)
+            if not workspace.tokenizer.exists():
+                publish_bytes(workspace.tokenizer, tokenizer.model)
+                return tokenizer
+            return Tokenizer.load(workspace.tokenizer)
+        assert settings.tokenizer.train is not None
+        wanted |= {
+            "sources": settings.agreed["sources"],
+            "source_order": settings.agreed["source_order"],
+            "heldout_fraction": settings.heldout_fraction,
+            "input": stamps,
+            "cleaning": settings.cleaning.of_documents,
+            **_evaluation_texts(settings),
+        }
+        workspace.agree("tokenizer", wanted, share)
+        if workspace.tokenizer.exists():
+            return Tokenizer.load(workspace.tokenizer)
+        tokenizer = train_tokenizer(
+            settings.tokenizer.train,
+            settings.sources,
+            settings.heldout_fraction,
+            make_cleaner(settings.cleaning),
+            settings.storage,
+        )
+        publish_bytes(workspace.tokenizer, tokenizer.model)
+        return tokenizer
+
+
+def _evaluation_texts(settings: PrepareSettings) -> dict[str, Any]:
+    """The files that decontamination reads, by their content."""
+    decontaminate = settings.cleaning.decontaminate
+    return {"evaluation_texts": decontaminate.stamp()} if decontaminate else {}

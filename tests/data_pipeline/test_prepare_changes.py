@@ -1,0 +1,181 @@
+"""What changes under the feet of a `prepare`: its input, its settings, its libraries, and what it has written."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import data_pipeline.prepare.agreement
+import data_pipeline.prepare.parts
+from data_pipeline.errors import HeadraceError, UserError
+from data_pipeline.prepare import Share, merge, prepare, prepare_share
+from data_pipeline.prepare.accounts import check_totals
+from data_pipeline.verify import verify_dataset
+from tests.data_pipeline.prepared import build, hashes, make_texts, plain_settings, run, write_jsonl
+
+
+@pytest.fixture
+def plain(tmp_path: Path) -> dict[str, Any]:
+    """Two sources of many parts each."""
+    return plain_settings(tmp_path, {"first": ("one", make_texts(120, 1)), "second": ("two", make_texts(120, 2))})
+
+
+def test_the_sources_can_not_change_places_on_the_way(plain: dict[str, Any]) -> None:
+    """Parts are numbered over all sources: in another order some would be read twice, and some never."""
+    prepare_share(build(plain), Share(0, 2))
+    turned = build(plain, sources=dict(reversed(plain["sources"].items())))
+    with pytest.raises(UserError, match=r"source_order was \['first', 'second'\], now it is \['second', 'first'\]"):
+        prepare(turned)
+    assert [source["documents"] for source in prepare(build(plain)).sources.values()] == [120, 120]
+
+
+def test_the_order_of_the_sources_stands_in_the_manifest(plain: dict[str, Any]) -> None:
+    """Among duplicates the source named first wins, and an object of JSON has no order."""
+    assert tuple(run(plain).settings["source_order"]) == ("first", "second")
+
+
+def test_a_tokenizer_is_trained_on_sources_in_their_order(plain: dict[str, Any]) -> None:
+    train = {"train": {"model_type": "bpe", "vocab_size": 330}}
+    prepare_share(build(plain, tokenizer=train), Share(0, 2))
+    for record in (Path(plain["output"]) / ".prepare").glob("plan.json"):
+        record.unlink()
+    with pytest.raises(UserError, match="source_order was"):
+        prepare(build(plain, tokenizer=train, sources=dict(reversed(plain["sources"].items()))))
+
+
+def meanwhile(monkeypatch: pytest.MonkeyPatch, change: Callable[[], None], before: str) -> None:
+    """Let ``change`` happen while part ``before`` is tokenised."""
+    tokenise = data_pipeline.prepare.parts._encode
+
+    def changed(batch: Any, tokenizer: Any, job: Any, counts: Any) -> Any:
+        if job.label == before:
+            change()
+        return tokenise(batch, tokenizer, job, counts)
+
+    monkeypatch.setattr(data_pipeline.prepare.parts, "_encode", changed)
+
+
+def test_a_file_that_changes_while_it_is_read_is_told(
+    plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even where it keeps its size, so that parts and lines lie where they lay."""
+    path = tmp_path / "second.jsonl"
+    content, time = path.read_bytes(), path.stat().st_mtime_ns
+    with monkeypatch.context() as patched:
+        meanwhile(patched, lambda: path.write_bytes(content.replace(b"fox", b"cat")), "part 000007")
+        with pytest.raises(
+            UserError, match=rf"second\.jsonl changed while it was read: it was {len(content)} bytes, m"
+        ):
+            run(plain)
+    with pytest.raises(UserError, match=r"was begun with something else: input\.second\."):
+        run(plain)
+    path.write_bytes(content)
+    os.utime(path, ns=(time, time))
+    run(plain)
+    run(plain, output=str(tmp_path / "other"))
+    assert hashes(tmp_path / "set") == hashes(tmp_path / "other")
+
+
+def test_a_file_that_goes_away_while_it_is_read_is_told(
+    plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meanwhile(monkeypatch, (tmp_path / "second.jsonl").unlink, "part 000007")
+    with pytest.raises(UserError, match=r"second\.jsonl changed while it was read: it was .*, now it is gone\. Put"):
+        run(plain)
+
+
+def test_what_happens_to_a_file_that_was_read_is_nobodys_business(
+    plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    meanwhile(monkeypatch, lambda: write_jsonl(tmp_path / "first.jsonl", make_texts(500, 9)), "part 000007")
+    made = run(plain)
+    assert [source["documents"] for source in made.sources.values()] == [120, 120]
+
+
+def test_evaluation_texts_that_change_on_the_way_are_told(
+    plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    exam = tmp_path / "exam.txt"
+    exam.write_text("one two three four five six seven eight nine ten")
+    meanwhile(monkeypatch, lambda: exam.write_text(exam.read_text() + " eleven") and None, "part 000007")
+    with pytest.raises(UserError, match=r"evaluation texts of `decontaminate\.files` changed while documents were"):
+        run(plain, cleaning={"decontaminate": {"files": [str(exam)]}})
+    assert not (tmp_path / "set" / "manifest.json").exists()
+
+
+def test_tasks_with_other_libraries_are_refused(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another Unicode normalises otherwise, another SentencePiece may cut otherwise. A complete set needs neither."""
+    prepare_share(build(plain), Share(0, 2))
+    with monkeypatch.context() as patched:
+        patched.setattr(data_pipeline.prepare.agreement.unicodedata, "unidata_version", "99.0.0")
+        with pytest.raises(UserError, match=r"was begun with something else: unicode was '[0-9.]+', now it is '99\.0"):
+            prepare_share(build(plain), Share(1, 2))
+    made = run(plain)
+    monkeypatch.setattr(data_pipeline.prepare.agreement.unicodedata, "unidata_version", "99.0.0")
+    assert run(plain) == made
+
+
+@pytest.mark.parametrize("lost", ["shards/000001.tar", "shards/000002.docs.parquet", "rejected/000000.parquet"])
+def test_what_was_written_and_is_gone_is_written_again(plain: dict[str, Any], tmp_path: Path, lost: str) -> None:
+    """A completion record is no proof that the file is there."""
+    cleaned = build(plain, cleaning={"quality": {"min_words": 5, "min_mean_word_length": None}})
+    for _ in range(cleaned.passes):
+        prepare_share(cleaned, Share(0, 1))
+    path = tmp_path / "set" / lost
+    path.write_bytes(path.read_bytes()[:-100]) if lost.endswith("1.tar") else path.unlink()
+    with pytest.raises(UserError, match=rf"set: {lost} \(1 files\) were written, but are missing or cut now\. Nothing"):
+        merge(cleaned)
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    prepare(cleaned)
+    assert verify_dataset(tmp_path / "set", 1) == []
+
+
+def test_every_total_is_held_against_what_the_sources_gave(plain: dict[str, Any]) -> None:
+    made = run(plain, cleaning={"quality": {"min_words": 5, "min_mean_word_length": None}})
+    check_totals(made)
+    for what in ("documents", "tokens", "text_bytes"):
+        sources = {**made.sources, "first": {**made.sources["first"], what: made.sources["first"][what] + 1}}
+        with pytest.raises(
+            HeadraceError, match=rf"the sources gave [\d,]+ {what} and the {hold} hold [\d,]+\. Nothing"
+        ):
+            check_totals(made.model_copy(update={"sources": sources}))
+    with pytest.raises(HeadraceError, match=r"gave [\d,]+ rejected records and the files of rejected records hold 0\."):
+        check_totals(made.model_copy(update={"rejected": ()}))
+
+
+def test_a_task_reads_one_record_of_all_parts(plain: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as many as there are parts, which all tasks would fetch over the network."""
+    prepare_share(build(plain), Share(0, 1))
+    parts = Path(plain["output"]) / ".prepare" / "parts"
+    records = sorted(parts.glob("??????.json"))
+    assert len(records) > 8
+    assert json.loads((parts.parent / "part_records.json").read_bytes()) == [
+        json.loads(p.read_bytes()) for p in records
+    ]
+    for path in records:
+        path.write_bytes(b"")
+    made = run(plain)
+    assert sum(source["documents"] for source in made.sources.values()) == 240
+    assert not (parts.parent / "part_records.json").exists()
+
+
+def test_a_complete_set_is_left_alone_and_says_so(plain: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    made = run(plain)
+    capsys.readouterr()
+    said = f"{plain['output']} is complete already: nothing was done. For another data set give another `output`"
+    for again in (prepare, merge):
+        assert again(build(plain)) == made
+        assert said in capsys.readouterr().err
+    assert said in prepare_share(build(plain), Share(1, 3))
+
+
+def test_a_domain_of_which_everything_is_held_out_is_said(
+    plain: dict[str, Any], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run(plain, heldout_fraction=0.999999)
+    assert "warning: domain 'one' has no training document: all of its few fell into" in capsys.readouterr().err
