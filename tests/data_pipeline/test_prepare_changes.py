@@ -141,7 +141,7 @@ def test_every_total_is_held_against_what_the_sources_gave(plain: dict[str, Any]
     for what in ("documents", "tokens", "text_bytes"):
         sources = {**made.sources, "first": {**made.sources["first"], what: made.sources["first"][what] + 1}}
         with pytest.raises(
-            HeadraceError, match=rf"the sources gave [\d,]+ {what} and the {hold} hold [\d,]+\. Nothing"
+            HeadraceError, match=rf"the sources gave [\d,]+ {what} and the shards hold [\d,]+\. Nothing"
         ):
             check_totals(made.model_copy(update={"sources": sources}))
     with pytest.raises(HeadraceError, match=r"gave [\d,]+ rejected records and the files of rejected records hold 0\."):
