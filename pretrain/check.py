@@ -9,6 +9,7 @@ from data_pipeline.errors import UserError
 from .config import Config
 from .data import RunData, open_data
 from .engine import accumulation_steps, check_zero_settings, deepspeed_config
+from .initial_weights import outline
 from .optimizer import check_schedule
 
 SMALL_GROUP = 8
@@ -20,13 +21,17 @@ def check_run(config: Config, world_size: int, rank: int = 0) -> RunData:
 
     Raises:
         UserError: the batch does not divide, ``engine.deepspeed`` contradicts other settings, the schedule is longer
-            than the run, a group of samples can't be reweighted, or :func:`open_data` refuses the data.
+            than the run, a group of samples can't be reweighted, the optimizer can't update this model, or
+            :func:`open_data` refuses the data.
     """
     check_zero_settings(deepspeed_config(config, world_size))
     check_schedule(config.schedule, config.total_steps)
     _check_reached(config)
     _check_group(config, world_size)
-    return open_data(config, (rank, world_size))
+    data = open_data(config, (rank, world_size))
+    model = outline(config.model, config.model.resolve_vocab_size(data.tokenizer.vocab_size))
+    config.optimizer.check(config, {name: each.shape for name, each in model.items() if each.requires_grad})
+    return data
 
 
 def warnings(config: Config, world_size: int) -> list[str]:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from pretrain.config import Config
+from pretrain.optimizer.kinds.galore import GaLoreSettings
 from pretrain.optimizer.kinds.muon import MuonSettings
 
 from . import Method
@@ -41,14 +43,14 @@ def plain_muon(masters: dict[str, Tensor], config: Config) -> Step:
                 ratio = max(1, rows / columns) ** 0.5
                 if settings.adjust_lr == "match_rms_adamw":
                     ratio = 0.2 * max(rows, columns) ** 0.5
-                weight.copy_(weight - rate * decay * weight - rate * ratio * update)
+                weight.mul_(1 - rate * decay).sub_(update, alpha=rate * ratio)
             else:
                 lr = rate * (settings.adam_lr or settings.lr) / settings.lr
                 first, second = settings.betas
                 momenta[name] = first * momenta[name] + (1 - first) * gradient
                 squares[name] = second * squares[name] + (1 - second) * gradient**2
                 mean, square = momenta[name] / (1 - first**steps), squares[name] / (1 - second**steps)
-                weight.copy_(weight - lr * decay * weight - lr * mean / (square.sqrt() + settings.eps))
+                weight.mul_(1 - lr * decay).sub_(mean / (square.sqrt() + settings.eps), alpha=lr)
 
     return step
 
@@ -64,14 +66,75 @@ def plain_orthogonalize(direction: Tensor, iterations: int) -> Tensor:
 
 
 def muon(**settings: object) -> Method:
-    # the iteration's slope at 0 is 3.4445^5 = 485: where a gradient is nearly of low rank, its last bit of fp32 makes
-    # some 3e-5 of the update
+    # the iteration's slope at 0 is 3.4445^5 = 485: of what a gradient nearly lacks, the last bits show in the update
     return Method(
-        {"optimizer": {"kind": "muon", "lr": 1e-3, **settings}}, optimizer=plain_muon, tolerances={"updates": 1e-4}
+        {"optimizer": {"kind": "muon", "lr": 1e-3, **settings}}, optimizer=plain_muon, tolerances={"updates": 5e-5}
+    )
+
+
+def plain_galore(masters: dict[str, Tensor], config: Config) -> Step:
+    """galore_torch's loop, matrix by matrix, with numpy's singular vectors, each with its largest entry positive."""
+    settings = config.optimizer
+    assert isinstance(settings, GaLoreSettings)
+    bases: dict[str, Tensor] = {}
+    means: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
+    steps = 0
+
+    def step(rate: float) -> None:
+        nonlocal steps
+        for name, weight in masters.items():
+            gradient = weight.grad
+            assert gradient is not None
+            projected = name.startswith("blocks.") and weight.dim() == 2
+            if projected:
+                if steps % settings.gap == 0:
+                    bases[name] = plain_vectors(gradient, settings.rank)
+                small = _to_small(gradient, bases[name])
+            else:
+                small = gradient
+            first, second = settings.betas
+            means[name] = first * means.get(name, torch.zeros_like(small)) + (1 - first) * small
+            squares[name] = second * squares.get(name, torch.zeros_like(small)) + (1 - second) * small**2
+            mean, square = means[name] / (1 - first ** (steps + 1)), squares[name] / (1 - second ** (steps + 1))
+            update = mean / (square.sqrt() + settings.eps)
+            if projected:
+                update = settings.scale * _to_large(update, bases[name], weight)
+            decay = 0.0 if "norm" in name or "embedding" in name else settings.weight_decay
+            weight.mul_(1 - rate * decay).sub_(update, alpha=rate)
+        steps += 1
+
+    return step
+
+
+def plain_vectors(gradient: Tensor, rank: int) -> Tensor:
+    left, _, right = np.linalg.svd(gradient.numpy(), full_matrices=False)
+    vectors = right[:rank].T if len(gradient) >= len(gradient.T) else left[:, :rank]
+    signs = [np.sign(vector[np.abs(vector).argmax()]) for vector in vectors.T]
+    return torch.from_numpy(vectors * np.array(signs))
+
+
+def _to_small(gradient: Tensor, basis: Tensor) -> Tensor:
+    return gradient @ basis if len(gradient) >= len(gradient.T) else basis.T @ gradient
+
+
+def _to_large(update: Tensor, basis: Tensor, weight: Tensor) -> Tensor:
+    return update @ basis.T if len(weight) >= len(weight.T) else basis @ update
+
+
+def galore(**settings: object) -> Method:
+    # a step changes a weight by a thousandth or less, so that the rounding of the weight is up to 1e-4 of it
+    return Method(
+        {"optimizer": {"kind": "galore", "lr": 1e-3, **settings}},
+        optimizer=plain_galore,
+        stages=(0, 1, 2),
+        tolerances={"updates": 5e-5},
     )
 
 
 METHODS = {
     "muon": muon(),
     "muon, original rate": muon(adjust_lr="original", adam_lr=3e-4, nesterov=False),
+    "galore": galore(rank=8, gap=2),
+    "galore, decayed": galore(rank=16, scale=1.0, weight_decay=0.1, betas=(0.9, 0.95)),
 }
