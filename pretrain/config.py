@@ -82,6 +82,9 @@ class TrainingSettings(Settings):
     precision: Literal["fp32", "bf16"] = "bf16"
     """Of parameters, activations and gradients in forward and backward; the optimizer's copy is always fp32. Over the
     micro-steps of a step, bf16 gradients are summed in fp32 at ZeRO stages 1 to 3, at stage 0 in bf16."""
+    rewind: bool = False
+    """Begin at the step and the data position of the checkpoint that ``model.weights_from`` names, so that schedule and
+    samples are those that followed it in its own run; the optimizer begins anew. For lottery-ticket experiments."""
     activation_checkpointing: ActivationCheckpointing = "none"
     """``full`` recomputes every block in the backward pass from its input. ``low_rank`` (CoLA-M) also keeps the
     r-dimensional activations of the factorised layers, whose first products are then not recomputed."""
@@ -199,6 +202,8 @@ class Config(Settings):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.training.rewind and self.model.weights_from is None:
+            raise ValueError("training.rewind needs model.weights_from, the checkpoint to go back to; give it")
         recompute, rules = self.training.activation_checkpointing, self.model.linear
         if recompute == "low_rank" and not any(rule.factorised for rule in rules):
             kinds = ", ".join(sorted({rule.kind for rule in rules} or {"dense"}))

@@ -23,13 +23,14 @@ from data_pipeline.errors import (
 from data_pipeline.history import record_stretch
 
 from .agreement import AgreedError, agreed, attempt, together
+from .beginning import Beginning, open_beginning
 from .check import check_run, warnings
 from .checkpoint import CheckpointError, CheckpointStore, read_state, seed_generators
 from .config import Config, load_config
 from .data import RunData, stretch_of_run
 from .distributed import Distributed, finish, start
 from .engine import Engine
-from .initial_weights import Weights, open_weights
+from .initial_weights import Weights
 from .monitor import AttemptsLog, Monitor, Reason, read_attempts
 from .run_folder import CHECKPOINTS, DAMAGE, lock_run_folder, open_run_folder, set_aside, versions, write_config
 from .signals import StopRequest
@@ -100,9 +101,11 @@ class Session:
         if origin is not None:
             found = origin
             state = together(ranks, lambda: resume_state(found, config, data, ranks))
-        initial = None if origin else self._initial_weights(config, data)
+        beginning = None if origin else self._beginning(config, data)
+        if beginning:
+            state = beginning.state
         hosts = ranks.gather_objects(socket.gethostname())
-        together(ranks, lambda: self._begin(config, data, attempts, state, origin, initial, hosts, damage))
+        together(ranks, lambda: self._begin(config, data, attempts, state, origin, beginning, hosts, damage))
         self._tell_missing(data, state)
         # rank 0's look decides: on a network file system another rank may not see the folder yet
         if ranks.broadcast_object(config.data.on_damage == "hole" or (folder / DAMAGE).is_dir()):
@@ -110,7 +113,7 @@ class Session:
                 ranks, lambda: DamageLedger(folder / DAMAGE, ranks.rank, self._attempt, state.position)
             )
         vocab_size = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
-        engine = Engine(config, vocab_size, ranks, initial)
+        engine = Engine(config, vocab_size, ranks, beginning if beginning and beginning.shapes else None)
         seed_generators(config.run.seed, ranks.rank)
         if origin is not None:
             store.load(origin, engine)
@@ -134,10 +137,14 @@ class Session:
             )
         return given, damage
 
-    def _initial_weights(self, config: Config, data: RunData) -> Weights | None:
-        """What ``model.weights_from`` names, on every rank, though only rank 0 has to see the files. Collective."""
-        opened = together(self._ranks, lambda: open_weights(config, data.tokenizer) if self._ranks.rank == 0 else None)
-        return self._ranks.broadcast_object(opened)
+    def _beginning(self, config: Config, data: RunData) -> Beginning:
+        """What the run begins with, on every rank, though only rank 0 has to see the files. Collective."""
+        ranks = self._ranks
+        opened = together(ranks, lambda: open_beginning(config, data).decide_masks() if ranks.rank == 0 else None)
+        there = ranks.broadcast_object(opened)  # without the masks
+        beginning = opened or there
+        assert beginning is not None
+        return beginning
 
     def _begin(
         self,
@@ -146,7 +153,7 @@ class Session:
         attempts: AttemptsLog | None,
         state: TrainState,
         origin: Path | None,
-        initial: Weights | None,
+        beginning: Beginning | None,
         hosts: list[str],
         damage: list[str],
     ) -> None:
@@ -165,11 +172,12 @@ class Session:
             versions=versions(),
             first_step=state.step + 1,
             resumed_from=str(origin) if origin else None,
-            initial_weights={"path": str(initial.path), "sha256": initial.identity()} if initial else None,
+            initial_weights=_identity(beginning.weights) if beginning and beginning.weights else None,
+            masks=[_identity(source.weights) for source in beginning.mask_sources] if beginning else [],
             superseded_lines=self._monitor.superseded,
             lost_steps=self._monitor.lost_steps,
         )
-        for line in _where_it_stands(self._folder, config, state, origin, initial, self._monitor.lost_steps):
+        for line in _where_it_stands(self._folder, config, state, origin, beginning, self._monitor.lost_steps):
             print(line, flush=True)
         for line in warnings(config, self._ranks.world_size):
             print(f"warning: {line}", file=sys.stderr, flush=True)
@@ -230,13 +238,20 @@ class Session:
             print(f"error: {self._folder / 'attempts.jsonl'} could not be written: {error}", file=sys.stderr)
 
 
+def _identity(weights: Weights) -> dict[str, str]:
+    return {"path": str(weights.path), "sha256": weights.identity()}
+
+
 def _where_it_stands(
-    folder: Path, config: Config, state: TrainState, origin: Path | None, initial: Weights | None, lost: int
+    folder: Path, config: Config, state: TrainState, origin: Path | None, beginning: Beginning | None, lost: int
 ) -> list[str]:
     """What a start says to its user: where, from which step, and what has changed since that checkpoint."""
-    if origin is None:
-        started = f", with the weights of {initial.path}" if initial else ""
-        return [f"{folder}: a new run of {config.total_steps:,} steps{started}"]
+    if beginning is not None:
+        weights = f", with the weights of {beginning.weights.path}" if beginning.weights else ""
+        rewound = f", rewound to step {state.step:,}" if state.step else ""
+        masks = [f"{source.where}: {len(source.layers)} layers masked" for source in beginning.mask_sources]
+        return [f"{folder}: a new run of {config.total_steps:,} steps{weights}{rewound}", *masks]
+    assert origin is not None
     said = [f"{folder}: resumes from {origin} at step {state.step:,} of {config.total_steps:,}"]
     if lost:
         said.append(f"{lost:,} steps done after that checkpoint are done again")

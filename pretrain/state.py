@@ -104,6 +104,31 @@ def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) 
     return state
 
 
+def rewound_state(path: Path, config: Config, data: RunData) -> TrainState:
+    """The state of a run that begins at the step and position of another run's checkpoint, with nothing behind it.
+
+    Raises:
+        UserError: the checkpoint's position means other samples in this run, or lies beyond its end.
+        DataError: ``state.json`` can't be read.
+    """
+    saved = read_state(path)
+    others = [{key: value for key, value in side.items() if key != "order"} for side in (saved["data"], data.identity)]
+    if changed := difference(saved["data"]["order"], data.identity["order"]) or _differences(*others):
+        raise UserError(
+            f"training.rewind: {path} stands at position {saved['position']} of other data than this run's ({changed})."
+            " Give that run's data settings, or rewind=false."
+        )
+    state = TrainState(step=saved["step"], position=saved["position"])
+    if state.step >= config.total_steps:
+        raise UserError(
+            f"training.rewind: {path} stands at step {state.step}, and the run has only {config.total_steps} steps. "
+            "Rewind to an earlier checkpoint, or raise training.steps."
+        )
+    _check_skipped(path, config, state, saved["skip_ranges"])
+    _check_end(path, config, data, state)
+    return state
+
+
 def config_changes(path: Path, config: Config) -> list[str]:
     """The settings of the run that differ from those a checkpoint was saved with, as ``key: old -> new``."""
     there, here = (_flat(content) for content in (read_state(path)["config"], plain(config)))

@@ -23,12 +23,11 @@ from pretrain.optimizer import parameter_groups
 from .deepspeed_config import clips_itself, deepspeed_config
 from .deepspeed_module import import_deepspeed
 from .gradients import scale_gradients
-from .initial import fill_model
+from .initial import Given, fill_model
+from .masters import write_masters
 from .shards import attach_matrices, shape_of
 
 if TYPE_CHECKING:
-    from pretrain.initial_weights import Weights
-
     from .files import CheckpointFiles
 
 TAG = "deepspeed"
@@ -53,10 +52,10 @@ class Engine:
         config: the run's configuration, checked for this number of ranks.
         vocab_size: of the data's tokenizer.
         ranks: this process among its peers.
-        initial: weights to start with instead of drawing them; only rank 0 reads from it.
+        initial: values to start with instead of drawing them; only rank 0 reads from it.
     """
 
-    def __init__(self, config: Config, vocab_size: int, ranks: Distributed, initial: Weights | None = None) -> None:
+    def __init__(self, config: Config, vocab_size: int, ranks: Distributed, initial: Given | None = None) -> None:
         deepspeed = import_deepspeed()
         settings = deepspeed_config(config, ranks.world_size)
         self._clip_norm = config.optimizer.clip_norm
@@ -80,6 +79,8 @@ class Engine:
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )
         attach_matrices(optimizer, self._optimizer, model, self._stage, ranks)
+        if initial is not None and config.training.precision == "bf16":
+            write_masters(model, initial, self._stage, ranks, self._master())
         set_timeout_of_all_groups(config.resilience.collective_timeout_seconds)
         if self._stage == 0 and ranks.world_size == 1:
             self._engine.enable_backward_allreduce = False  # copies every gradient twice to reduce it with nobody
@@ -90,7 +91,7 @@ class Engine:
         self._engine._copy_recovery_script = lambda folder: None
 
     def _build(
-        self, deepspeed: Any, config: Config, vocab_size: int, settings: dict[str, Any], initial: Weights | None
+        self, deepspeed: Any, config: Config, vocab_size: int, settings: dict[str, Any], initial: Given | None
     ) -> Decoder:
         """The decoder with its initial weights: the same for every stage and number of ranks."""
 

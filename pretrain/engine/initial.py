@@ -8,9 +8,9 @@ and no weight can differ between ranks, even where their libraries round differe
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,17 @@ from torch import Tensor, nn
 from pretrain.distributed import Distributed
 from pretrain.model import initial_values, own_tensors
 
-if TYPE_CHECKING:
-    from pretrain.initial_weights import Weights
+
+class Given(Protocol):
+    """Values to begin with in place of drawn ones, by the names of parameters and buffers."""
+
+    @property
+    def shapes(self) -> Mapping[str, tuple[int, ...]]:
+        """Of everything that can be read."""
+
+    def read(self, name: str) -> Tensor:
+        """One tensor, whole, on the CPU."""
+
 
 Whole = Callable[[list[nn.Parameter], int], AbstractContextManager[Any]]
 """``whole(parameters, rank)``: inside, the parameters are whole; afterwards all ranks have what ``rank`` wrote."""
@@ -30,7 +39,7 @@ def fill_model(
     model: nn.Module,
     seed: int,
     ranks: Distributed,
-    initial: Weights | None = None,
+    initial: Given | None = None,
     whole: Whole | None = None,
     tell_every: float = 10.0,
 ) -> None:
@@ -62,9 +71,7 @@ def fill_model(
             told = now
 
 
-def _values(
-    model: nn.Module, owner: str, names: Iterable[str], seed: int, initial: Weights | None
-) -> dict[str, Tensor]:
+def _values(model: nn.Module, owner: str, names: Iterable[str], seed: int, initial: Given | None) -> dict[str, Tensor]:
     full = {name: f"{owner}.{name}".removeprefix(".") for name in names}
     given = {own: initial.read(name) for own, name in full.items() if name in initial.shapes} if initial else {}
     # nothing is drawn for a module of which everything is given

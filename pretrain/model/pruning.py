@@ -40,7 +40,7 @@ def kept_count(size: int, sparsity: Fraction) -> int:
 
 def keys(weight: Tensor, mask: Tensor | None) -> Tensor:
     """Integers in the order of the magnitudes, int32 of ``weight``'s shape; -1 where ``mask`` is False already."""
-    bits = weight.float().abs().view(torch.int32)  # of numbers that are not negative, the bits are in order
+    bits = weight.detach().float().abs().view(torch.int32)  # of numbers that are not negative, the bits are in order
     return bits if mask is None else bits.masked_fill(~mask, _PRUNED)
 
 

@@ -42,6 +42,8 @@ class Attempt:
     lost_steps: int
     initial_weights: dict[str, str] | None
     """``path`` and ``sha256`` of ``model.weights_from``, where the attempt began with those."""
+    masks: tuple[dict[str, str], ...]
+    """The same of every ``mask_from`` of pruned linear layers."""
     stopped: float | None = None
     last_step: int | None = None
     reason: Reason | None = None
@@ -90,6 +92,7 @@ class AttemptsLog:
         first_step: int,
         resumed_from: str | None,
         initial_weights: Mapping[str, str] | None = None,
+        masks: Sequence[Mapping[str, str]] = (),
         superseded_lines: int = 0,
         lost_steps: int = 0,
     ) -> int:
@@ -105,6 +108,7 @@ class AttemptsLog:
                 "first_step": first_step,
                 "resumed_from": resumed_from,
                 "initial_weights": dict(initial_weights) if initial_weights else None,
+                "masks": [dict(each) for each in masks],
                 "superseded_lines": superseded_lines,
                 "lost_steps": lost_steps,
             }
@@ -173,4 +177,5 @@ def _started(line: dict[str, Any]) -> Attempt:
         superseded_lines=line["superseded_lines"],
         lost_steps=line["lost_steps"],
         initial_weights=line["initial_weights"],
+        masks=tuple(line["masks"]),
     )

@@ -154,9 +154,10 @@ def attempt_rows(run: Run) -> list[list[Cell]]:
 
 def _began(attempt: Attempt) -> tuple[str, str]:
     """What it went on from, and the hash of weights from elsewhere."""
-    if attempt.initial_weights is None:
-        return attempt.resumed_from or "a fresh start", ""
-    return f"the weights of {attempt.initial_weights['path']}", f"SHA-256 {attempt.initial_weights['sha256']}"
+    weights, masks = attempt.initial_weights, attempt.masks
+    said = f"the weights of {weights['path']}" if weights else attempt.resumed_from or "a fresh start"
+    said += "".join(f", masked by {each['path']}" for each in masks)
+    return said, "; ".join(f"SHA-256 {each['sha256']}" for each in ([weights] if weights else []) + list(masks))
 
 
 def versions(run: Run) -> list[tuple[str, str]]:
