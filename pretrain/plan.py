@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .check import check_run, warnings
 from .config import load_config
+from .costs import memory, parts
 from .engine import accumulation_steps
 from .model import count_parameters, flops_per_token
 
@@ -34,6 +36,8 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
         "vocab_size": vocabulary,
         "flops_per_token": per_token,
         "flops": per_token * tokens,
+        "parts": [asdict(part) for part in parts(config, vocabulary)],
+        "memory": memory(config, vocabulary, ranks),
         "steps": config.total_steps,
         "sequences": sequences,
         "tokens": tokens,
@@ -62,6 +66,7 @@ def show_plan(plan: dict[str, Any]) -> str:
         f"{plan['tokens']:,} tokens in all; "
         f"{plan['accumulation_steps']} micro-steps a step",
         f"arithmetic    {plan['flops_per_token']:.3e} FLOPs a token, {plan['flops']:.3e} in all",
+        *_show_parts(plan),
     ]
     for stage in plan["batch_ramp"]:
         lines.append(f"ramp          first {stage['steps']:,} steps of {stage['global_batch']:,} sequences")
@@ -79,3 +84,36 @@ def show_plan(plan: dict[str, Any]) -> str:
         )
     lines += [f"warning       {warning}" for warning in plan["warnings"]]
     return "\n".join(lines)
+
+
+def _show_parts(plan: dict[str, Any]) -> list[str]:
+    """What the parts of the model take, and the memory that depends on the method."""
+    lines = []
+    for part in plan["parts"]:
+        layers = f"{part['layers']} layers, " if part["layers"] else ""
+        buffers = f", {_bytes(part['buffer_bytes'])} of buffers" if part["buffer_bytes"] else ""
+        lines.append(
+            f"part          {part['name']}: {layers}{part['parameters']:,} parameters, "
+            f"{part['flops_per_token']:.3e} FLOPs a token, {_bytes(part['optimizer_bytes'])} of optimizer "
+            f"state{buffers}"
+        )
+    taken = plan["memory"]
+    whole, of_a_rank = taken["optimizer_state"], taken["optimizer_state_of_a_rank"]
+    lines.append(
+        f"memory        optimizer state {_bytes(whole)}, {_bytes(of_a_rank)} on a rank; buffers "
+        f"{_bytes(taken['buffers'])} on each"
+    )
+    for how, peak in taken["activations"].items():
+        lines.append(
+            f"activations   {_bytes(peak['token'])} a token, {_bytes(peak['micro_batch'])} a micro-batch with "
+            f"activation_checkpointing {how} (estimate)"
+        )
+    return lines
+
+
+def _bytes(count: int) -> str:
+    """Three digits, in a unit of powers of 1000."""
+    size, unit = float(count), 0
+    while size >= 999.5 and unit < 4:
+        size, unit = size / 1000, unit + 1
+    return f"{size:.3g} {('B', 'kB', 'MB', 'GB', 'TB')[unit]}"

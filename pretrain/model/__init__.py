@@ -1,19 +1,24 @@
 """The model: a Llama-type decoder, its initial weights, and what it costs."""
 
-from .count import ParameterCount, count_parameters, flops_per_token
+from .activations import ActivationBytes, activation_bytes
+from .count import ParameterCount, count_parameters, flops_per_token, linear_layers, parameter_shapes
 from .decoder import Decoder
 from .initialize import initial_values, initialize_, own_tensors
 from .linear import make_linear
 from .settings import ModelSettings
 
 __all__ = [
+    "ActivationBytes",
     "Decoder",
     "ModelSettings",
     "ParameterCount",
+    "activation_bytes",
     "count_parameters",
     "flops_per_token",
     "initial_values",
     "initialize_",
+    "linear_layers",
     "make_linear",
     "own_tensors",
+    "parameter_shapes",
 ]

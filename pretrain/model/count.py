@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
 
 from .decoder import Decoder
+from .linear import LinearCost, LinearSettings, block_shapes, method_of
 from .settings import ModelSettings
 
 
@@ -16,21 +18,44 @@ class ParameterCount(NamedTuple):
     non_embedding: int
     """Without the embedding and the head: what scaling laws mean by N (Kaplan et al. 2020, arXiv 2001.08361)."""
     multiplied: int
-    """Weights that every token is multiplied with: linear layers and head, tied or not; not the embedding's look-up,
-    not the norms' gains."""
+    """Multiplications of a token by weights: in linear layers and head, tied or not; not in the embedding's look-up,
+    nor by the norms' gains. Of dense layers it is the number of their weights."""
+
+
+class LinearLayer(NamedTuple):
+    """One linear layer of a block."""
+
+    name: str
+    """In the decoder, as ``blocks.0.attention.query``."""
+    method: LinearSettings
+    cost: LinearCost
+
+
+def linear_layers(settings: ModelSettings) -> Iterator[LinearLayer]:
+    """The linear layers of all blocks, block by block."""
+    for layer in range(settings.layers):
+        for inside, (in_features, out_features) in block_shapes(settings).items():
+            name = f"blocks.{layer}.{inside}"
+            method = method_of(name, settings)
+            yield LinearLayer(name, method, method.cost(in_features, out_features))
+
+
+def parameter_shapes(settings: ModelSettings, vocab_size: int) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter of the decoder, by name; a tied head is the embedding and not named."""
+    with torch.device("meta"):
+        model = Decoder(settings, vocab_size)
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
 
 
 def count_parameters(settings: ModelSettings, vocab_size: int) -> ParameterCount:
     """The parameter counts of the decoder of this shape."""
     with torch.device("meta"):
         model = Decoder(settings, vocab_size)
-    total = sum(parameter.numel() for parameter in model.parameters())
-    blocks = [*model.blocks.parameters(), *model.norm.parameters()]
-    matrices = [parameter for parameter in (*blocks, *model.head.parameters()) if parameter.ndim > 1]
+    head = sum(parameter.numel() for parameter in model.head.parameters() if parameter.ndim > 1)
     return ParameterCount(
-        total=total,
-        non_embedding=sum(parameter.numel() for parameter in blocks),
-        multiplied=sum(parameter.numel() for parameter in matrices),
+        total=sum(parameter.numel() for parameter in model.parameters()),
+        non_embedding=sum(parameter.numel() for parameter in (*model.blocks.parameters(), *model.norm.parameters())),
+        multiplied=sum(layer.cost.multiplied for layer in linear_layers(settings)) + head,
     )
 
 

@@ -70,6 +70,8 @@ def test_costs(name: str, shape: tuple[int, int]) -> None:
     assert sum(parameter.numel() for parameter in made.parameters()) == cost.parameters
     assert sum(buffer.numel() * buffer.element_size() for buffer in made.buffers()) == cost.buffer_bytes
     assert kept_values(lambda: made(x), x, *made.parameters()) == tokens * cost.activations
+    of_input = tokens * shape[0] if cost.keeps_input else 0
+    assert kept_values(lambda: made(x), *made.parameters()) == tokens * cost.activations + of_input
     with FlopCounterMode(display=False) as counter:
         y = made(x)
         forward = counter.get_total_flops()

@@ -8,7 +8,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from data_pipeline.settings import build_settings
-from pretrain.model import ModelSettings, count_parameters, flops_per_token
+from pretrain.model import ModelSettings, count_parameters, flops_per_token, linear_layers
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -44,6 +44,47 @@ def test_counts_of_a_small_model_by_hand() -> None:
     assert untied == (1600 + matrices + gains, matrices + gains, matrices + 800)
     tied = count_parameters(ModelSettings(**shape, qk_norm=True, tied_embeddings=True), 100)
     assert tied == (800 + matrices + gains, matrices + gains, matrices + 800)
+
+
+# algorithms.md 2.4, in millions: embeddings and norms included; ranks of the papers
+TABLE = {
+    "60m": (128, {"dense": 58.07, "cola": 42.77, "low_rank": 42.77, "lost 0.01": 43.02, "lost 0.05": 44.01}),
+    "130m": (256, {"dense": 134.11, "cola": 94.00, "low_rank": 94.00, "lost 0.01": 94.78, "lost 0.05": 98.21}),
+    "1b": (512, {"dense": 1339.08, "cola": 609.31, "low_rank": 609.31, "lost 0.01": 621.14, "lost 0.05": 669.52}),
+}
+
+
+@pytest.mark.parametrize("size", TABLE)
+def test_factorised_models_have_the_published_numbers(size: str) -> None:
+    text = (CONFIGS / f"llama_{size}.yaml").read_text()
+    section = OmegaConf.to_container(OmegaConf.create(text))["model"]
+    rank, columns = TABLE[size]
+    for column, millions in columns.items():
+        kind, _, fraction = column.partition(" ")
+        rule = {"kind": kind, **({} if kind == "dense" else {"rank": rank})}
+        rule |= {"column_fraction": float(fraction)} if fraction else {}
+        settings = build_settings(ModelSettings, {**section, "linear": [rule]}, column)
+        count = count_parameters(settings, 32_000)
+        assert round(count.total / 1e6, 2) == millions, column
+        of_layers = sum(layer.cost.parameters for layer in linear_layers(settings))
+        gains = (2 * settings.layers + 1) * settings.hidden_size
+        assert count.non_embedding == of_layers + gains, "what the layers say is what they have"
+        assert count.multiplied == of_layers + 32_000 * settings.hidden_size
+
+
+def test_a_rule_counts_where_it_holds() -> None:
+    rule = {"kind": "cola", "rank": 3, "modules": ["attention.*"], "layers": "1"}
+    settings = build_settings(
+        ModelSettings, {"hidden_size": 8, "layers": 2, "heads": 2, "intermediate_size": 10, "linear": [rule]}, "test"
+    )
+    kinds = {layer.name: layer.method.kind for layer in linear_layers(settings)}
+    assert len(kinds) == 14
+    assert [name for name, kind in kinds.items() if kind == "cola"] == [
+        f"blocks.1.attention.{each}" for each in ("query", "key", "value", "output")
+    ]
+    dense, factors = 2 * 3 * 80 + 4 * 64, 4 * 3 * 16
+    assert count_parameters(settings, 100).multiplied == dense + factors + 800
+    assert flops_per_token(settings, 100, 4) == 6 * (dense + factors + 800) + 12 * 2 * 8 * 4
 
 
 def test_flops_are_palms_formula() -> None:

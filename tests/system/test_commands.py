@@ -149,7 +149,16 @@ def test_plan_in_figures(runs: Runs) -> None:
         "drawn": drawn[0],
         "epochs": drawn[0] / data.sources[0].sequences,
     }
+    assert [(part["name"], part["parameters"]) for part in plan["parts"]] == [
+        ("embedding", 9600),
+        ("dense", 2 * block),
+        ("norms", 5 * 32),
+        ("head", 9600),
+    ]
     text = show_plan(plan)
+    assert "dense: 14 layers, 15,360 parameters, 9.216e+04 FLOPs a token, 184 kB of optimizer state" in text
+    assert "optimizer state 417 kB, 208 kB on a rank; buffers 0 B on each" in text, "12 bytes a parameter"
+    assert "a micro-batch with activation_checkpointing none (estimate)" in text
     assert "34,720 parameters, 15,520 outside embedding and head; vocabulary 300" in text
     assert "20 steps of 256 tokens, 5,120 tokens in all; 4 micro-steps a step" in text
     assert f"a: {drawn[0]} of its {data.sources[0].sequences} sequences" in text

@@ -27,6 +27,10 @@ class LinearCost(NamedTuple):
     """Values of a token kept for the backward pass besides the layer's input, which other layers share."""
     buffer_bytes: int = 0
     """Bytes of what is kept but not trained: indices and masks; whole on every rank at any ZeRO stage."""
+    products: int = 0
+    """Of the ``activations``, those that ``training.activation_checkpointing: low_rank`` keeps."""
+    keeps_input: bool = True
+    """Whether the layer's whole input is kept for the backward pass."""
 
 
 class LinearSettings(Settings):

@@ -67,4 +67,4 @@ def factor_cost(in_features: int, out_features: int, rank: int, activation: Acti
     """Of a :class:`FactorLinear`."""
     weights = rank * (in_features + out_features)
     kept = 2 if ACTIVATIONS[activation].keeps_input else 1
-    return LinearCost(parameters=weights, multiplied=weights, activations=kept * rank)
+    return LinearCost(parameters=weights, multiplied=weights, activations=kept * rank, products=rank)

@@ -62,7 +62,8 @@ class ColumnSparseSettings(LinearSettings):
 
     def cost(self, in_features: int, out_features: int) -> LinearCost:
         kept = column_count(self.column_fraction, in_features)
-        return LinearCost(out_features * kept, out_features * kept, activations=kept, buffer_bytes=8 * kept)
+        weights = out_features * kept
+        return LinearCost(weights, weights, activations=kept, buffer_bytes=8 * kept, keeps_input=False)
 
     def terms(self) -> tuple[Term, ...]:
         return (Term("column_weight", columns="columns"),)

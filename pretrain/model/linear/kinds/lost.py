@@ -143,16 +143,17 @@ class LostSettings(FactorSettings):
         return LostLinear(in_features, out_features, self, init_std)
 
     def cost(self, in_features: int, out_features: int) -> LinearCost:
-        weights = kept = index = 0
+        cost = LinearCost(0, 0, 0, keeps_input=False)
         if self.gamma > 0:
-            low_rank = factor_cost(in_features, out_features, self.rank, self.activation)
-            # what the factor B sees is scaled, so that the activation's output is not what is kept of it
-            scaled = 0 < self.gamma < 1 and self.activation == "relu"
-            weights, kept = low_rank.parameters, low_rank.activations + (self.rank if scaled else 0)
-        if self.gamma < 1:
-            columns = column_count(self.column_fraction, in_features)
-            weights, kept, index = weights + columns * out_features, kept + columns, 8 * columns
-        return LinearCost(weights, weights, kept, index)
+            cost = factor_cost(in_features, out_features, self.rank, self.activation)
+        if self.gamma == 1:
+            return cost
+        columns = column_count(self.column_fraction, in_features)
+        weights = cost.parameters + columns * out_features
+        # what the factor B sees is scaled, so that it is not the activation's output that is kept of it
+        scaled = self.rank if self.gamma > 0 and self.activation == "relu" else 0
+        kept = cost.activations + columns + scaled
+        return cost._replace(parameters=weights, multiplied=weights, activations=kept, buffer_bytes=8 * columns)
 
     def terms(self) -> tuple[Term, ...]:
         low_rank = Term("b", down="a", activation=self.activation, scale=self.gamma)

@@ -1,0 +1,83 @@
+"""What a run takes, by arithmetic: parameters, FLOPs, optimizer state and buffers by parameterization; activations."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+from .config import Config
+from .model import activation_bytes, linear_layers, parameter_shapes
+from .model.recompute import ActivationCheckpointing
+
+RECOMPUTES: tuple[ActivationCheckpointing, ...] = ("none", "full", "low_rank")
+
+
+@dataclass
+class Part:
+    """The embedding, the head, the norms, or the linear layers of the blocks under one rule of ``model.linear``."""
+
+    name: str
+    layers: int = 0
+    """Linear layers of the blocks."""
+    parameters: int = 0
+    flops_per_token: int = 0
+    """Of multiplications by weights, forward and backward: 6 for each (attention's own work is the whole model's)."""
+    optimizer_bytes: int = 0
+    """Over all ranks: the optimizer's fp32 state, and the fp32 copy of the parameters where the engine keeps one."""
+    buffer_bytes: int = 0
+    """On every rank."""
+
+
+def parts(config: Config, vocab_size: int) -> list[Part]:
+    """The parts of the model; a tied head has its FLOPs and no parameters of its own."""
+    model = config.model
+    embedding, head, norms, dense = Part("embedding"), Part("head"), Part("norms"), Part("dense")
+    rules = [Part(f"linear.{number} ({rule.kind})") for number, rule in enumerate(model.linear)]
+    owner = {"embedding": embedding, "head": head}
+    for layer in linear_layers(model):
+        part = rules[model.linear.index(layer.method)] if layer.method in model.linear else dense
+        owner[layer.name] = part
+        part.layers += 1
+        part.flops_per_token += 6 * layer.cost.multiplied
+        part.buffer_bytes += layer.cost.buffer_bytes
+    head.flops_per_token = 6 * vocab_size * model.hidden_size
+    for name, shape in parameter_shapes(model, vocab_size).items():
+        part = owner.get(name.rpartition(".")[0], norms)
+        part.parameters += math.prod(shape)
+        masters = math.prod(shape) if has_masters(config) else 0
+        part.optimizer_bytes += 4 * (config.optimizer.state_elements(name, shape) + masters)
+    return [part for part in (embedding, *rules, dense, norms, head) if part.parameters or part.flops_per_token]
+
+
+def has_masters(config: Config) -> bool:
+    """Whether the engine keeps an fp32 copy of the parameters: ZeRO does even where the parameters are fp32."""
+    return config.training.precision == "bf16" or config.engine.zero_stage > 0
+
+
+def memory(config: Config, vocab_size: int, ranks: int) -> dict[str, Any]:
+    """Bytes of what depends on the method.
+
+    Returns:
+        ``optimizer_state`` over all ranks, and ``optimizer_state_of_a_rank`` of ``ranks``; ``buffers`` on every rank;
+        ``activations`` on every rank at their peak (:mod:`pretrain.model.activations`), for each choice of
+        ``training.activation_checkpointing`` that the model allows: of a ``token`` and of a ``micro_batch``.
+    """
+    counted = parts(config, vocab_size)
+    state = sum(part.optimizer_bytes for part in counted)
+    factorised = any(layer.cost.products for layer in linear_layers(config.model))
+    tokens = config.training.micro_batch * config.data.seq_len
+    value_bytes = 2 if config.training.precision == "bf16" else 4
+    peaks = {
+        how: activation_bytes(
+            config.model, vocab_size, config.data.seq_len, value_bytes, how, config.objective.z_loss > 0
+        ).peak
+        for how in RECOMPUTES
+        if factorised or how != "low_rank"
+    }
+    return {
+        "optimizer_state": state,
+        "optimizer_state_of_a_rank": -(-state // ranks) if config.engine.zero_stage else state,
+        "buffers": sum(part.buffer_bytes for part in counted),
+        "activations": {how: {"token": peak, "micro_batch": peak * tokens} for how, peak in peaks.items()},
+    }

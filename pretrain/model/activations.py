@@ -1,0 +1,120 @@
+"""What a forward pass keeps for the backward pass: an estimate from the settings alone.
+
+With s bytes for a value (2 in bf16, 4 in fp32), d = ``hidden_size``, q and k the features of all query and of all key
+heads, h and h_k these heads, f = ``intermediate_size``, V = ``vocab_size``, a block keeps of each token::
+
+    N(d) + d s                          the norm before attention, and its output, which query, key and value share
+    (2 q + 2 k) s + 4 h                 attention: query, key and value rotated, its output, and its log-sum in fp32
+    N(d) + d s                          the norm before the feed-forward layer, and its output
+    4 f s                               gate, SiLU(gate), up, and their product
+    Σ a s                               ``LinearCost.activations`` of its seven linear layers
+
+where N(x) = x s + 4 is a norm's input and its reciprocal root mean square in fp32. With QK-norm the norms of the heads
+keep (q + k) s + 4 (h + h_k) besides. With several documents in a sequence and fewer key than query heads, key and value
+are repeated to the query heads, 2 q in place of 2 k. What only layers without ``keeps_input`` see is not kept.
+
+The rest, whatever the number of blocks: N(d) + d s for the final norm, 2 d_h s for the rotation, T s for the mask of a
+sequence of T tokens with several documents, and at its peak 12 V for the loss: log-probabilities, their gradient and
+that of the logits in fp32; with a z-loss 8 V more, the logits and a gradient in fp32.
+
+``full`` recompute keeps d s of each block, and at any time one block's whole; ``low_rank`` keeps the inner features of
+factorised layers besides (``LinearCost.products``). Not in the estimate: gradients on their way (as large as a few of a
+block's values), the allocator's gaps, and what a layer makes and drops within one call.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from .count import linear_layers
+from .linear import LinearCost, block_shapes
+from .recompute import ActivationCheckpointing
+from .settings import ModelSettings
+
+
+class ActivationBytes(NamedTuple):
+    """Bytes for each token of a micro-batch."""
+
+    blocks: int
+    """Kept by all blocks from the forward to the backward pass."""
+    rest: int
+    """Final norm, rotation and mask."""
+    loss: int
+    """Logits and loss: gone when the backward pass comes to the blocks."""
+    recomputed: int
+    """Made again in the backward pass, of the largest block."""
+
+    @property
+    def peak(self) -> int:
+        """The most that is there at any time."""
+        return self.blocks + self.rest + max(self.loss, self.recomputed)
+
+
+def activation_bytes(
+    settings: ModelSettings,
+    vocab_size: int,
+    seq_len: int,
+    value_bytes: int,
+    recompute: ActivationCheckpointing,
+    z_loss: bool = False,
+    single_document: bool = False,
+    fused_norms: bool = True,
+) -> ActivationBytes:
+    """The estimate of this module, for each token.
+
+    Args:
+        value_bytes: s, of the precision that the model computes in.
+        recompute: ``training.activation_checkpointing``.
+        z_loss: the objective has a term of the log-partition.
+        single_document: every sequence is one document, so that no mask is made.
+        fused_norms: norms are one kernel, as on GPUs; torch's for CPUs keeps 8 x + 4 bytes in place of x s + 4.
+    """
+    s, d = value_bytes, settings.hidden_size
+    costs = [layer.cost for layer in linear_layers(settings)]
+    names = list(block_shapes(settings))
+    blocks = [dict(zip(names, costs[at : at + len(names)], strict=True)) for at in range(0, len(costs), len(names))]
+    whole = [_block_bytes(settings, block, s, single_document, fused_norms) for block in blocks]
+    products = [sum(cost.products for cost in block.values()) * s for block in blocks]
+    mask = 0 if single_document else seq_len * s
+    rest = _norm_bytes(d, s, fused_norms) + d * s + 2 * settings.effective_head_dim * s + mask
+    loss = vocab_size * (20 if z_loss else 12)
+    if recompute == "none":
+        return ActivationBytes(sum(whole), rest, loss, 0)
+    inputs = settings.layers * d * s
+    if recompute == "full":
+        return ActivationBytes(inputs, rest, loss, max(whole))
+    again = max(block - kept for block, kept in zip(whole, products, strict=True))
+    return ActivationBytes(inputs + sum(products), rest, loss, again)
+
+
+def _norm_bytes(size: int, s: int, fused: bool) -> int:
+    return size * (s if fused else 8) + 4
+
+
+def _block_bytes(settings: ModelSettings, costs: dict[str, LinearCost], s: int, single: bool, fused: bool) -> int:
+    d, f, heads, key_heads = (
+        settings.hidden_size,
+        settings.intermediate_size,
+        settings.heads,
+        settings.effective_kv_heads,
+    )
+    query, key = heads * settings.effective_head_dim, key_heads * settings.effective_head_dim
+
+    def shared(*names: str) -> bool:
+        return any(costs[name].keeps_input for name in names)
+
+    attention = (2 * query + 2 * (key if single else query)) * s + 4 * heads
+    norms = 2 * _norm_bytes(d, s, fused)
+    if settings.qk_norm:
+        size = settings.effective_head_dim
+        norms += heads * _norm_bytes(size, s, fused) + key_heads * _norm_bytes(size, s, fused)
+    outputs = (
+        d
+        * s
+        * (
+            shared("attention.query", "attention.key", "attention.value")
+            + shared("feed_forward.gate", "feed_forward.up")
+        )
+    )
+    inner = (3 + shared("feed_forward.down")) * f * s
+    return norms + outputs + attention + inner + sum(cost.activations for cost in costs.values()) * s
