@@ -8,6 +8,7 @@ U+2581 is a character without a piece. Tokenizers from elsewhere take both for t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -102,7 +103,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             if kind not in (_NORMAL, 5, 6)
         ],
         "normalizer": {"type": "Sequence", "normalizers": prepares} if prepares else None,
-        "pre_tokenizer": None,
+        "pre_tokenizer": _apart(pieces),
         "post_processor": None,
         "decoder": {"type": "Sequence", "decoders": restores[1 if plain_spaces else 0 :]},
         "model": kinds[model.trainer_spec.model_type](pieces, model),
@@ -131,6 +132,17 @@ def _bpe(pieces: list[tuple[str, float, int]], model: Any) -> dict[str, Any]:
         "vocab": {piece: number for number, (piece, _, _) in enumerate(pieces)},
         "merges": [pair for _, _, pair in sorted(merges())],
     }
+
+
+def _apart(pieces: list[tuple[str, float, int]]) -> dict[str, Any] | None:
+    """Characters of byte and control pieces that no other piece has, each by itself: so they come out in any case, and
+    a text that is spelled like such a piece is not taken for it."""
+    known = {character for piece, _, kind in pieces if kind in (_NORMAL, _USER_DEFINED) for character in piece}
+    unknown = {character for piece, _, kind in pieces if kind not in (_NORMAL, _USER_DEFINED) for character in piece}
+    if not unknown - known:
+        return None
+    pattern = "|".join(re.escape(character) for character in sorted(unknown - known))
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
 
 
 def _unigram(pieces: list[tuple[str, float, int]], model: Any) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from data_pipeline import Tokenizer
 from data_pipeline.layout import TOKENIZER_FILE
 from data_pipeline.testing import tiny_tokenizer
 from pretrain.config import Config
-from pretrain.initial_weights import CheckpointWeights, outline
+from pretrain.initial_weights import Weights, open_weights, outline
 from pretrain.model import Decoder
 from pretrain.model.initialize import normal
 from pretrain.run_folder import plain
@@ -60,16 +60,20 @@ def write_tokenizer(folder: Path) -> Tokenizer:
     return TOKENIZER
 
 
-def save_checkpoints(folder: Path, models: dict[str, dict[str, Any]]) -> None:
-    """On one rank: ``folder/NAME/step_000000000`` with random weights, each saved by another ZeRO stage."""
+def save_checkpoints(folder: Path, models: dict[str, dict[str, Any]], **sections: dict[str, Any]) -> None:
+    """On one rank: ``folder/NAME/step_000000000``, each saved by another ZeRO stage.
+
+    The weights are random, or those of the model's ``weights_from``.
+    """
     from pretrain.checkpoint import CheckpointStore
     from pretrain.distributed import start
     from pretrain.engine import Engine
 
     ranks = start(60)
     for number, (name, model) in enumerate(models.items()):
-        config = config_of(model, folder / "data", engine={"zero_stage": number % 4})
-        engine = Engine(config, vocab_size(config), ranks, RandomWeights(config, seed=number))
+        config = config_of(model, folder / "data", engine={"zero_stage": number % 4}, **sections)
+        weights = open_weights(config, TOKENIZER) or RandomWeights(config, seed=number)
+        engine = Engine(config, vocab_size(config), ranks, weights)
         state = {
             "format": FORMAT,
             "step": 0,
@@ -80,13 +84,12 @@ def save_checkpoints(folder: Path, models: dict[str, dict[str, Any]]) -> None:
         CheckpointStore(folder / name, config.checkpoint, ranks).save(engine, state)
 
 
-def our_logits(weights: CheckpointWeights, tokens: list[int], dtype: torch.dtype = torch.float32) -> Tensor:
-    """Logits [T, V] of one document, in fp32, of weights that were rounded to ``dtype``."""
-    model = Decoder(weights.settings, weights.vocab_size)
+def our_logits(weights: Weights, tokens: list[int]) -> Tensor:
+    """Logits [T, V] of one document, in fp32."""
+    model = Decoder(weights.settings, weights.shapes["embedding.weight"][0])
     with torch.no_grad():
         for name, tensor in (*model.named_parameters(), *model.named_buffers()):
-            value = weights.read(name)
-            tensor.copy_(value.to(dtype) if value.is_floating_point() else value)
+            tensor.copy_(weights.read(name))
         row = torch.tensor([tokens])
         logits: Tensor = model(row, torch.arange(len(tokens))[None], torch.zeros_like(row), single_document=True)[0]
     return logits

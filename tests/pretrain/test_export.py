@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import errno
+import json
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
+from safetensors.torch import load_file
 from torch import Tensor
 
+from data_pipeline.errors import DataError, UserError
+from data_pipeline.testing import tiny_tokenizer
 from pretrain.export.export import export_checkpoint
+from pretrain.export.write import published
 from pretrain.initial_weights import CheckpointWeights
 from tests.ranks import run_on_ranks
 
@@ -82,7 +91,7 @@ def checkpoint(root: Path, name: str) -> Path:
 
 def their_logits(folder: Path, custom: bool = False, **options: Any) -> Tensor:
     """Logits [T, V] of TEXT by transformers alone, its tokenizer included."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=custom)
     ids = tokenizer(TEXT, return_tensors="pt")["input_ids"]
     assert ids[0].tolist() == TOKENIZER.encode(TEXT)
     model, info = transformers.AutoModelForCausalLM.from_pretrained(
@@ -101,7 +110,170 @@ def test_logits_are_equal(root: Path, tmp_path: Path, name: str) -> None:
     assert written.architecture == f"{'Headrace' if custom else ''}{ALL[name][0]}ForCausalLM"
     assert (written.merged_layers > 0, written.custom_layers > 0) == (name in MERGED or name == "mixed", custom)
     ours = our_logits(CheckpointWeights(checkpoint(root, name)), TOKENIZER.encode(TEXT))
-    theirs = their_logits(tmp_path / "out", custom)
     assert spread(ours) > 0.5
-    print(name, spread(ours), float((ours - theirs).abs().max()))
-    torch.testing.assert_close(theirs, ours, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(their_logits(tmp_path / "out", custom), ours, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", [*MERGED, *CUSTOM])
+def test_logits_of_unmerged_layers_are_equal(root: Path, tmp_path: Path, name: str) -> None:
+    written = export_checkpoint(checkpoint(root, name), tmp_path / "out", unmerged=True)
+    weights = CheckpointWeights(checkpoint(root, name))
+    assert written.merged_layers == 0
+    assert written.parameters == sum(tensor.numel() for tensor in weights.outline.values() if tensor.requires_grad)
+    ours = our_logits(weights, TOKENIZER.encode(TEXT))
+    torch.testing.assert_close(their_logits(tmp_path / "out", custom=True), ours, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "unmerged"), [("tied", False), ("sltrain", False), ("sltrain", True), ("lost", True)])
+def test_bf16_is_the_rounded_weights(root: Path, tmp_path: Path, name: str, unmerged: bool) -> None:
+    """Each tensor is that of the fp32 export, rounded; so a model that loads them in fp32 loses nothing else."""
+    for dtype in ("fp32", "bf16"):
+        export_checkpoint(checkpoint(root, name), tmp_path / dtype, dtype=dtype, unmerged=unmerged)  # type: ignore[arg-type]
+    whole, rounded = (load_file(tmp_path / dtype / "model.safetensors") for dtype in ("fp32", "bf16"))
+    assert whole.keys() == rounded.keys()
+    for tensor, value in whole.items():
+        expected = value.bfloat16() if value.is_floating_point() else value
+        assert torch.equal(rounded[tensor], expected), tensor
+        assert rounded[tensor].dtype == expected.dtype
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "bf16", trust_remote_code=unmerged)
+    assert {each.dtype for each in model.parameters()} == {torch.bfloat16}
+    exact = their_logits(tmp_path / "bf16", custom=unmerged, dtype=torch.float32)
+    difference = (exact - their_logits(tmp_path / "fp32", custom=unmerged)).abs().max()
+    assert 1e-4 < float(difference) / spread(exact) < 0.1
+
+
+def test_a_custom_model_needs_its_code_and_keeps_it(root: Path, tmp_path: Path) -> None:
+    export_checkpoint(checkpoint(root, "lost"), tmp_path / "out")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=False)
+    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", trust_remote_code=True)
+    model.save_pretrained(tmp_path / "again")
+    transformers.AutoTokenizer.from_pretrained(tmp_path / "out", trust_remote_code=True).save_pretrained(
+        tmp_path / "again"
+    )
+    assert torch.equal(their_logits(tmp_path / "again", custom=True), their_logits(tmp_path / "out", custom=True))
+    generated = model.generate(torch.tensor([[5, 6, 7]]), max_new_tokens=4, do_sample=False)
+    assert generated.shape == (1, 7)
+
+
+def test_shards_have_an_index(root: Path, tmp_path: Path) -> None:
+    whole = export_checkpoint(checkpoint(root, "plain"), tmp_path / "one")
+    parts = export_checkpoint(checkpoint(root, "plain"), tmp_path / "many", max_shard_size="30KB")
+    assert parts._replace(output="") == whole._replace(output="")
+    index = json.loads((tmp_path / "many/model.safetensors.index.json").read_text())
+    files = sorted(set(index["weight_map"].values()))
+    assert len(files) > 3
+    assert index["metadata"]["total_size"] == whole.bytes == whole.parameters * 4
+    together = {name: value for file in files for name, value in load_file(tmp_path / "many" / file).items()}
+    one = load_file(tmp_path / "one/model.safetensors")
+    assert together.keys() == one.keys()
+    assert all(torch.equal(together[name], value) for name, value in one.items())
+    assert torch.equal(their_logits(tmp_path / "many"), their_logits(tmp_path / "one"))
+
+
+def test_what_the_folder_says(root: Path, tmp_path: Path) -> None:
+    export_checkpoint(checkpoint(root, "rounded_vocabulary"), tmp_path / "out")
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    ]
+    config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
+    assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, 2, 3)
+    assert (config.vocab_size, config.max_position_embeddings) == (384, 128)
+    generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+    assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (None, 2, 3)
+    assert (tmp_path / "out/tokenizer.model").read_bytes() == TOKENIZER.model
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_empty_folder_may_be_filled_and_no_other(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    export_checkpoint(checkpoint(root, "plain"), tmp_path / "empty")
+    (tmp_path / "file").touch()
+    for taken in ("empty", "file"):
+        with pytest.raises(UserError, match=f"{taken} exists already"):
+            export_checkpoint(checkpoint(root, "plain"), tmp_path / taken)
+    assert len(list((tmp_path / "empty").iterdir())) == 6
+
+
+def test_a_failed_export_leaves_nothing(root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The disk is full at the second file; then a leftover of a killed export is in the way."""
+    whole, calls = safetensors.torch.save_file, []
+
+    def full(content: Any, path: Path, **options: Any) -> None:
+        calls.append(path)
+        if len(calls) == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        whole(content, path, **options)
+
+    monkeypatch.setattr(safetensors.torch, "save_file", full)
+    with pytest.raises(OSError, match="No space left"):
+        export_checkpoint(checkpoint(root, "plain"), tmp_path / "out", max_shard_size="30KB")
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    (tmp_path / ".exporting_out").mkdir()
+    (tmp_path / ".exporting_out/model-00007-of-00009.safetensors").touch()
+    export_checkpoint(checkpoint(root, "plain"), tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len(list((tmp_path / "out").iterdir())) == 6
+
+
+def test_two_exports_at_once_do_not_mix(root: Path, tmp_path: Path) -> None:
+    with published(tmp_path / "out"), pytest.raises(UserError, match="is being written by another export"):
+        export_checkpoint(checkpoint(root, "plain"), tmp_path / "out")
+
+
+def test_every_file_is_flushed_before_the_folder_appears(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    flush, rename = os.fsync, os.rename
+    monkeypatch.setattr(
+        os, "fsync", lambda handle: (done.append(os.readlink(f"/proc/self/fd/{handle}")), flush(handle))
+    )
+    monkeypatch.setattr(os, "rename", lambda one, other: (done.append(f"rename {other}"), rename(one, other)))
+    export_checkpoint(checkpoint(root, "plain"), tmp_path / "out")
+    draft = tmp_path / ".exporting_out"
+    before = done[: done.index(f"rename {tmp_path / 'out'}")]
+    assert {str(draft), *(str(draft / path.name) for path in (tmp_path / "out").iterdir())} <= set(before)
+    assert done[-1] == str(tmp_path)
+
+
+def test_a_run_folder_stands_for_its_newest_checkpoint(root: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    (run / "checkpoints").mkdir(parents=True)
+    (run / "config.yaml").touch()
+    with pytest.raises(UserError, match="holds no complete checkpoint"):
+        export_checkpoint(run, tmp_path / "out")
+    newest = run / "checkpoints" / "step_000000000"
+    shutil.copytree(checkpoint(root, "plain"), newest)
+    assert export_checkpoint(run, tmp_path / "out").checkpoint == str(newest)
+
+
+def test_no_checkpoint_and_a_damaged_one_are_refused(root: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="is no complete checkpoint"):
+        export_checkpoint(tmp_path, tmp_path / "out")
+    shutil.copytree(checkpoint(root, "plain"), tmp_path / "step")
+    (tmp_path / "step/rank_00000.pt").write_bytes(b"")
+    with pytest.raises(DataError, match="damaged"):
+        export_checkpoint(tmp_path / "step", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tokenizer_where_the_data_is_gone(root: Path, tmp_path: Path) -> None:
+    run_on_ranks(save_checkpoints, 1, tmp_path / "moved", {"plain": {}})
+    there = checkpoint(tmp_path / "moved", "plain")
+    with pytest.raises(UserError, match=r"is not to be had.*--tokenizer, or leave it out by --no-tokenizer"):
+        export_checkpoint(there, tmp_path / "out")
+    assert export_checkpoint(there, tmp_path / "bare", tokenizer="none").bytes
+    assert not list((tmp_path / "bare").glob("tokenizer*"))
+    (tmp_path / "other.model").write_bytes(tiny_tokenizer(310).model)
+    with pytest.raises(UserError, match=r"is not the tokenizer that .* was trained with"):
+        export_checkpoint(there, tmp_path / "out", tokenizer=tmp_path / "other.model")
+    (tmp_path / "same.model").write_bytes(TOKENIZER.model)
+    export_checkpoint(there, tmp_path / "out", tokenizer=tmp_path / "same.model")
+    assert (tmp_path / "out/tokenizer.json").is_file()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,8 @@ from tests.ranks import run_on_ranks
 
 from .exports import TOKENIZER, config_of, save_checkpoints, vocab_size
 
-BASE = {"heads": 4, "kv_heads": 2}
+ODD = {"hidden_size": 33, "heads": 4, "kv_heads": 2, "head_dim": 8}
+"""Sizes that two ranks can't share evenly."""
 
 
 def importing(path: Path, **sections: Any) -> Config:
@@ -27,7 +29,7 @@ def importing(path: Path, **sections: Any) -> Config:
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("checkpoints")
-    run_on_ranks(save_checkpoints, 1, folder, {"base": BASE})
+    run_on_ranks(save_checkpoints, 1, folder, {"base": {}, "odd": ODD})
     return folder / "base" / "step_000000000"
 
 
@@ -37,8 +39,9 @@ def start_with(path: Path) -> None:
     from pretrain.engine import Engine
 
     ranks = start(60)
-    for stage in (0, 1, 2, 3):
-        config = importing(path, engine={"zero_stage": stage})
+    for stage, precision in itertools.product((0, 1, 2, 3), ("fp32", "bf16")):
+        engine = {"zero_stage": stage, **({"persistence_threshold": 0} if stage == 3 else {})}
+        config = importing(path, model=ODD, engine=engine, training={"precision": precision})
         initial = ranks.broadcast_object(open_weights(config, TOKENIZER) if ranks.rank == 0 else None)
         if ranks.rank:
             initial.path = Path("nowhere")  # only rank 0 has to see the files
@@ -47,11 +50,11 @@ def start_with(path: Path) -> None:
         assert there is not None
         assert set(whole) == set(there.shapes)
         for name, parameter in whole.items():
-            assert torch.equal(parameter, there.read(name)), (stage, name)
+            assert torch.equal(parameter, there.read(name)), (stage, precision, name)
 
 
 def test_every_stage_starts_with_a_checkpoints_weights(checkpoint: Path) -> None:
-    run_on_ranks(start_with, 2, checkpoint)
+    run_on_ranks(start_with, 2, checkpoint.parents[1] / "odd" / checkpoint.name)
 
 
 @pytest.mark.parametrize(
