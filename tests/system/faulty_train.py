@@ -1,8 +1,9 @@
-"""``pretrain`` with one fault built in, named by TEST_FAULT as ``place:number``: SIGKILL of this rank at that place.
+"""``pretrain`` with one fault built in, named by TEST_FAULT as ``place:number``; most are a SIGKILL of this rank there.
 
 Places: ``step:N`` in the forward pass of optimizer step N + 1; ``write:N``, ``manifest:N``, ``rename:N``, ``remove:N``
 at the N-th time (from 1) that a rank has written a checkpoint's first tensors, rank 0 is about to write a manifest, to
-rename a finished checkpoint, or to remove an old one. A worker that torchrun has restarted has no fault.
+rename a finished checkpoint, or to remove an old one. ``logits:N`` makes the logits of the sequence at position N of
+the run NaN, ``below:N`` what they come from too. A worker that torchrun has restarted has no fault.
 """
 
 from __future__ import annotations
@@ -46,10 +47,34 @@ def die_in_step(begin_step: Callable[..., int | None]) -> Callable[..., int | No
     return dying
 
 
+class OnlyLogits(torch.autograd.Function):
+    """NaN forward, the gradient as it comes backward: what is below the logits is sound."""
+
+    @staticmethod
+    def forward(context: Any, logits: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
+        return logits * factor
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0], None
+
+
+def poisoned(micro_step: Callable[..., Any]) -> Callable[..., Any]:
+    def step(self: Objective, logits: torch.Tensor, batch: Any) -> Any:
+        factor = torch.where(batch.run_positions == int(NUMBER), torch.nan, 1.0)[:, None, None]
+        logits = OnlyLogits.apply(logits, factor) if PLACE == "logits" else logits * factor
+        return micro_step(self, logits, batch)
+
+    return step
+
+
 if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
     pass
 elif PLACE == "step":
     Objective.begin_step = die_in_step(Objective.begin_step)  # type: ignore[method-assign]
+elif PLACE in ("logits", "below"):
+    Objective.micro_step = poisoned(Objective.micro_step)  # type: ignore[method-assign]
+    Objective.score = poisoned(Objective.score)  # type: ignore[method-assign]
 elif PLACE == "write":
     save = torch.save
 
