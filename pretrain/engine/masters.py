@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -40,7 +41,8 @@ def write_masters(
         if stage == 0:
             master(parameter).copy_(value)
         elif stage == 3:
-            utils.safe_set_local_fp32_param(parameter, _part(value, parameter.partition_numel(), ranks.rank))  # type: ignore[operator]
+            share: int = cast(Any, parameter).partition_numel()  # a method that ZeRO-3 has given it
+            utils.safe_set_local_fp32_param(parameter, _part(value, share, ranks.rank))
         else:
             utils.safe_set_full_fp32_param(parameter, value)
 
