@@ -61,8 +61,8 @@ def open_beginning(config: Config, data: RunData) -> Beginning:
     if config.training.rewind:
         if not isinstance(weights, CheckpointWeights):
             raise UserError(
-                f"training.rewind goes back to a checkpoint's place in its run, and model.weights_from = "
-                f"{config.model.weights_from!r} has none. Give a step_... folder, or rewind=false."
+                f"training.rewind: model.weights_from = {config.model.weights_from!r} holds no place in a run to go "
+                "back to. Give a step_... folder, or rewind=false."
             )
         state = rewound_state(weights.path, config, data)
         check_linear_steps(config, state.step)

@@ -93,15 +93,10 @@ def _layers_of(rule: MagnitudePrunedSettings, settings: ModelSettings) -> dict[s
 
 
 def _check_layers(source: MaskSource) -> None:
-    there = source.weights.settings
+    told = "Give a run of the same model with dense or magnitude_pruned layers."
     for name, shape in source.layers.items():
+        rule = method_of(name, source.weights.settings)
+        if rule.terms() not in (DENSE, (Term("weight", mask="mask"),)):
+            raise UserError(f"{source.where} keeps {name} as {rule.kind}, of which no entries can be pruned. {told}")
         if source.weights.shapes.get(f"{name}.weight") != shape:
-            raise UserError(
-                f"{source.where} has no weight {list(shape)} of {name}, so that it can't say which entries are small. "
-                "Give a run of the same model with dense or magnitude_pruned layers."
-            )
-        if (rule := method_of(name, there)).terms() not in (DENSE, (Term("weight", mask="mask"),)):
-            raise UserError(
-                f"{source.where} keeps {name} as {rule.kind}, of which no entries can be pruned. Give a run of the "
-                "same model with dense or magnitude_pruned layers."
-            )
+            raise UserError(f"{source.where} has no weight {list(shape)} of {name}. {told}")
