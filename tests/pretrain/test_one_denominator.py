@@ -16,6 +16,7 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "linupper-token": {"reweighting": {"strategy": "linupper", "temperature": 0.4}},
     "linupper-sequence": {"average": "sequence", "reweighting": {"strategy": "linupper", "temperature": 0.4}},
 }
+ONE_PASS = {"reweighting": {"strategy": "linupper", "temperature": 0.4, "group": "global_batch_one_pass"}}
 
 
 def compare_all(precision: str) -> list[dict[str, Any]]:
@@ -33,12 +34,13 @@ def compare_all(precision: str) -> list[dict[str, Any]]:
         if not (name != "uniform" and b * ranks.world_size == 1)
     ]
     if precision == "bf16":
-        cases = [(splits[-1], tied, name) for tied, name in ((False, "linupper-token"), (True, "uniform"))]
+        # one pass with the most micro-steps: its gradients are multiplied after they were accumulated
+        cases = [(splits[-1], False, "linupper-token"), (splits[-1], True, "uniform"), (splits[0], False, "one-pass")]
 
     def config(b: int, tied: bool, name: str, stage: int = 0) -> Any:
         return tiny_config(
             model={"tied_embeddings": tied},
-            objective=OBJECTIVES[name],
+            objective={**OBJECTIVES, "one-pass": ONE_PASS}[name],
             training={"steps": 3, "global_batch": GLOBAL_BATCH, "micro_batch": b, "precision": precision},
             engine={"zero_stage": stage, **({"persistence_threshold": 0} if stage == 3 else {})},
         )
