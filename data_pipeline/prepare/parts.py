@@ -6,7 +6,6 @@ uniform shuffle of all documents whatever the parts were.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -24,6 +23,7 @@ from ..files import publish, publish_json
 from ..manifest import HELDOUT, TRAIN
 from ..sources import Document, Part, Rejected, Source
 from ..sources.base import encodable
+from ..sources.records import strict_json
 from ..storage import StorageSettings
 from ..tokenizer import Tokenizer
 from .accounts import Rejected as RejectedCounts
@@ -236,7 +236,7 @@ def _encode(batch: list[Document], tokenizer: Tokenizer, job: PartJob, counts: _
         lengths=lengths,
         text_bytes=text_bytes,
         urls=[document.url.encode() for document in batch],
-        metadata=[json.dumps(d.metadata, sort_keys=True).encode() if d.metadata else b"" for d in batch],
+        metadata=[strict_json(d.metadata) if d.metadata else b"" for d in batch],
         tokens=tokens,
         signatures=_signatures(batch, _signer(job.cleaning)),
     )

@@ -255,6 +255,9 @@ def _begin(settings: PrepareSettings, workspace: Workspace, share: Share) -> _Pr
 
 
 def _warn_of_input(settings: PrepareSettings) -> None:
+    for name, source in settings.sources.items():
+        for doubt in source.doubts(settings.storage):
+            _warn(f"source {name!r}: {doubt}.")
     if ignored := make_cleaner(settings.cleaning).ignored_evaluation_texts:
         _warn(f"{ignored} evaluation texts are shorter than decontaminate.min_units and are not looked for.")
 

@@ -19,7 +19,16 @@ from pydantic import Field
 from ..errors import DataError, UserError
 from ..settings import Settings
 from ..storage import StorageSettings
-from .inputs import DEFAULT_STORAGE, can_be_cut, find_inputs, input_sizes, input_stamp, is_remote
+from .inputs import (
+    DEFAULT_STORAGE,
+    can_be_cut,
+    find_inputs,
+    input_sizes,
+    input_stamp,
+    is_remote,
+    kind_of_name,
+    shown_name,
+)
 from .records import RecordError
 
 
@@ -114,6 +123,10 @@ class Source(Settings, ABC):
             UserError: names the file that changed.
         """
 
+    def doubts(self, storage: StorageSettings = DEFAULT_STORAGE) -> Iterator[str]:
+        """What looks as if it were not meant, though it can be read: half-sentences about the source."""
+        return iter(())
+
     def read(self, part: Part, storage: StorageSettings = DEFAULT_STORAGE) -> Iterator[Document | Rejected]:
         """The records of a part; with ``on_bad_record: stop`` all of them are documents.
 
@@ -132,6 +145,7 @@ class Source(Settings, ABC):
 class FileSource(Source):
     """A source that reads files."""
 
+    kind: str
     files: tuple[str, ...] = Field(
         min_length=1,
         description="Paths or globs (`**` included) relative to the working directory, addresses (`https://`, `s3://`, "
@@ -142,9 +156,22 @@ class FileSource(Source):
         """The files that the patterns name, each once, sorted.
 
         Raises:
-            UserError: a pattern names no file.
+            UserError: a pattern names no file, or a file that is, by its name, of another kind.
         """
-        return find_inputs(self.files, f"source of domain {self.domain!r}", storage)
+        owner = f"source of domain {self.domain!r}"
+        names = find_inputs(self.files, owner, storage)
+        for name in names:
+            if (named := kind_of_name(name)) not in (None, self.kind):
+                raise UserError(
+                    f"input {shown_name(name)!r} ({owner}) is a file for kind `{named}` by its name, and the source's "
+                    f"kind is `{self.kind}`. Set `kind: {named}`, or rename the file if its name is wrong."
+                )
+        return names
+
+    def doubts(self, storage: StorageSettings = DEFAULT_STORAGE) -> Iterator[str]:
+        local = [name for name in self.input_files(storage) if not is_remote(name)]
+        if empty := [name for name in local if not os.path.getsize(name)]:
+            yield f"{len(empty):,} of its files are empty (0 bytes; the first: {empty[0]})"
 
     def stamp(self, storage: StorageSettings = DEFAULT_STORAGE) -> dict[str, Any]:
         """Size and modification time of each file; the size of what is remote."""

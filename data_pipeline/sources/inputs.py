@@ -17,11 +17,14 @@ import braceexpand
 from ..errors import DataError, UserError
 from ..storage import StorageSettings, Store, open_input, open_store
 from ..storage.store import PIPE, scheme
-from .unpacking import DAMAGE, packing_of_content, packing_of_name, unpacked
+from .unpacking import DAMAGE, SUFFIXES, name_unpacked, packing_of_content, packing_of_name, unpacked
 
 DEFAULT_STORAGE: Final = StorageSettings()
 
 _BUFFER_BYTES: Final = 1 << 20
+_KINDS: Final = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".tar": "webdataset", ".arrow": "datasets",
+}  # fmt: skip
 _ADDRESS_OF_A_FILE: Final = re.compile(r"(?P<root>[^?#]*/)(?P<name>[^/?#%]+)")
 
 
@@ -33,6 +36,12 @@ def is_remote(name: str) -> bool:
 def can_be_cut(name: str) -> bool:
     """Whether a process can begin to read in the middle: packed and remote files are read whole."""
     return not is_remote(name) and packing_of_name(name) is None
+
+
+def kind_of_name(name: str) -> str | None:
+    """The kind of source that a file is for by its name, packed or not; None where the name leaves it open."""
+    path = "" if name.startswith(PIPE) else urlsplit(name).path if is_remote(name) else name
+    return _KINDS.get(os.path.splitext(name_unpacked(path))[1])
 
 
 def find_inputs(patterns: Sequence[str], owner: str, storage: StorageSettings) -> list[str]:
@@ -52,12 +61,13 @@ def find_inputs(patterns: Sequence[str], owner: str, storage: StorageSettings) -
                 continue
             matches = [path for path in glob.glob(name, recursive=True) if os.path.isfile(path)]
             if not matches:
+                inside = f" but a folder ({os.path.join(name, '*')!r} names its files)" if os.path.isdir(name) else ""
                 raise UserError(
-                    f"input {name!r} ({owner}) names no file, seen from {os.getcwd()}. Mend `files` in the "
+                    f"input {name!r} ({owner}) names no file{inside}, seen from {os.getcwd()}. Mend `files` in the "
                     "configuration."
                 )
             found.update(matches)
-    return sorted(found)
+    return _each_once(sorted(found))
 
 
 def input_sizes(names: Sequence[str], storage: StorageSettings) -> list[int]:
@@ -115,12 +125,16 @@ def open_input_file(name: str, storage: StorageSettings, recognise: bool = False
     """
     with _open(name, storage) as stream:
         packing = None if name.startswith(PIPE) else packing_of_name(name)  # `pipe:zcat a.gz` prints no gzip
-        found = packing_of_content(stream.peek(4)[:4])
+        head = stream.peek(4)[:4]
+        found = packing_of_content(head)
+        if not head and (packing or recognise):
+            raise empty_input(name)
         if packing is not None and found != packing:
-            raise DataError(
-                f"{shown_name(name)}: is empty or not packed with {packing}, as its name says. Fetch it again."
-            )
-        if packing is None and (recognise or is_remote(name)):
+            raise DataError(f"{shown_name(name)}: is not packed with {packing}, as its name says. Fetch it again.")
+        if packing is None and found is not None and not (recognise or is_remote(name)):
+            advice = f"Rename it so that its name ends in {SUFFIXES[found]}."
+            raise DataError(f"{name}: is packed with {found}, and its name does not say so. {advice}")
+        if packing is None:
             packing = found
         content = unpacked(stream, packing) if packing else stream
         try:
@@ -128,6 +142,14 @@ def open_input_file(name: str, storage: StorageSettings, recognise: bool = False
         except DAMAGE as error:
             place = f"{shown_name(name)}: damaged after {content.tell()} unpacked bytes"
             raise DataError(f"{place} ({error}). Fetch it again.") from error
+        except OSError as error:
+            place = f"input {shown_name(name)} can't be read to its end"
+            raise DataError(f"{place}: {error.strerror or error}. Look after its disk.") from error
+
+
+def empty_input(name: str) -> DataError:
+    """The error for an input without a byte, where there should at least be a header."""
+    return DataError(f"{shown_name(name)}: is empty (0 bytes). Fetch it again, or take it out of `files`.")
 
 
 def _open(name: str, storage: StorageSettings) -> io.BufferedReader:
@@ -137,6 +159,22 @@ def _open(name: str, storage: StorageSettings) -> io.BufferedReader:
         return io.BufferedReader(io.FileIO(name), _BUFFER_BYTES)
     except OSError as error:
         raise UserError(f"input file {name} can't be read: {error.strerror}. Mend its path or its rights.") from error
+
+
+def _each_once(names: Sequence[str]) -> list[str]:
+    """``names`` without those of a file that a name before it names: ``./a``, ``a`` and a link to it are one file."""
+    folders: dict[str, str] = {}
+    kept: dict[str, str] = {}
+    for name in names:
+        place = name
+        if not is_remote(name):
+            folder, base = os.path.split(name)
+            if folder not in folders:
+                folders[folder] = os.path.realpath(folder)
+            place = os.path.join(folders[folder], base)
+            place = os.path.realpath(place) if os.path.islink(place) else place
+        kept.setdefault(place, name)
+    return list(kept.values())
 
 
 def _expand_braces(pattern: str, owner: str) -> list[str]:

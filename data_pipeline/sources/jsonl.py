@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from collections.abc import Iterator
 from typing import Any, Literal
@@ -38,12 +39,13 @@ class JsonlSource(FileSource):
             name = shown_name(span.path)
             with open_input_file(span.path, storage) as handle:
                 blank: int | None = None
-                for offset, line in read_lines(handle, span.start):
+                for offset, line in read_lines(handle, span.start, span.stop):
                     if blank is not None:
                         yield self._rejected(span, blank, b"", storage)
                         blank = None
                     if offset >= span.stop:
                         break
+                    line = line if offset else line.removeprefix(codecs.BOM_UTF8)
                     if line.isspace():
                         blank = offset
                         continue

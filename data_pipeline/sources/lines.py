@@ -9,12 +9,16 @@ from ..storage import StorageSettings
 from .inputs import is_remote, open_input_file, shown_name
 
 
-def read_lines(handle: BinaryIO, start: int) -> Iterator[tuple[int, bytes]]:
-    """The lines of an input that begin at byte ``start`` or after: (offset, line with its end)."""
+def read_lines(handle: BinaryIO, start: int, stop: int) -> Iterator[tuple[int, bytes]]:
+    """The lines of an input that begin at byte ``start`` or after: (offset, line with its end). None if none begins
+    before ``stop``: it is not looked for beyond."""
     offset = 0
     if start > 0:
         handle.seek(start - 1)
-        offset = start - 1 + len(handle.readline())
+        rest = handle.readline(stop - start)
+        if not rest.endswith(b"\n"):
+            return
+        offset = start - 1 + len(rest)
     for line in handle:
         yield offset, line
         offset += len(line)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -12,8 +13,8 @@ from pydantic import Field
 from ..errors import DataError, UserError
 from ..storage import StorageSettings
 from .base import Document, FileSource, Part, Rejected, Span
-from .inputs import DEFAULT_STORAGE, is_remote
-from .records import RecordError, checked_text, json_ready
+from .inputs import DEFAULT_STORAGE, empty_input, is_remote
+from .records import RecordError, checked_text, json_ready, not_utf8
 
 _BATCH_ROWS = 1024
 
@@ -62,7 +63,7 @@ class ParquetSource(FileSource):
             row = sum(file.metadata.row_group(group).num_rows for group in range(span.start))
             try:
                 for batch in file.iter_batches(_BATCH_ROWS, range(span.start, span.stop), self._columns):
-                    for values in batch.to_pylist():
+                    for values in _rows(batch):
                         yield self._record(span.path, row, values)
                         row += 1
             except (pa.ArrowException, OSError) as error:
@@ -72,9 +73,11 @@ class ParquetSource(FileSource):
     def _columns(self) -> list[str]:
         return list(dict.fromkeys([self.text_column, *filter(None, [self.url_column]), *self.metadata_columns]))
 
-    def _record(self, path: str, row: int, values: dict[str, Any]) -> Document | Rejected:
+    def _record(self, path: str, row: int, values: dict[str, Any] | UnicodeDecodeError) -> Document | Rejected:
         place, url = f"{path}, row {row}", f"{path}#row={row}"
         try:
+            if isinstance(values, UnicodeDecodeError):
+                raise not_utf8(values, place)
             text = checked_text(values[self.text_column], self.text_column, place)
             if self.url_column is not None:
                 url = checked_text(values[self.url_column], self.url_column, place)
@@ -84,6 +87,8 @@ class ParquetSource(FileSource):
         return Document(text, url, kept or None)
 
     def _open(self, path: str) -> Any:
+        if os.path.isfile(path) and os.path.getsize(path) == 0:
+            raise empty_input(path)
         try:
             file = pq.ParquetFile(path)
         except (pa.ArrowException, OSError) as error:
@@ -96,3 +101,15 @@ class ParquetSource(FileSource):
                     "metadata_columns."
                 )
         return file
+
+
+def _rows(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
+    """The rows of a record batch. Nobody checks strings when a file is written: a row that is not UTF-8 is an error."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for row in range(batch.num_rows):
+            try:
+                yield from batch.slice(row, 1).to_pylist()
+            except UnicodeDecodeError as error:
+                yield error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, Final
 
 from ..errors import DataError
@@ -101,6 +102,23 @@ def json_ready(value: Any) -> Any:
     if value is None or isinstance(value, str | int | float):
         return value
     return json.loads(json.dumps(value, default=_as_text))
+
+
+def strict_json(value: Any) -> bytes:
+    """``value`` (JSON, but for numbers that are not finite, which Python reads and writes) as JSON with sorted keys;
+    such numbers as the text that Python writes for them."""
+    try:
+        return json.dumps(value, sort_keys=True, allow_nan=False).encode()
+    except ValueError:
+        return json.dumps(_finite(value), sort_keys=True).encode()
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_finite(inner) for inner in value]
+    return json.dumps(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _as_text(value: Any) -> str:

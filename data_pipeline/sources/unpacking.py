@@ -18,14 +18,27 @@ DAMAGE: Final = (EOFError, gzip.BadGzipFile, zlib.error, zstandard.ZstdError)
 """What reading an unpacked stream raises where the packed one is cut or damaged."""
 
 _SUFFIXES: Final[dict[str, Packing]] = {".gz": "gzip", ".tgz": "gzip", ".zst": "zstd"}
+SUFFIXES: Final[dict[Packing, str]] = {"gzip": ".gz", "zstd": ".zst"}
+"""What the names of packed files should end in."""
+
 _BUFFER_BYTES: Final = 1 << 20
+_LARGEST_WINDOW: Final = 1 << 31
+"""What `zstd --long=31`, the most there is, asks of a reader; memory is only taken for what a frame really says."""
 
 
 def packing_of_name(name: str) -> Packing | None:
     """How a file is packed, by the end of its name; an address's ``?query`` and ``#fragment`` do not count."""
     if "://" in name:
         name = name.split("?", 1)[0].split("#", 1)[0]
-    return next((packing for suffix, packing in _SUFFIXES.items() if name.endswith(suffix)), None)
+    return next((packing for suffix, packing in _SUFFIXES.items() if name.lower().endswith(suffix)), None)
+
+
+def name_unpacked(name: str) -> str:
+    """``name`` in lower case without the end that says how the file is packed."""
+    name = name.lower()
+    if name.endswith(".tgz"):
+        return f"{name.removesuffix('.tgz')}.tar"
+    return next((name.removesuffix(suffix) for suffix in _SUFFIXES if name.endswith(suffix)), name)
 
 
 def packing_of_content(head: bytes) -> Packing | None:
@@ -78,7 +91,7 @@ class _ZstdFrames(io.RawIOBase):
 
     def _decompress(self, packed: bytes) -> bytes:
         if self._frame is None:
-            self._frame = zstandard.ZstdDecompressor().decompressobj()
+            self._frame = zstandard.ZstdDecompressor(max_window_size=_LARGEST_WINDOW).decompressobj()
         content = self._frame.decompress(packed)
         self._packed = b""
         if self._frame.eof:

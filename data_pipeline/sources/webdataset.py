@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 from collections.abc import Collection, Iterator
 from typing import Any, Final, Literal
@@ -85,11 +86,11 @@ class WebDatasetSource(FileSource):
         if _is_json(extension):
             keys = tuple(filter(None, (self.text_field, self.url_field)))
             record = checked_object(value, keys, f"{place}, field {extension!r}")
-            value = checked_text(record.pop(self.text_field), self.text_field, place)
+            value = checked_text(record[self.text_field], self.text_field, place)
             if self.url_field is not None:
-                url = checked_text(record.pop(self.url_field), self.url_field, place)
-            if record:
-                metadata[extension] = record
+                url = checked_text(record[self.url_field], self.url_field, place)
+            if others := {key: inner for key, inner in record.items() if key not in keys}:
+                metadata[extension] = others
         return Document(value, url, metadata or None)
 
     def _metadata(self, extension: str, sample: Sample, place: str) -> Iterator[tuple[str, Any]]:
@@ -138,4 +139,5 @@ def _decode(field: str, payload: bytes, place: str) -> Any:
             payload = gzip.decompress(payload)
         except DAMAGE as error:
             raise RecordError("damaged gzip", f"{place}: damaged gzip ({error}). Mend or remove the record.") from error
+    payload = payload.removeprefix(codecs.BOM_UTF8)
     return (decode_json if _is_json(field) else decode_utf8)(payload, place)

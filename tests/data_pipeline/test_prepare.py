@@ -165,6 +165,16 @@ def test_metadata_stands_in_the_document_table(plain: dict[str, Any], tmp_path: 
     assert table(1, 2) == rows
 
 
+def test_metadata_is_json_that_anybody_reads(plain: dict[str, Any], tmp_path: Path) -> None:
+    """JSON has no NaN (RFC 8259, section 6), though Python writes and reads it."""
+    line = '{"text": "a", "score": NaN, "more": {"x": [1.5, Infinity, -Infinity]}}\n'
+    (tmp_path / "a.jsonl").write_text(line)
+    source = {**plain["sources"]["first"], "metadata_fields": ["score", "more"]}
+    manifest = run(plain, sources={"first": source}, heldout_fraction=0)
+    (row,) = read_documents(tmp_path / "set", manifest.shards[0]).to_pylist()
+    assert row["metadata"] == '{"more": {"x": [1.5, "Infinity", "-Infinity"]}, "score": "NaN"}'
+
+
 def test_a_source_without_metadata_has_an_empty_column(plain: dict[str, Any], tmp_path: Path) -> None:
     shard = run(plain).shards[0]
     assert set(read_documents(tmp_path / "set", shard)["metadata"].to_pylist()) == {""}

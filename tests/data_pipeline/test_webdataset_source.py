@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import gzip
 import io
 import json
@@ -206,3 +207,20 @@ def test_names_that_are_not_utf8_make_urls_that_are(tmp_path: Path) -> None:
     assert rejected.url == f"{tmp_path}/caf\\udce9.tar#\\udce9"
     assert "sample '\\udce9'" in rejected.message
     json.dumps(source(name).stamp(), ensure_ascii=False).encode()
+
+
+def test_a_byte_order_mark_at_the_beginning_of_a_member_is_no_text(tmp_path: Path) -> None:
+    members = [("a.txt", codecs.BOM_UTF8 + b"one"), ("a.json", codecs.BOM_UTF8 + b'{"n": 1}')]
+    records = read(source(write_tar(tmp_path / "a.tar", members), text_extension="txt"))
+    assert records == [Document("one", f"{tmp_path}/a.tar#a", {"json": {"n": 1}})]
+
+
+def test_one_key_may_be_text_and_url(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("a.json", b'{"text": "x", "n": 1}')])
+    assert read(source(path, url_field="text")) == [Document("x", "x", {"json": {"n": 1}})]
+
+
+def test_an_empty_archive_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").touch()
+    with pytest.raises(DataError, match=r"a\.tar: is empty \(0 bytes\)\. Fetch it again, or take it out of `files`"):
+        read(source(tmp_path / "a.tar"))

@@ -1,0 +1,137 @@
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+import zstandard
+
+from data_pipeline.errors import DataError
+from data_pipeline.sources import TextSource
+from tests.data_pipeline.read_sources import TEXTS, jsonl, read, texts
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
+
+
+def test_a_cut_gzip_file_is_named(tmp_path: Path) -> None:
+    packed = tmp_path / "b.jsonl.gz"
+    packed.write_bytes(gzip.compress(b'{"text": "good"}\n' * 1000)[:-30])
+    with pytest.raises(DataError, match=r"b\.jsonl\.gz: damaged after \d+ unpacked bytes"):
+        read(jsonl(packed), 100)
+
+
+ZSTD = zstandard.ZstdCompressor(write_checksum=True)
+SKIPPABLE = b"\x50\x2a\x4d\x18" + (5).to_bytes(4, "little") + b"hello"
+
+
+def zstd_frames(lines: list[bytes], frames: int) -> bytes:
+    return b"".join(SKIPPABLE + ZSTD.compress(b"".join(lines[i::frames])) + SKIPPABLE for i in range(frames))
+
+
+@pytest.mark.parametrize("frames", [1, 3])
+def test_zstd_of_any_number_of_frames(tmp_path: Path, frames: int) -> None:
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS] * 2000
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstd_frames(lines, frames))
+    assert texts(read(jsonl(path), 1)) == [text for i in range(frames) for text in (TEXTS * 2000)[i::frames]]
+    assert len(jsonl(path).parts(1)) == 1
+    command = ["zstd", "-q", "-T2", "-f", "-o", str(path)]
+    subprocess.run(command, input=b"".join(lines), check=True)
+    assert texts(read(jsonl(path), 1)) == TEXTS * 2000
+
+
+def test_a_zstd_file_cut_anywhere_or_flipped_is_an_error(tmp_path: Path) -> None:
+    lines = [json.dumps({"text": text}).encode() + b"\n" for text in TEXTS]
+    path = tmp_path / "a.jsonl.zst"
+    whole = ZSTD.compress(b"".join(lines))
+    for cut in range(len(whole)):
+        path.write_bytes(whole[:cut])
+        with pytest.raises(DataError, match=r"a\.jsonl\.zst: (damaged after \d+ unpacked|is empty|is not packed)"):
+            read(jsonl(path), 1)
+    path.write_bytes(whole)
+    sound, told = read(jsonl(path), 1), 0
+    for offset in range(len(whole)):
+        path.write_bytes(whole[:offset] + bytes([whole[offset] ^ 0x10]) + whole[offset + 1 :])
+        try:
+            assert read(jsonl(path), 1) == sound  # an unused bit, or another way to pack the same bytes
+        except DataError:
+            told += 1
+    assert told > len(whole) * 0.9
+
+
+def test_an_empty_file_is_no_packed_one(tmp_path: Path) -> None:
+    for kind in ("gz", "zst"):
+        path = tmp_path / f"a.jsonl.{kind}"
+        path.write_bytes(b"")
+        with pytest.raises(DataError, match=rf"a\.jsonl\.{kind}: is empty \(0 bytes\)\. Fetch it again, or take"):
+            read(jsonl(path, on_bad_record="drop"), 1)
+    (tmp_path / "a.jsonl").write_bytes(b"")
+    assert read(jsonl(tmp_path / "a.jsonl"), 1) == []
+
+
+def test_a_damaged_text_file_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.txt.gz"
+    path.write_bytes(gzip.compress(b"text" * 1000)[:-5])
+    with pytest.raises(DataError, match=r"a\.txt\.gz: damaged after \d+ unpacked bytes"):
+        read(TextSource(kind="text", domain="d", files=(str(path),), on_bad_record="drop"), 1)
+
+
+def test_gzip_of_several_members_and_what_may_follow_them(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    member = gzip.compress(b'{"text": "one"}\n')
+    path.write_bytes(member + member + bytes(700))
+    assert texts(read(jsonl(path), 1)) == ["one", "one"]
+    for rest in (b"junk", member[:5], member[:-1]):
+        path.write_bytes(member + rest)
+        with pytest.raises(DataError, match=r"a\.jsonl\.gz: damaged after \d+ unpacked bytes"):
+            read(jsonl(path), 1)
+
+
+@pytest.mark.parametrize("exponent", [17, 18, 21])
+def test_zstd_of_a_long_window_is_read(tmp_path: Path, exponent: int) -> None:
+    """`zstd --long=31` writes windows of 2 GiB, and many corpora are packed so; RFC 8878, 3.1.1.1.2: 2^(10 + exponent).
+    The frame is made by hand: one raw block."""
+    line = b'{"text": "one"}\n'
+    path = tmp_path / "a.jsonl.zst"
+    header = b"\x28\xb5\x2f\xfd\x00" + bytes([exponent << 3])
+    path.write_bytes(header + (len(line) << 3 | 1).to_bytes(3, "little") + line)
+    assert texts(read(jsonl(path), 1)) == ["one"]
+
+
+def test_names_in_capitals_are_packed_too(tmp_path: Path) -> None:
+    path = tmp_path / "A.JSONL.GZ"
+    path.write_bytes(gzip.compress(b'{"text": "one"}\n'))
+    assert texts(read(jsonl(path), 1)) == ["one"]
+    assert len(jsonl(path).parts(1)) == 1
+
+
+@pytest.mark.parametrize(("pack", "advice"), [(gzip.compress, "gz"), (zstandard.compress, "zst")])
+def test_a_packed_file_whose_name_hides_it_is_an_error_and_no_bad_record(
+    tmp_path: Path, pack: Callable[[bytes], bytes], advice: str
+) -> None:
+    """As one bad record it could be dropped, with all that it holds."""
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(pack(b'{"text": "one"}\n' * 100))
+    with pytest.raises(DataError, match=rf"a\.jsonl: is packed with \w+, and its name does not .* in \.{advice}"):
+        read(jsonl(path, on_bad_record="drop"), 1)
+
+
+def test_a_disk_that_fails_while_reading_is_said_of_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "one"}\n' * 100_000)
+
+    class Failing(io.FileIO):
+        def readinto(self, buffer: Buffer, /) -> int | None:
+            if self.tell():
+                raise OSError(5, "Input/output error")
+            return super().readinto(buffer)
+
+    monkeypatch.setattr("data_pipeline.sources.inputs.io.FileIO", Failing)
+    with pytest.raises(DataError, match=r"input .*a\.jsonl can't be read to its end: Input/output error\. Look after"):
+        read(jsonl(path, on_bad_record="drop"), 1 << 30)
