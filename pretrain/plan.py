@@ -7,11 +7,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from .beginning import open_beginning
 from .check import check_run, warnings
+from .checkpoint import complete_checkpoints
 from .config import load_config
 from .costs import memory, parts
 from .engine import accumulation_steps
 from .model import count_parameters, flops_per_token
+from .run_folder import CHECKPOINTS
 
 
 def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any]:
@@ -22,6 +25,9 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
     """
     config = load_config(path, overrides)
     data = check_run(config, ranks)
+    known = complete_checkpoints(config.run_folder / CHECKPOINTS) if config.resume == "auto" else []
+    if config.resume == "never" or (config.resume == "auto" and not known):
+        open_beginning(config, data)
     vocabulary = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
     parameters = count_parameters(config.model, vocabulary)
     end = config.batch_plan.start_of(config.total_steps)

@@ -103,6 +103,7 @@ def begun(path: Path) -> list[dict[str, Tensor]]:
     return found
 
 
+@pytest.mark.slow
 def test_every_rank_begins_with_the_masks_and_the_weights(checkpoints: Path) -> None:
     path = path_of(checkpoints, "dense")
     weights, masks = CheckpointWeights(path), decided(masked(path, {"layers": "0"}))

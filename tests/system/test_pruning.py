@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import shutil
+import subprocess
+import sys
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,11 @@ def config(runs: Runs, name: str, stage: int, training: dict[str, Any], **sectio
         evaluation={"every_steps": 2, "sequences": 4},
         **sections,
     )
+
+
+def command(*arguments: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "pretrain", *arguments]
+    return subprocess.run(line, capture_output=True, text=True, timeout=240, check=False)
 
 
 def ticket(runs: Runs, mask_from: Path, sparsity: float) -> dict[str, Any]:
@@ -124,6 +131,15 @@ def test_a_rewound_run_has_the_early_weights_and_the_samples_and_rates_that_foll
         next(line for line in found if "evaluation" in line and line["step"] == EARLY) for found in lines.values()
     )
     assert after["loss"] == pytest.approx(before["loss"], rel=1e-6)
+
+    gradual = {"begin_step": 1, "end_step": 9, "every_steps": 2}
+    early = section({"sparsity": 0.5, "gradual": gradual}, weights_from=str(checkpoint(runs, "dense", EARLY)))
+    refused = command("plan", str(config(runs, "early", 1, {"rewind": True}, model=early)))
+    assert refused.returncode == 2
+    assert "linear.0 (magnitude_pruned): gradual prunes after steps 1 to 9, but the run goes from 2" in refused.stderr
+    lacking = config(runs, "early", 1, {}, model=ticket(runs, runs.folder, 0.2))
+    assert "is no complete checkpoint" in command("plan", str(lacking)).stderr
+    assert command("plan", str(config(runs, "rewound", 1, {"rewind": True}, model=nothing))).returncode == 0
 
 
 @pytest.mark.slow
