@@ -19,6 +19,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.settings import Settings, load_settings
 from data_pipeline.stream import StreamSettings
 
+from .model import linear_layers
 from .model.recompute import ActivationCheckpointing
 from .model.settings import ModelSettings
 from .objective.settings import ObjectiveSettings
@@ -204,9 +205,9 @@ class Config(Settings):
     def _check(self) -> Config:
         if self.training.rewind and self.model.weights_from is None:
             raise ValueError("training.rewind needs model.weights_from, the checkpoint to go back to; give it")
-        recompute, rules = self.training.activation_checkpointing, self.model.linear
-        if recompute == "low_rank" and not any(rule.factorised for rule in rules):
-            kinds = ", ".join(sorted({rule.kind for rule in rules} or {"dense"}))
+        layers = list(linear_layers(self.model))
+        if self.training.activation_checkpointing == "low_rank" and not any(layer.cost.products for layer in layers):
+            kinds = ", ".join(sorted({layer.method.kind for layer in layers}))
             raise ValueError(
                 "training.activation_checkpointing low_rank keeps the r-dimensional activations of factorised layers, "
                 f"and model.linear makes none (its layers are {kinds}); use full or none, or a kind such as cola"

@@ -181,6 +181,8 @@ def test_it_is_refused_where_it_would_do_nothing_or_can_not_be() -> None:
     training = {"activation_checkpointing": "low_rank"}
     assert f"{told}dense)" in refusal(training=training)
     assert f"{told}sltrain)" in refusal(training=training, model={"linear": [sltrain]})
+    only_columns = {"kind": "lost", "rank": 4, "gamma": 0.0, "column_fraction": 0.1, "modules": ["attention.*"]}
+    assert f"{told}dense, lost)" in refusal(training=training, model={"linear": [only_columns]})
     compiled = refusal(training={**training, "compile": True}, model={"linear": [COLA]})
     assert "activation_checkpointing low_rank" in compiled
     assert "set compile=false" in compiled

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 from pydantic import Field, model_validator
 from torch import nn
@@ -28,7 +28,8 @@ class LinearCost(NamedTuple):
     buffer_bytes: int = 0
     """Bytes of what is kept but not trained: indices and masks; whole on every rank at any ZeRO stage."""
     products: int = 0
-    """Of the ``activations``, those that ``training.activation_checkpointing: low_rank`` keeps."""
+    """Of the ``activations``, those that ``training.activation_checkpointing: low_rank`` keeps: made by
+    :func:`~pretrain.model.recompute.first_product`."""
     keeps_input: bool = True
     """Whether the layer's whole input is kept for the backward pass."""
 
@@ -39,10 +40,6 @@ class LinearSettings(Settings):
     A layer maps [..., in_features] to [..., out_features] without bias, and is an
     :class:`~pretrain.model.initialize.Initializable`.
     """
-
-    factorised: ClassVar[bool] = False
-    """Whether a layer has an r-dimensional activation, which ``training.activation_checkpointing: low_rank`` keeps: it
-    is made by :func:`~pretrain.model.recompute.first_product`."""
 
     kind: str
     """Which parameterization."""

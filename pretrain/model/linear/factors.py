@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import ClassVar, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -33,8 +33,6 @@ ACTIVATIONS: dict[ActivationName, Activation] = {
 
 class FactorSettings(LinearSettings):
     """Base of the parameterizations with two factors."""
-
-    factorised: ClassVar[bool] = True
 
     rank: int = Field(ge=1)
     """Features between the two factors (r), at most the layer's smaller side. The papers' models of 60M, 130M, 350M,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from fractions import Fraction
-from typing import Any, ClassVar, Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -96,8 +96,6 @@ class _Product(torch.autograd.Function):
 
 class SLTrainSettings(FactorSettings):
     """W = (α/r) B A + S. The papers' learning rate is 3e-3 without weight decay."""
-
-    factorised: ClassVar[bool] = False  # A x is never made
 
     kind: Literal["sltrain"] = "sltrain"
     alpha: float = Field(gt=0.0, allow_inf_nan=False)
