@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from data_pipeline.errors import HeadraceError
 from pretrain.distributed import Distributed
 
+from .base import AdamSettings
 from .matrices import MatrixUnit, Piece
 
 Group = dict[str, Any]
@@ -28,7 +29,7 @@ class MatrixWise(torch.optim.Optimizer):
 
     Args:
         groups: of :func:`~pretrain.optimizer.groups.parameter_groups`.
-        adamw: makes the optimizer of the other groups.
+        settings: of the learning rate, and of AdamW for the groups that are not marked.
     """
 
     dtype = torch.float32
@@ -36,10 +37,10 @@ class MatrixWise(torch.optim.Optimizer):
     spread = True
     """Where every rank holds all matrices, each computes a share of the updates for all."""
 
-    def __init__(self, groups: list[Group], adamw: Callable[[list[Group]], torch.optim.Optimizer]) -> None:
+    def __init__(self, groups: list[Group], settings: AdamSettings) -> None:
         others = [group for group in groups if not group["matrix"]]
-        self._adamw = adamw(others) if others else None
-        super().__init__(groups, {})
+        self._adamw = settings.adamw(others) if others else None
+        super().__init__(groups, {"lr": settings.lr})
         self._units: dict[Tensor, MatrixUnit] = {}
 
     def attach(self, units: Sequence[tuple[Sequence[Tensor], Sequence[Piece]]], ranks: Distributed) -> None:

@@ -102,7 +102,7 @@ class GaLore(MatrixWise):
     spread = False  # at stage 0 DeepSpeed saves what rank 0 holds: every rank has to hold the state of all matrices
 
     def __init__(self, groups: list[Group], settings: GaLoreSettings) -> None:
-        super().__init__(groups, settings.adamw)
+        super().__init__(groups, settings)
         self._settings = settings
 
     def updates(self, group: Group, matrices: dict[str, Tensor], homes: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -134,8 +134,8 @@ class GaLore(MatrixWise):
 def leading_vectors(gradient: Tensor, rank: int) -> Tensor:
     """The singular vectors of the ``rank`` largest singular values, of the smaller side of ``gradient`` [m, n].
 
-    The largest entry of each is positive, so that the result does not hang on the library that computes it. Of a
-    gradient that is not finite, all entries are NaN: the run stops for its reason and not for this.
+    Their signs are those that the library gives, as in the authors' code. Of a gradient that is not finite, all entries
+    are NaN: the run stops for its reason and not for this.
 
     Returns:
         V_r [n, r] where m >= n, else U_r [m, r].
@@ -144,6 +144,5 @@ def leading_vectors(gradient: Tensor, rank: int) -> Tensor:
         return gradient.new_full((min(gradient.shape), rank), float("nan"))
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     vectors: Tensor = right.mT[:, :rank] if gradient.shape[0] >= gradient.shape[1] else left[:, :rank]
-    largest: Tensor = vectors.gather(0, vectors.abs().argmax(0, keepdim=True))
-    # its layout decides the last bit of a product, and has to be the same after a resume
-    return (vectors * largest.sign()).contiguous()
+    # the layout in memory decides the last bit of a product, and has to be the same after a resume
+    return vectors.contiguous()

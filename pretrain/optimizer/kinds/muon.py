@@ -56,7 +56,7 @@ class Muon(MatrixWise):
     """See :class:`MuonSettings`. The state of a matrix is its momentum, sharded like the matrix."""
 
     def __init__(self, groups: list[Group], settings: MuonSettings) -> None:
-        super().__init__(groups, settings.adamw)
+        super().__init__(groups, settings)
         self._settings = settings
         on_gpu = all(parameter.device.type == "cuda" for group in groups for parameter in group["params"])
         precision = settings.iterate_in or ("bf16" if on_gpu else "fp32")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -73,7 +72,7 @@ def muon(**settings: object) -> Method:
 
 
 def plain_galore(masters: dict[str, Tensor], config: Config) -> Step:
-    """galore_torch's loop, matrix by matrix, with numpy's singular vectors, each with its largest entry positive."""
+    """galore_torch's loop, matrix by matrix, with the eps added to the corrected root, as Adam does."""
     settings = config.optimizer
     assert isinstance(settings, GaLoreSettings)
     bases: dict[str, Tensor] = {}
@@ -108,10 +107,8 @@ def plain_galore(masters: dict[str, Tensor], config: Config) -> Step:
 
 
 def plain_vectors(gradient: Tensor, rank: int) -> Tensor:
-    left, _, right = np.linalg.svd(gradient.numpy(), full_matrices=False)
-    vectors = right[:rank].T if len(gradient) >= len(gradient.T) else left[:, :rank]
-    signs = [np.sign(vector[np.abs(vector).argmax()]) for vector in vectors.T]
-    return torch.from_numpy(vectors * np.array(signs))
+    left, _, right = torch.linalg.svd(gradient, full_matrices=False)
+    return right[:rank].T if len(gradient) >= len(gradient.T) else left[:, :rank]
 
 
 def _to_small(gradient: Tensor, basis: Tensor) -> Tensor:

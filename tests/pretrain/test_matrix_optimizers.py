@@ -1,0 +1,361 @@
+"""Muon and GaLore under DeepSpeed: each step against the plain loops, resume, the guards, what is refused."""
+
+from __future__ import annotations
+
+import gc
+import itertools
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from data_pipeline.errors import HeadraceError, UserError
+from pretrain.config import Config
+from pretrain.distributed import Distributed
+from pretrain.initial_weights import outline
+from pretrain.optimizer import AdamWSettings, OptimizerSettings, parameter_groups
+from pretrain.optimizer.base import AdamSettings
+from pretrain.optimizer.kinds.galore import GaLoreSettings, leading_vectors
+from pretrain.optimizer.kinds.muon import MuonSettings, orthogonalize
+from pretrain.optimizer.matrix_wise import MatrixWise
+from tests.ranks import run_on_ranks
+
+from .methods.optimizers import plain_galore, plain_muon, plain_orthogonalize
+from .steps import RATES, VOCABULARY, micro_batches, relative_difference, tiny_config
+
+PLAIN = {"muon": plain_muon, "galore": plain_galore}
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "muon": {"kind": "muon", "eps": 1e-4},
+    "galore": {"kind": "galore", "rank": 8, "gap": 3, "eps": 1e-4},
+}
+
+
+def configured(kind: str, stage: int, precision: str, offload: str = "none") -> Config:
+    engine = {"zero_stage": stage, "offload_optimizer": offload}
+    if stage == 3:
+        engine["persistence_threshold"] = 0
+    training = {"precision": precision, "micro_batch": 2}
+    return tiny_config(optimizer=OPTIMIZERS[kind], training=training, engine=engine)
+
+
+class Run:
+    """Steps of an engine, one at a time."""
+
+    def __init__(self, config: Config, ranks: Distributed) -> None:
+        from pretrain.engine import Engine
+        from pretrain.objective import Objective
+
+        # an earlier engine, collected in the middle of an import of DeepSpeed's, would break Python 3.11's import lock
+        gc.collect()
+        self.config, self.ranks = config, ranks
+        self.engine, self.objective = Engine(config, VOCABULARY, ranks), Objective(config.objective, 2, ranks)
+
+    def backward(self, step: int) -> None:
+        batches = micro_batches(step, self.ranks, 2)
+        self.engine.begin_step(len(batches))
+        self.objective.begin_step(step, batches)
+        for batch in batches:
+            self.engine.backward(self.objective.micro_step(self.engine.forward(batch), batch))
+
+    def step(self, step: int) -> float:
+        self.backward(step)
+        return float(self.engine.step(RATES[step % 3]))
+
+
+def cases() -> list[tuple[str, int, str, str]]:
+    return [
+        (kind, stage, precision, offload)
+        for kind in OPTIMIZERS
+        for stage in (0, 1, 2, 3)
+        for precision in ("fp32", "bf16")
+        for offload in ("none", "cpu")
+        if not (stage == 0 and offload == "cpu") and not (kind == "galore" and stage == 3)
+    ]
+
+
+def against_plain() -> list[tuple[Any, list[float], list[float]]]:
+    """For each case: how far the update of each step is from the plain loop's on the same gradients, and the norm."""
+    from pretrain.distributed import start
+
+    ranks, found = start(60), []
+    for case in cases():
+        run = Run(configured(*case), ranks)
+        masters = run.engine.full_parameters()
+        update = PLAIN[case[0]](masters, run.config)
+        apart, norms = [], []
+        for step in range(4):
+            run.backward(step)
+            gradients = run.engine.full_gradients()
+            norm = torch.sqrt(sum((gradient.square().sum() for gradient in gradients.values()), torch.zeros(())))
+            before = {name: p.clone() for name, p in masters.items()}
+            for name, p in masters.items():
+                p.grad = gradients[name] * min(1.0, run.config.optimizer.clip_norm / (float(norm) + 1e-6))
+            update(RATES[step % 3])
+            norms.append(float(run.engine.step(RATES[step % 3])) / float(norm) - 1)
+            after = run.engine.full_parameters()
+            added = [{name: p[name] - before[name] for name in before} for p in (after, masters)]
+            apart.append(relative_difference(*added))
+            for name, p in masters.items():
+                p.copy_(after[name])
+        found.append((case, apart, norms))
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.campaign)])
+def test_every_step_is_the_plain_one(world_size: int) -> None:
+    """At every stage, in both precisions, offloaded or not: clipped by the true gradient's norm, then updated."""
+    for results in run_on_ranks(against_plain, world_size):
+        assert len(results) == len(cases())
+        for case, apart, norms in results:
+            assert max(apart) < 1e-4, (case, apart)
+            assert max(map(abs, norms)) < (2e-3 if case[1:3] == (0, "bf16") else 1e-6), (case, norms)
+
+
+def resumed() -> list[tuple[Any, bool, bool]]:
+    """For each case without offloading: whether a resumed run has the same bits, and whether it went on at all."""
+    from pretrain.distributed import start
+
+    ranks, found = start(60), []
+    for case in cases():
+        if case[3] == "cpu":
+            continue
+        straight = Run(configured(*case), ranks)
+        for step in range(2):
+            straight.step(step)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(ranks.broadcast_object(folder))
+            straight.engine.save(path)
+            saved = straight.engine.full_parameters()
+            for step in range(2, 5):
+                straight.step(step)
+            again = Run(configured(*case), ranks)
+            again.engine.load(path)
+            ranks.barrier()
+        for step in range(2, 5):
+            again.step(step)
+        one, other = straight.engine.full_parameters(), again.engine.full_parameters()
+        same = all(torch.equal(one[name], other[name]) for name in one)
+        found.append((case, same, not any(torch.equal(one[name], saved[name]) for name in one)))
+    return found
+
+
+@pytest.mark.slow
+def test_a_resumed_run_has_the_same_bits() -> None:
+    for results in run_on_ranks(resumed, 2):
+        for case, same, moved in results:
+            assert same, case
+            assert moved, case
+
+
+def groups_of(settings: OptimizerSettings, **shapes: tuple[int, ...]) -> list[dict[str, Any]]:
+    named = [
+        (name.replace("_", "."), nn.Parameter(torch.randn(shape, generator=torch.Generator().manual_seed(number))))
+        for number, (name, shape) in enumerate(shapes.items())
+    ]
+    return parameter_groups(named, settings)
+
+
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (20, 20), (64, 3)])
+def test_orthogonalized_matrices_have_singular_values_near_one(shape: tuple[int, int]) -> None:
+    matrices = torch.randn(3, *shape, generator=torch.Generator().manual_seed(1))
+    found = orthogonalize(matrices, 5)
+    for one, of_three in zip(matrices, found, strict=True):
+        left, _, right = torch.linalg.svd(one, full_matrices=False)
+        values = torch.linalg.svdvals(of_three)
+        assert values.min() > 0.6, shape
+        assert values.max() < 1.21, shape
+        # the same singular vectors: what is left of U and V is diagonal
+        core = left.mT @ of_three @ right.mT
+        assert (core - core.diagonal().diag()).abs().max() < 1e-4
+        assert (plain_orthogonalize(one, 5) - of_three).norm() < 1e-5 * of_three.norm()
+    assert torch.equal(orthogonalize(torch.zeros(1, 4, 6), 5), torch.zeros(1, 4, 6))
+
+
+@pytest.mark.parametrize("adjust_lr", ["original", "match_rms_adamw"])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_that_of_torch(adjust_lr: str, nesterov: bool) -> None:
+    """torch.optim.Muon, which iterates in bf16: five steps, two matrices."""
+    settings = MuonSettings(adjust_lr=adjust_lr, nesterov=nesterov, iterate_in="bf16", weight_decay=0.3)
+    groups = groups_of(settings, blocks_0_a_weight=(24, 16), blocks_0_b_weight=(16, 24))
+    twins = [nn.Parameter(parameter.detach().clone()) for parameter in groups[0]["params"]]
+    initial = [twin.detach().clone() for twin in twins]
+    theirs = torch.optim.Muon(twins, lr=0.02, weight_decay=0.3, nesterov=nesterov, adjust_lr_fn=adjust_lr)
+    ours = settings.build(groups)
+    for group in ours.param_groups:
+        group["lr"] = 0.02
+    random = torch.Generator().manual_seed(5)
+    for _ in range(5):
+        for parameter, twin in zip(groups[0]["params"], twins, strict=True):
+            parameter.grad = torch.randn(parameter.shape, generator=random)
+            twin.grad = parameter.grad.clone()
+        ours.step()
+        theirs.step()
+    for parameter, twin, start in zip(groups[0]["params"], twins, initial, strict=True):
+        assert (parameter - twin).norm() < 1e-3 * (twin - start).norm()
+
+
+def test_muons_other_parameters_have_adamw_and_a_rate_of_their_own() -> None:
+    settings = MuonSettings(lr=0.02, adam_lr=0.005, weight_decay=0.1)
+    groups = groups_of(settings, blocks_0_a_weight=(4, 4), blocks_0_a_values=(9,), head_weight=(6, 4), norm_weight=(4,))
+    ours = settings.build(groups)
+    told = {name: (group["matrix"], group["lr_scale"]) for group in ours.param_groups for name in group["names"]}
+    assert told == {
+        "blocks.0.a.weight": (True, 1.0),
+        "blocks.0.a.values": (False, 0.25),
+        "head.weight": (False, 0.25),
+        "norm.weight": (False, 0.25),
+    }
+    others = [(group["names"], group["params"]) for group in groups if not group["matrix"]]
+    twins = [nn.Parameter(parameter.detach().clone()) for _, parameters in others for parameter in parameters]
+    adamw = AdamWSettings(weight_decay=0.1)
+    names = [name for group, _ in others for name in group]
+    theirs = adamw.build(parameter_groups(zip(names, twins, strict=True), adamw))
+    for group in (*ours.param_groups, *theirs.param_groups):
+        group["lr"] = 0.005
+    for _ in range(3):
+        for parameter, twin in zip([p for _, parameters in others for p in parameters], twins, strict=True):
+            parameter.grad = torch.full_like(parameter, 0.3)
+            twin.grad = parameter.grad.clone()
+        ours.step()
+        theirs.step()
+    for parameter, twin in zip([p for _, parameters in others for p in parameters], twins, strict=True):
+        assert torch.equal(parameter, twin)
+
+
+@pytest.mark.parametrize("shape", [(12, 7), (7, 12), (9, 9)])
+def test_leading_vectors_hold_most_of_a_gradient(shape: tuple[int, int]) -> None:
+    """Eckart-Young: what the projection onto them leaves has the other singular values."""
+    gradient = torch.randn(shape, generator=torch.Generator().manual_seed(2))
+    vectors = leading_vectors(gradient, 3)
+    assert vectors.shape == (min(shape), 3)
+    assert torch.allclose(vectors.mT @ vectors, torch.eye(3), atol=1e-5)
+    kept = gradient @ vectors @ vectors.mT if shape[0] >= shape[1] else vectors @ vectors.mT @ gradient
+    values = torch.linalg.svdvals(gradient)
+    assert float((gradient - kept).square().sum()) == pytest.approx(float(values[3:].square().sum()), rel=1e-4)
+    assert leading_vectors(gradient * float("nan"), 3).isnan().all()
+
+
+def test_galore_looks_again_every_gap_steps_and_keeps_its_moments() -> None:
+    settings = GaLoreSettings(rank=2, gap=2, scale=0.5)
+    groups = groups_of(settings, blocks_0_attention_query_weight=(6, 4))
+    (weight,) = groups[0]["params"]
+    ours = settings.build(groups)
+    seen = []
+    for step in range(4):
+        weight.grad = torch.randn(6, 4, generator=torch.Generator().manual_seed(step))
+        before = weight.detach().clone()
+        ours.step()
+        state = ours.state[weight]["matrices"]["blocks.0.attention.query.weight"]
+        seen.append((state["basis"].clone(), state["mean"].clone(), weight.grad @ state["basis"]))
+        assert torch.linalg.matrix_rank(weight.detach() - before, rtol=1e-4) == 2
+    bases = [basis for basis, _, _ in seen]
+    assert torch.equal(bases[0], bases[1])
+    assert torch.equal(bases[2], bases[3])
+    assert not torch.equal(bases[1], bases[2])
+    for (_, before, _), (_, mean, projected) in itertools.pairwise(seen):
+        assert torch.allclose(mean, 0.9 * before + 0.1 * projected, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [MuonSettings(), GaLoreSettings(rank=2)])
+def test_a_flat_part_of_a_matrix_is_refused(settings: AdamSettings) -> None:
+    groups = groups_of(settings, blocks_0_attention_query_weight=(6, 4), blocks_0_attention_key_weight=(6, 4))
+    optimizer = settings.build(groups)
+    flat = nn.Parameter(torch.zeros(30))
+    flat.grad = torch.ones(30)
+    optimizer.param_groups[0]["params"] = [flat]
+    with pytest.raises(HeadraceError, match=r"tensors of shapes \[\[30\]\] for the matrices blocks.0.attention.query"):
+        optimizer.step()
+    assert isinstance(optimizer, MatrixWise)
+    optimizer.attach([([torch.zeros(30)], [])], Distributed(0, 1, torch.device("cpu")))
+    with pytest.raises(HeadraceError, match="was not told"):
+        optimizer.step()
+
+
+def test_what_updates_matrices_and_can_not_be_told_where_they_lie_is_refused() -> None:
+    from pretrain.engine.shards import attach_matrices
+
+    settings = MuonSettings()
+    groups = groups_of(settings, blocks_0_attention_query_weight=(6, 4))
+    with pytest.raises(HeadraceError, match="SGD is to update whole matrices, and is no pretrain"):
+        attach_matrices(torch.optim.SGD(groups, lr=0.1), None, nn.Module(), 1, Distributed(0, 1, torch.device("cpu")))
+
+
+def moved_weights() -> list[str]:
+    from pretrain.distributed import start
+    from pretrain.engine.shards import attach_matrices
+
+    ranks, found = start(60), []
+    for stage in (1, 2, 3):
+        for precision in ("fp32", "bf16"):
+            engine = Run(configured("muon", stage, precision), ranks).engine
+            optimizer = engine._engine.basic_optimizer
+            wrapper = engine._optimizer
+            (number,) = (i for i, group in enumerate(optimizer.param_groups) if group["matrix"])
+            if stage == 3:
+                wrapper.fp32_partitioned_groups_flat[number].data += 1.0
+            else:
+                optimizer.param_groups[number]["params"][0].data += 1.0
+            try:
+                attach_matrices(optimizer, wrapper, engine._engine.module, stage, ranks)
+            except HeadraceError as error:
+                found.append(str(error))
+    return found
+
+
+@pytest.mark.slow
+def test_a_layout_that_is_not_the_known_one_is_refused() -> None:
+    found = run_on_ranks(moved_weights, 2)
+    for messages in found:
+        assert len(messages) == 6
+        assert all("the optimizer does not hold elements" in message for message in messages)
+
+
+def sizes() -> list[tuple[str, int, int]]:
+    from pretrain.distributed import start
+
+    ranks, found = start(60), []
+    for kind, settings in {**OPTIMIZERS, "adamw": {"kind": "adamw"}}.items():
+        linear = ({"kind": "lost", "rank": 16, "column_fraction": 0.5, "modules": ("attention.query",)},)
+        config = tiny_config(optimizer=settings, model={"linear": linear})
+        run = Run(config, ranks)
+        run.step(0)
+        state = run.engine._optimizer.state
+        kept = sum(tensor.numel() for tensors in state.values() for tensor in _tensors(tensors) if tensor.dim())
+        shapes = {name: each.shape for name, each in outline(config.model, VOCABULARY).items() if each.requires_grad}
+        found.append((kind, kept, sum(config.optimizer.state_elements(*item) for item in shapes.items())))
+    return found
+
+
+def _tensors(value: Any) -> list[Tensor]:
+    if isinstance(value, dict):
+        return [tensor for item in value.values() for tensor in _tensors(item)]
+    return [value] if isinstance(value, Tensor) else []
+
+
+def test_the_size_of_the_state_is_known_before() -> None:
+    for kind, kept, told in run_on_ranks(sizes, 1)[0]:
+        assert kept == told, kind
+
+
+@pytest.mark.parametrize(
+    ("settings", "stage", "message"),
+    [
+        (
+            {"rank": 4},
+            3,
+            r"galore does not go with engine.zero_stage 3: the gradient of blocks.0.attention.query.weight \[32, 32\]",
+        ),
+        ({"rank": 17}, 1, r"rank 17 is more than the smaller side of blocks.0.attention.key.weight \[16, 32\]. Lower"),
+        ({"rank": 4, "modules": ("attention.*", "mlp.*")}, 1, r"modules 'mlp.\*' matches no layer of a block; known"),
+        ({"rank": 4, "modules": ("attention_norm",)}, 1, r"\['attention_norm'\] matches no matrix"),
+    ],
+)
+def test_galore_is_refused_where_it_can_not_be(settings: dict[str, Any], stage: int, message: str) -> None:
+    config = tiny_config(optimizer={"kind": "galore", **settings}, engine={"zero_stage": stage})
+    shapes = {name: tuple(each.shape) for name, each in outline(config.model, VOCABULARY).items() if each.requires_grad}
+    with pytest.raises(UserError, match=message):
+        config.optimizer.check(config, shapes)
