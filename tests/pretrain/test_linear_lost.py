@@ -11,7 +11,8 @@ import torch
 from data_pipeline.errors import UserError
 from pretrain.model import Decoder, ModelSettings, initialize_
 from pretrain.model.initialize import normal
-from pretrain.model.linear.spectrum import Spectrum
+from pretrain.model.linear.columns import norms
+from pretrain.model.linear.singular import singular_triplets
 
 from .linear_layers import SHAPES, STD, inputs, layer, rule
 from .steps import VOCABULARY, batch_of
@@ -88,7 +89,7 @@ def test_eckart_young_and_balance(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_column_scores_are_the_residual_energy(shape: tuple[int, int]) -> None:
     made = layer(shape, kind="lost", rank=RANK)
-    scores = made._scores(Spectrum(torch.from_numpy(dense_weight(shape)))).numpy()
+    scores = norms(made._scored(torch.from_numpy(dense_weight(shape)), None), "l2").numpy()
     _, sigma, v = svd(dense_weight(shape))
     np.testing.assert_allclose(scores**2, (sigma[RANK:] ** 2 * v[:, RANK:] ** 2).sum(axis=1), rtol=1e-9)
     assert (scores**2).sum() == pytest.approx((sigma[RANK:] ** 2).sum(), rel=1e-9)
@@ -97,7 +98,7 @@ def test_column_scores_are_the_residual_energy(shape: tuple[int, int]) -> None:
 @pytest.mark.parametrize("shape", [*SHAPES, (1, 5), (5, 1)])
 def test_all_triplets_make_the_weight(shape: tuple[int, int]) -> None:
     weight = dense_weight(shape)
-    u, sigma, v = (each.numpy() for each in Spectrum(torch.from_numpy(weight)).triplets(0, min(shape)))
+    u, sigma, v = (each.numpy() for each in singular_triplets(torch.from_numpy(weight), 0, min(shape)))
     np.testing.assert_allclose((u * sigma) @ v.T, weight, atol=1e-12)
     np.testing.assert_allclose(u.T @ u, np.eye(min(shape)), atol=1e-9)
     np.testing.assert_allclose(sigma, np.linalg.svd(weight, compute_uv=False), rtol=1e-9)

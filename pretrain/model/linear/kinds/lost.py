@@ -19,7 +19,7 @@ from pretrain.model.recompute import first_product
 from ..base import LinearCost
 from ..columns import Norm, column_count, column_product, largest, norms, random_columns
 from ..factors import ACTIVATIONS, ActivationName, FactorSettings, factor_cost
-from ..spectrum import Spectrum
+from ..singular import Triplets, singular_triplets
 from ..terms import Term
 
 
@@ -63,28 +63,31 @@ class LostLinear(nn.Module):
 
     def initial_values(self, draw: Draw) -> dict[str, Tensor]:
         weight = draw("weight", (self.out_features, self.in_features), self.init_std)
-        spectrum = Spectrum(weight)
         values = {}
+        leading = None
         if self.gamma > 0:
-            u, sigma, v = spectrum.triplets(0, self.settings.rank)
-            values = {"a": (v * sigma.sqrt()).T.float(), "b": (u * sigma.sqrt()).float()}
+            leading = singular_triplets(weight.double(), 0, self.settings.rank)
+            root = leading.sigma.sqrt()
+            values = {"a": (leading.v * root).T.float(), "b": (leading.u * root).float()}
         if self.gamma < 1:
             if self.settings.columns == "random":
                 columns = random_columns(draw, self.in_features, self.count)
             else:
-                columns = largest(self._scores(spectrum), self.count)
+                columns = largest(norms(self._scored(weight.double(), leading), self.settings.norm), self.count)
             values |= {"column_weight": weight[:, columns], "columns": columns}
         return values
 
-    def _scores(self, spectrum: Spectrum) -> Tensor:
-        """The norm of each column of Σ_l σ_l u_l v_lᵀ over the chosen residual singular values: [in_features]."""
-        start, stop = self.settings.rank, spectrum.count
+    def _scored(self, weight: Tensor, leading: Triplets | None) -> Tensor:
+        """Σ_l σ_l u_l v_lᵀ over the chosen residual singular values of ``weight``, float64 of its shape."""
+        start, stop = self.settings.rank, min(weight.shape)
+        if self.settings.residual == "all":
+            return weight - (leading or singular_triplets(weight, 0, start)).product()
+        count = self.settings.residual_count or 0
         if self.settings.residual == "next":
-            stop = min(stop, start + (self.settings.residual_count or 0))
-        elif self.settings.residual == "smallest":
-            start = max(start, stop - (self.settings.residual_count or 0))
-        u, sigma, v = spectrum.triplets(start, stop)
-        return norms((u * sigma) @ v.T, self.settings.norm)
+            stop = min(stop, start + count)
+        else:
+            start = max(start, stop - count)
+        return singular_triplets(weight, start, stop).product()
 
 
 class LostSettings(FactorSettings):
