@@ -21,7 +21,7 @@ BATCH = 16
 Case = tuple[int, int, str]
 """ZeRO stage, micro-steps of an optimizer step, activation checkpointing."""
 
-LEAN: list[Case] = [(0, 4, "full"), (1, 4, "none"), (2, 1, "none"), (2, 4, "full"), (3, 1, "none"), (3, 4, "full")]
+LEAN: list[Case] = [(0, 4, "full"), (1, 1, "full"), (2, 4, "none"), (3, 4, "full")]
 WHOLE: list[Case] = [(stage, steps, kept) for stage in range(4) for steps in (1, 4) for kept in ("none", "full")]
 
 TOLERANCES = {"gradients": 1e-5, "updates": 1e-5, "losses": 1e-5, "objectives": 1e-5, "norms": 1e-5}
@@ -104,7 +104,8 @@ def test_every_method_makes_the_plain_update(family: str) -> None:
 
 
 @pytest.mark.campaign
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("family", families())
-def test_the_whole_matrix(family: str, world_size: int) -> None:
-    assert_equal_updates(family, world_size, WHOLE)
+def test_the_whole_matrix(family: str, world_size: int, stage: int) -> None:
+    assert_equal_updates(family, world_size, [case for case in WHOLE if case[0] == stage])
