@@ -24,6 +24,7 @@ PARAMETERS = {
     "llama_7b": 6738.42,
     **{f"llama_60m_{kind}": millions for kind, millions in (("low_rank", 42.77), ("cola", 42.77), ("lost", 43.02))},
     **{f"llama_130m_{kind}": millions for kind, millions in (("low_rank", 94.00), ("cola", 94.00), ("lost", 94.78))},
+    **{f"llama_{size}_sltrain": millions for size, millions in (("60m", 43.53), ("130m", 96.55), ("1b", 645.55))},
     **{f"llama_1b_{kind}": millions for kind, millions in (("low_rank", 609.31), ("cola", 609.31), ("lost", 621.14))},
 }
 
