@@ -25,11 +25,13 @@ from pydantic import Field
 from ..errors import UserError
 from ..files import sha256_file
 from ..settings import Settings
+from ..sources.unpacking import DAMAGE
 from .ngrams import Hashes, Unit, hash_units, join_units, ngram_hashes, split_units
 from .view import Finding, TextView
 
 _LONGEST_FILTER_BITS = 26
 _SHOWN_CHARACTERS = 200
+_UTF8 = "utf-8-sig"
 
 
 class DecontaminateSettings(Settings):
@@ -176,7 +178,8 @@ def _evaluation_texts(settings: DecontaminateSettings) -> Iterator[tuple[str, st
     for path in settings.input_files():
         kind = path.removesuffix(".gz")
         try:
-            with gzip.open(path, "rt", encoding="utf-8") if path != kind else open(path, encoding="utf-8") as handle:
+            # UTF-8, but for a byte-order mark at the beginning, which is no text
+            with gzip.open(path, "rt", encoding=_UTF8) if path != kind else open(path, encoding=_UTF8) as handle:
                 if kind.endswith(".jsonl"):
                     for number, line in enumerate(handle, 1):
                         yield from _line_texts(path, number, line, settings.fields) if line.strip() else ()
@@ -185,14 +188,14 @@ def _evaluation_texts(settings: DecontaminateSettings) -> Iterator[tuple[str, st
                         yield path, f"paragraph {number}", text
                 else:
                     raise UserError(f"decontaminate.files: {path} is neither .jsonl nor .txt (nor one of them .gz).")
-        except (UnicodeDecodeError, gzip.BadGzipFile, EOFError) as error:
+        except (UnicodeDecodeError, *DAMAGE) as error:
             raise UserError(f"decontaminate.files: {path} can't be read as UTF-8 text: {error}.") from error
 
 
 def _line_texts(path: str, number: int, line: str, fields: Sequence[str]) -> Iterator[tuple[str, str, str]]:
     try:
         record: Any = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"decontaminate.files: line {number} of {path} is not valid JSON ({error}).") from error
     for field in fields:
         text = record.get(field) if isinstance(record, dict) else None

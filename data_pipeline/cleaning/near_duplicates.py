@@ -21,7 +21,7 @@ import numpy.typing as npt
 from pydantic import Field, model_validator
 
 from ..settings import Settings
-from .ngrams import Hashes, Unit, hash_units, mix, ngram_hashes, split_units
+from .ngrams import Hashes, Unit, hash_text, hash_units, mix, ngram_hashes, split_units
 
 Signature = npt.NDArray[np.uint32]
 
@@ -69,10 +69,13 @@ class Signer:
         self._permutations = self._new().permutations
 
     def sign(self, text: str) -> Signature:
-        """[permutations] the signature of ``text``; a text of fewer than n units is one n-gram, itself."""
+        """[permutations] the signature of ``text``; a text of fewer than n units is one n-gram, itself. One without any
+        (signs and blanks alone) is like no text but the very same."""
         settings = self._settings
         units = hash_units(split_units(text, settings.unit))
-        grams = ngram_hashes(units, min(settings.ngram, len(units))) if len(units) else np.zeros(1, np.uint64)
+        if len(units) == 0:
+            units = np.array([hash_text(text)], np.uint64)
+        grams = ngram_hashes(units, min(settings.ngram, len(units)))
         distinct = np.unique((grams >> np.uint64(32)).astype(np.uint32))
         sketch = self._new(hashfunc=int, permutations=self._permutations)
         for first in range(0, len(distinct), _BATCH_NGRAMS):

@@ -30,7 +30,10 @@ def split_units(text: str, unit: Unit) -> list[str]:
     divides words and is dropped (GPT-3, arXiv 2005.14165, appendix C: "a lowercase, whitespace delimited word with no
     punctuation"). Characters are those of the words with one blank between two of them.
     """
-    words = _word_pattern().findall(unicodedata.normalize("NFKC", text).casefold())
+    text = unicodedata.normalize("NFKC", text).casefold()
+    plain, beyond = _word_patterns()
+    # a code point beyond 16 bits takes two units of UTF-16; a pattern that looks for their marks takes twice as long
+    words = (beyond if len(text.encode("utf-16-le", "surrogatepass")) > 2 * len(text) else plain).findall(text)
     return words if unit == "words" else list(" ".join(words))
 
 
@@ -40,8 +43,13 @@ def join_units(units: list[str], unit: Unit) -> str:
 
 
 def hash_units(units: list[str]) -> Hashes:
-    """[units] the first 8 bytes of each one's BLAKE2b, little-endian."""
+    """[units] :func:`hash_text` of each."""
     return np.fromiter(map(_unit_hashes.__getitem__, units), np.uint64, len(units))
+
+
+def hash_text(text: str) -> int:
+    """The first 8 bytes of the text's BLAKE2b, little-endian."""
+    return int.from_bytes(blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "little")
 
 
 def ngram_hashes(hashes: Hashes, n: int) -> Hashes:
@@ -72,8 +80,7 @@ class _UnitHashes(dict[str, int]):
     def __missing__(self, unit: str) -> int:
         if len(self) >= _CACHED_WORDS:
             self.clear()
-        digest = blake2b(unit.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-        value = self[unit] = int.from_bytes(digest, "little")
+        value = self[unit] = hash_text(unit)
         return value
 
 
@@ -81,7 +88,22 @@ _unit_hashes = _UnitHashes()
 
 
 @cache
-def _word_pattern() -> re.Pattern[str]:
-    """``\\w`` and the combining marks that it lacks, without which words of many scripts fall into pieces."""
-    marks = "".join(chr(code) for code in range(0x300, 0x10000) if unicodedata.category(chr(code)).startswith("M"))
-    return re.compile(rf"[\w{marks}]+")
+def _word_patterns() -> tuple[re.Pattern[str], re.Pattern[str]]:
+    """``\\w`` and the combining marks that it lacks, without which words of many scripts fall into pieces: of texts
+    whose code points have 16 bits, and of all."""
+    codes = [*range(0x300, 0x20000), *range(0xE0100, 0xE01F0)]  # no other plane has marks
+    marks = [code for code in codes if unicodedata.category(chr(code)).startswith("M")]
+    inside = rf"\w{_ranges([code for code in marks if code < 0x10000])}"
+    beyond = _ranges([code for code in marks if code >= 0x10000])
+    return re.compile(f"[{inside}]+"), re.compile(f"[{inside}]+(?:[{beyond}]+[{inside}]*)*")
+
+
+def _ranges(codes: list[int]) -> str:
+    """Ascending code points as the inside of a character class."""
+    runs: list[list[int]] = []
+    for code in codes:
+        if runs and runs[-1][1] == code - 1:
+            runs[-1][1] = code
+        else:
+            runs.append([code, code])
+    return "".join(f"{chr(first)}-{chr(last)}" for first, last in runs)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 from pathlib import Path
@@ -125,6 +126,14 @@ def test_kinds_of_files(tmp_path: Path) -> None:
     ]
 
 
+def test_a_byte_order_mark_at_the_beginning_is_no_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(codecs.BOM_UTF8 + json.dumps({"text": words(0, 13)}).encode())
+    assert check([tmp_path / "a.jsonl"], words(0, 13)) is not None
+
+
+PACKED = gzip.compress(" ".join(f"w{number}" for number in range(2000)).encode())
+
+
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
@@ -134,6 +143,9 @@ def test_kinds_of_files(tmp_path: Path) -> None:
         ("a.jsonl", b"[1\n", r"line 1 of .*a\.jsonl is not valid JSON"),
         ("a.txt", b"\xff", r"a\.txt can't be read as UTF-8 text"),
         ("a.txt.gz", b"plain", r"a\.txt\.gz can't be read"),
+        ("a.jsonl", b"[" * 100_000, r"line 1 of .*a\.jsonl is not valid JSON \(maximum recursion depth"),
+        ("a.txt.gz", PACKED[:-20], r"a\.txt\.gz can't be read as UTF-8 text: Compressed file ended"),
+        ("a.txt.gz", PACKED[:40] + b"\0\0\0\0" + PACKED[44:], r"a\.txt\.gz can't be read as UTF-8 text: "),
         ("a.txt", b"too short", r"none of the 1 texts in .*a\.txt has 8 words"),
     ],
 )

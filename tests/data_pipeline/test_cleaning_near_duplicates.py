@@ -2,6 +2,8 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import unicodedata
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -14,6 +16,7 @@ from data_pipeline.cleaning.near_duplicates import (
     agreement,
     connected_components,
 )
+from data_pipeline.cleaning.ngrams import split_units
 from data_pipeline.errors import UserError
 from data_pipeline.settings import build_settings
 
@@ -78,6 +81,36 @@ def test_shingles_hang_on_the_order_of_words_and_on_nothing_else() -> None:
     assert not np.array_equal(signer.sign("a"), signer.sign(""))
     characters = Signer(NearDuplicatesSettings(unit="characters", ngram=3))
     assert agreement(characters.sign("abcdefghij" * 3)[None], characters.sign("abcdefghij" * 9)[None])[0] == 1
+
+
+@pytest.mark.parametrize("unit", ["words", "characters"])
+def test_texts_without_any_word_are_like_nothing_but_themselves(unit: Literal["words", "characters"]) -> None:
+    """Else all that is signs and blanks would be one document, and the rest of it dropped."""
+    signer = Signer(NearDuplicatesSettings(unit=unit))
+    texts = ["!!! ???", "{}();", " \n\t ", "\U0001f600\U0001f600", "\u2014", "!!! ??? "]
+    for number, text in enumerate(texts):
+        same = [bool((signer.sign(text) == signer.sign(other)).all()) for other in texts]
+        assert same == [number == other for other in range(len(texts))]
+
+
+def test_words_are_whole_in_every_script() -> None:
+    """Vowel signs and other marks are no letters to `re`. Against a plain walk over Unicode's categories."""
+
+    def plain(text: str) -> list[str]:
+        joined = "".join(c if c == "_" or unicodedata.category(c)[0] in "LMN" else " " for c in text.casefold())
+        return joined.split()
+
+    texts = [
+        "\u0939\u093f\u0928\u094d\u0926\u0940 \u092d\u093e\u0937\u093e",  # Devanagari
+        "\u0bae\u0bca\u0bb4\u0bbf, \u0ba4\u0bae\u0bbf\u0bb4\u0bcd",  # Tamil
+        "\U0001110c\U0001110b\U00011134\U0001111f\U00011133\U00011126 \U0001111e\U0001110c\U00011134",  # Chakma
+        "\u845b\U000e0100\u98fe, \u845b\U000e0101",  # ideographs with variation selectors
+        "\u0627\u0644\u0652\u062d\u064e\u0645\u0652\u062f\u064f (\u05d0\u05b8\u05d1)",  # Arabic, Hebrew
+        "caf\u00e9 na\u00efve \U0001f600 end_1",
+    ]
+    for text in texts:
+        assert split_units(text, "words") == plain(unicodedata.normalize("NFKC", text)), text
+        assert split_units(text, "characters") == list(" ".join(split_units(text, "words")))
 
 
 def test_a_long_text_is_signed_in_batches() -> None:
