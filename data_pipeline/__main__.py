@@ -108,7 +108,8 @@ def verify(
     """Read every byte of a data set and report all damage (exit code 2 if there is any)."""
     from .verify import rebuild_indexes, verify_dataset
 
-    rebuilt = rebuild_indexes(dataset) if rebuild_sidecars else []
+    with _writable(dataset):
+        rebuilt = rebuild_indexes(dataset) if rebuild_sidecars else []
     damage = verify_dataset(dataset, processes)
     if as_json:
         print(json.dumps({"rebuilt": rebuilt, "damage": [asdict(item) for item in damage]}, indent=2))
@@ -130,8 +131,9 @@ def index(
     """Write the index files with which another library reads the shards; the shards stay as they are."""
     from .interop import write_index
 
-    for path in write_index(dataset, form):
-        print(path)
+    with _writable(dataset):
+        for path in write_index(dataset, form):
+            print(path)
 
 
 RunFolder = Annotated[Path, typer.Argument(help="The folder of a run.")]
@@ -169,6 +171,17 @@ def when_seen(
         print(json.dumps([asdict(each) for each in found], indent=2))
     else:
         print("\n".join(describe(each) for each in found) or f"{document}: not before the end of the run")
+
+
+@contextmanager
+def _writable(dataset: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"{dataset} can't be written: {error.strerror or error}. Free space there or mend its rights, then give "
+            "the same command again."
+        ) from error
 
 
 class InterruptedPrepareError(HeadraceError):

@@ -11,6 +11,7 @@ interface (launchers decide on them whether to start a run again)::
 
 from __future__ import annotations
 
+import io
 import sys
 from collections.abc import Callable
 
@@ -42,6 +43,9 @@ def run_command(app: Callable[[], object]) -> int:
     Anything that is not a :class:`HeadraceError` keeps its traceback: it is a crash, and the traceback is what
     somebody will need.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        # text of any language on a terminal of one: escapes in place of a crash
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         result = app()
     except HeadraceError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,6 @@ from .shard_reading import read_documents, read_tokens
 from .tokenizer import Tokenizer
 
 ALL = "all"
-
 
 SAMPLE_CHARACTERS = 600
 """Of a sample, in the table for people; the JSON form has it whole."""
@@ -114,14 +113,7 @@ def render(report: dict[str, Any]) -> str:
             f"{group['domain']:<16}{group['split']:<9}{group['shards']:>7,}{group['documents']:>12,}"
             f"{group['tokens']:>16,}{group['text_bytes']:>16,}{per_token:>13.2f}"
         )
-    for name, source in report["sources"].items():
-        left_out, inexact = source["empty_documents"], source["inexact_documents"]
-        if left_out or inexact:
-            lines.append(f"source {name}: {left_out:,} empty documents left out, {inexact:,} not exactly tokenised")
-        for stage, reasons in source["rejected"].items():
-            counted = ", ".join(f"{reason} ({counts['documents']:,})" for reason, counts in reasons.items())
-            total = sum(counts["documents"] for counts in reasons.values())
-            lines.append(f"source {name}: {total:,} of {source['records']:,} records rejected by {stage}: {counted}")
+    lines += _fates(report["sources"])
     for split, values in report.get("entropy", {}).items():
         what = "unigram entropy" if split == TRAIN else "cross-entropy under all training unigrams"
         lines += ["", f"{split}: {what}, nats per token"]
@@ -130,6 +122,34 @@ def render(report: dict[str, Any]) -> str:
         lines += ["", f"--- {sample['domain']}/{sample['split']} {sample['id']} {sample['url']} "
                       f"({sample['tokens']:,} tokens)", _shortened(sample["text"])]  # fmt: skip
     return "\n".join(lines)
+
+
+def _fates(sources: dict[str, dict[str, Any]]) -> list[str]:
+    """The table of what became of the records of every source; empty where all were kept as they came."""
+    rows = [row for name, source in sources.items() for row in _fates_of(name, source)]
+    if len(rows) == len(sources):
+        return []
+    return ["", f"{'source':<16}{'records':>12}{'share':>10}{'text bytes':>16}  what became of them", *rows]
+
+
+def _fates_of(name: str, source: dict[str, Any]) -> Iterator[str]:
+    def row(records: int, text_bytes: int, fate: str, of: str = "") -> str:
+        return f"{of:<16}{records:>12,}{records / source['records']:>10.2%}{text_bytes:>16,}  {fate}"
+
+    yield row(source["documents"], source["text_bytes"], "kept", name)
+    total = source["text_bytes"]
+    if source["empty_documents"]:
+        yield row(source["empty_documents"], 0, "empty")
+    for stage, reasons in source["rejected"].items():
+        for reason, counts in reasons.items():
+            yield row(counts["documents"], counts["text_bytes"], f"rejected by {stage}: {reason}")
+            total += counts["text_bytes"]
+    if source["documents"] != source["records"]:
+        yield row(source["records"], total, "all")
+    if changed := source["normalised_documents"]:
+        yield f"{'':<16}{changed:>12,}{'':>26}  of them changed by normalisation"
+    if inexact := source["inexact_documents"]:
+        yield f"{'':<16}{inexact:>12,}{'':>26}  of them not exactly tokenised: the tokens do not give the text back"
 
 
 def _packing(report: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 from crc32c import crc32c
 
 from .errors import DataError
@@ -63,8 +65,8 @@ def verify_dataset(folder: Path, processes: int | None = None) -> list[Damage]:
     """Compare every byte of a data set with its manifest: [] when all is well.
 
     Checked are the hash of every file; each member's tar and npy header, CRC32C, look-ahead token and padding; the
-    filling and the end of each archive; ids against the vocabulary; EOS against the document table; the index files
-    for other readers, where there are any.
+    filling and the end of each archive; ids against the vocabulary; EOS against the document table; the rejected
+    records against their counts; the index files for other readers, where there are any.
 
     Raises:
         UserError: no data set there; DataError: its manifest is damaged.
@@ -107,12 +109,7 @@ def _stray_files(folder: Path, manifest: Manifest) -> Iterator[Damage]:
         yield Damage(TOKENIZER_FILE, "missing")
     elif sha256_file(model) != manifest.tokenizer_sha256:
         yield Damage(TOKENIZER_FILE, "is not the tokenizer the shards were written with")
-    for rejected in manifest.rejected:
-        path = rejected_path(folder, rejected.name)
-        if not path.is_file():
-            yield Damage(f"{REJECTED_FOLDER}/{path.name}", "missing")
-        elif sha256_file(path) != rejected.sha256:
-            yield Damage(f"{REJECTED_FOLDER}/{path.name}", "its SHA-256 is not that of the manifest")
+    yield from _rejected_damage(folder, manifest)
     known = {
         path(folder, name) for name in manifest.shards.names for path in (archive_path, index_path, documents_path)
     }
@@ -123,13 +120,51 @@ def _stray_files(folder: Path, manifest: Manifest) -> Iterator[Damage]:
             if path.is_file() and path.read_bytes() != content:
                 advice = f"`pretrain-data index --form {form}` writes it again"
                 yield Damage(name, f"is not the index that fits the manifest ({advice})")
-    for path in sorted((folder / SHARD_FOLDER).iterdir()):
-        if path not in known:
-            yield Damage(f"{SHARD_FOLDER}/{path.name}", "is not in the manifest")
+    known |= {rejected_path(folder, rejected.name) for rejected in manifest.rejected}
+    for name in (SHARD_FOLDER, REJECTED_FOLDER):
+        for path in sorted((folder / name).iterdir()) if (folder / name).is_dir() else ():
+            if path not in known:
+                yield Damage(f"{name}/{path.name}", "is not in the manifest")
+
+
+def _rejected_damage(folder: Path, manifest: Manifest) -> Iterator[Damage]:
+    """Files of rejected records that are missing or damaged; where none is, records that were counted otherwise."""
+    sound = True
+    listed: Counter[tuple[str, str, str]] = Counter()
+    for rejected in manifest.rejected:
+        path = rejected_path(folder, rejected.name)
+        problem = "missing"
+        if path.is_file():
+            problem = "" if sha256_file(path) == rejected.sha256 else "its SHA-256 is not that of the manifest"
+        if problem:
+            sound = False
+            yield Damage(f"{REJECTED_FOLDER}/{path.name}", problem)
+        elif sound:
+            rows = pq.read_table(path, columns=["source", "stage", "reason"]).group_by(["source", "stage", "reason"])
+            for row in rows.aggregate([([], "count_all")]).to_pylist():
+                listed[row["source"], row["stage"], row["reason"]] += row["count_all"]
+    counted = {
+        (source, stage, reason): counts["documents"]
+        for source, about in manifest.sources.items()
+        for stage, reasons in about["rejected"].items()
+        for reason, counts in reasons.items()
+    }
+    for place in sorted({*listed, *counted}) if sound else ():
+        if listed[place] != counted.get(place, 0):
+            source, stage, reason = place
+            what = f"lists {listed[place]} records of source {source!r} rejected by {stage}: {reason}"
+            yield Damage(REJECTED_FOLDER, f"{what}, the manifest says {counted.get(place, 0)}")
 
 
 def _verify_shard(job: _ShardJob) -> list[Damage]:
-    return [*_archive_damage(job), *_index_damage(job), *_table_damage(job)]
+    found: list[Damage] = []
+    for check in (_archive_damage, _index_damage, _table_damage):
+        try:
+            found += check(job)
+        except OSError as error:
+            what = f"shard {job.shard.name} can't be read to its end: {error.strerror or error}"
+            found.append(Damage(f"{SHARD_FOLDER}/{job.shard.name}.tar", what, job.shard.name))
+    return found
 
 
 def _archive_damage(job: _ShardJob) -> Iterator[Damage]:

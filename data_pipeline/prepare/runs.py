@@ -247,7 +247,7 @@ def _read_range(path: str, start: int, stop: int) -> bytes:
     if len(content) != stop - start:
         raise HeadraceError(
             f"{path} ends at byte {start + len(content)}, bytes {start} to {stop} were asked for: it changed after it "
-            "was written. Delete the `.prepare` folder beside it and start again."
+            "was written. Delete the output folder and prepare again."
         )
     return content
 

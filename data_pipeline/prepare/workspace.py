@@ -109,7 +109,10 @@ def open_workspace(folder: Path, share: Share | None = None) -> Iterator[Workspa
     workspace = Workspace(folder)
     try:
         if not workspace.work.exists() and any((folder / name).exists() for name in (MANIFEST_FILE, SHARD_FOLDER)):
-            raise UserError(f"{folder} holds a data set that was not prepared there. Give another `output` folder.")
+            raise UserError(
+                f"{folder} holds a data set that was not prepared there, or not to its end and without its `.prepare`. "
+                "Give another `output`, or delete that folder."
+            )
         for path in (*workspace.passing, folder / SHARD_FOLDER):
             path.mkdir(parents=True, exist_ok=True)
         lock = os.open(workspace.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)

@@ -21,7 +21,7 @@ import data_pipeline.prepare.rejected
 from data_pipeline.cleaning import Cleaner
 from data_pipeline.errors import UserError
 from data_pipeline.inspect import inspect_dataset, render
-from data_pipeline.manifest import Manifest, read_manifest
+from data_pipeline.manifest import Manifest, read_manifest, write_manifest
 from data_pipeline.prepare import PrepareSettings, Share, merge, prepare, prepare_share
 from data_pipeline.prepare.train_tokenizer import sample_text
 from data_pipeline.settings import build_settings
@@ -302,15 +302,30 @@ def test_side_files_are_cut_by_rows(
 
 
 def test_verify_reads_the_side_files(plain: dict[str, Any], tmp_path: Path) -> None:
-    prepare(settings(plain, output=str(tmp_path / "set"), cleaning={"quality": {"min_words": 10}}))
-    assert verify_dataset(tmp_path / "set", 1) == []
+    made = prepare(settings(plain, output=str(tmp_path / "set"), cleaning={"quality": {"min_words": 10}}))
+
+    def found() -> list[str]:
+        return [str(damage) for damage in verify_dataset(tmp_path / "set", 1)]
+
+    assert found() == []
+    sources = json.loads(json.dumps(made.sources))
+    reasons = sources["first"]["rejected"]["quality"]
+    rows, reasons["min_words"]["documents"] = reasons["min_words"]["documents"], 5
+    reasons["max_words"] = {"documents": 3, "text_bytes": 1}
+    write_manifest(tmp_path / "set", made.model_copy(update={"sources": sources}))
+    assert found() == [
+        f"rejected: lists {listed} records of source 'first' rejected by quality: {reason}, the manifest says {said}"
+        for reason, listed, said in (("max_words", 0, 3), ("min_words", rows, 5))
+    ]
+    write_manifest(tmp_path / "set", made)
+    (tmp_path / "set" / "rejected" / "000009.parquet").touch()
+    assert found() == ["rejected/000009.parquet: is not in the manifest"]
+    (tmp_path / "set" / "rejected" / "000009.parquet").unlink()
     path = tmp_path / "set" / "rejected" / "000000.parquet"
     path.write_bytes(path.read_bytes()[:-1] + b"?")
-    assert [str(damage) for damage in verify_dataset(tmp_path / "set", 1)] == [
-        "rejected/000000.parquet: its SHA-256 is not that of the manifest"
-    ]
+    assert found() == ["rejected/000000.parquet: its SHA-256 is not that of the manifest"]
     path.unlink()
-    assert [str(damage) for damage in verify_dataset(tmp_path / "set", 1)] == ["rejected/000000.parquet: missing"]
+    assert found() == ["rejected/000000.parquet: missing"]
 
 
 def test_a_range_of_keys_that_loses_all_its_documents_is_no_shard(plain: dict[str, Any], tmp_path: Path) -> None:
@@ -328,13 +343,27 @@ def test_a_range_of_keys_that_loses_all_its_documents_is_no_shard(plain: dict[st
 
 
 def test_inspect_tells_it(plain: dict[str, Any], manifest: Manifest) -> None:
-    text = render(inspect_dataset(Path(plain["output"])))
-    records = manifest.sources["first"]["records"]
-    repeated = sum(record.fate.startswith("repetition") for record in RECORDS if record.source == "first")
-    assert (
-        f"source first: {repeated} of {records} records rejected by repetition: max_duplicate_lines ({repeated})"
-        in text
-    )
+    """In one table, whose rows of a source add up to all its records."""
+    lines = render(inspect_dataset(Path(plain["output"]))).splitlines()
+    begin = lines.index("source               records     share      text bytes  what became of them") + 1
+    tables: dict[str, dict[str, int]] = {}
+    for line in lines[begin:]:
+        tables.setdefault(line[:16].strip() or list(tables)[-1], {})[line[56:]] = int(line[16:28].replace(",", ""))
+    assert list(tables) == list(SOURCES)
+    for name, table in tables.items():
+        about = manifest.sources[name]
+        changed = table.pop("of them changed by normalisation")
+        assert changed == about["normalised_documents"]
+        assert table.pop("all") == sum(table.values()) == about["records"]
+        assert table.pop("kept") == about["documents"]
+        assert table.pop("empty") == about["empty_documents"]
+        assert table == {
+            f"rejected by {stage}: {reason}": counts["documents"]
+            for stage, reasons in about["rejected"].items()
+            for reason, counts in reasons.items()
+        }
+    kept = manifest.sources["first"]["documents"] / manifest.sources["first"]["records"]
+    assert f"{kept:.2%}" in lines[begin]
 
 
 def test_the_bytes_hang_on_content_alone(plain: dict[str, Any], manifest: Manifest, tmp_path: Path) -> None:

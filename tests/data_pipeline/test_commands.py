@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 from data_pipeline.__main__ import main
 from data_pipeline.prepare import PrepareSettings
 from data_pipeline.settings import load_settings
+from data_pipeline.testing import tiny_tokenizer, write_token_dataset
 
 ROOT = Path(__file__).parents[2]
 
@@ -103,6 +106,36 @@ def test_commands_that_need_a_local_folder_refuse_an_address(
     assert capsys.readouterr().err == (
         f"error: {told} is no folder: inspect, verify and index work on local folders only. Give the path of a data "
         "set on this machine; a remote one must be copied first.\n"
+    )
+
+
+def test_text_that_the_terminal_can_not_show_comes_as_escapes(tmp_path: Path) -> None:
+    tokenizer = tiny_tokenizer()
+    write_token_dataset(tmp_path, {("a", "train"): [tokenizer.encode("na\u00efve \u6ce8")]})
+    words = [sys.executable, "-m", "data_pipeline", "inspect", str(tmp_path), "--samples", "1"]
+    environment = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run(words, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout.endswith(b"na\xefve \\u6ce8\n")
+
+
+@pytest.mark.parametrize("words", [["index", "--form", "wids"], ["verify", "--rebuild-sidecars"]])
+def test_a_folder_that_can_not_be_written_is_one_paragraph(
+    tmp_path: Path, words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_token_dataset(tmp_path, {("a", "train"): [[10, 11]]})
+    (tmp_path / "shards" / "000000.idx").unlink()
+
+    def full_disk(path: Path, content: bytes) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    for module in ("interop", "verify"):
+        monkeypatch.setattr(f"data_pipeline.{module}.publish_bytes", full_disk)
+    monkeypatch.setattr(sys, "argv", ["pretrain-data", *words, str(tmp_path)])
+    assert main() == 2
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path} can't be written: No space left on device. Free space there or mend its rights, then give "
+        "the same command again.\n"
     )
 
 

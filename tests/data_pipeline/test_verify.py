@@ -193,3 +193,21 @@ def test_a_shard_with_another_tar_header_is_no_longer_the_data_set(dataset: Path
     subprocess.run(["tar", "-xf", path, "-C", unpacked], check=True)
     subprocess.run(["tar", "-cf", path, "-C", unpacked, "."], check=True)
     assert any(item.problem == "damaged tar or npy header" and item.block == 0 for item in verify_dataset(dataset, 1))
+
+
+def test_a_data_set_without_its_shards_is_reported(dataset: Path) -> None:
+    shutil.rmtree(dataset / "shards")
+    found = [str(damage) for damage in verify_dataset(dataset, 1)]
+    assert "shards/000000.tar: missing" in found
+    assert len(found) == 3 * len(read_manifest(dataset).shards)
+
+
+def test_a_file_that_can_not_be_read_is_reported_and_the_rest_is_looked_at(dataset: Path) -> None:
+    """A disk that fails: this file of Linux's can be opened, and not read."""
+    path = dataset / "shards" / "000000.tar"
+    path.unlink()
+    path.symlink_to("/proc/self/mem")
+    (dataset / "shards" / "000001.tar").unlink()
+    found = [str(damage) for damage in verify_dataset(dataset, 1)]
+    assert "shards/000000.tar: shard 000000 can't be read to its end: Input/output error" in found
+    assert "shards/000001.tar: missing" in found
