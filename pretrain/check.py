@@ -9,7 +9,7 @@ from data_pipeline.errors import UserError
 from .config import Config
 from .data import RunData, open_data
 from .engine import accumulation_steps, check_zero_settings, deepspeed_config
-from .initial_weights import outline
+from .model import parameter_shapes
 from .optimizer import check_schedule
 
 SMALL_GROUP = 8
@@ -29,8 +29,8 @@ def check_run(config: Config, world_size: int, rank: int = 0) -> RunData:
     _check_reached(config)
     _check_group(config, world_size)
     data = open_data(config, (rank, world_size))
-    model = outline(config.model, config.model.resolve_vocab_size(data.tokenizer.vocab_size))
-    config.optimizer.check(config, {name: each.shape for name, each in model.items() if each.requires_grad})
+    vocabulary = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
+    config.optimizer.check(config, parameter_shapes(config.model, vocabulary))
     return data
 
 

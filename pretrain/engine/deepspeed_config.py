@@ -97,6 +97,8 @@ def _pass_through(ours: dict[str, Any], extra: dict[str, Any], prefix: str = "")
                 f"({ours.get(key, 'from ' + _DERIVED.get(prefix + key, ''))!r}). Use the settings of Headrace: "
                 "training, optimizer, schedule and engine."
             )
+        elif value and prefix + key in _BROKEN:
+            raise UserError(f"engine.deepspeed.{prefix}{key} = {value!r}: {_BROKEN[prefix + key]}. Leave it out.")
         else:
             merged[key] = _lists(value)
     return merged
@@ -148,3 +150,9 @@ _DERIVED = {
     "zero_optimization.stage3_param_persistence_threshold": "engine.persistence_threshold",
 }
 """Keys that Headrace decides even where it leaves them out, and the setting each comes from."""
+
+_BROKEN = {
+    "zero_optimization.round_robin_gradients": "with it, DeepSpeed 0.19.8 takes the fp32 weights of one parameter for "
+    "those of another wherever they are read or written whole (safe_get_full_fp32_param, safe_set_full_fp32_param)",
+}
+"""Keys that make DeepSpeed do something wrong, and what."""

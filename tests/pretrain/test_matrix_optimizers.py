@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import HeadraceError, UserError
 from pretrain.config import Config
 from pretrain.distributed import Distributed
-from pretrain.initial_weights import outline
+from pretrain.model import parameter_shapes
 from pretrain.optimizer import AdamWSettings, OptimizerSettings, parameter_groups
 from pretrain.optimizer.base import AdamSettings
 from pretrain.optimizer.kinds.galore import GaLoreSettings, leading_vectors
@@ -113,6 +113,36 @@ def test_every_step_is_the_plain_one(world_size: int) -> None:
         for case, apart, norms in results:
             assert max(apart) < 1e-4, (case, apart)
             assert max(map(abs, norms)) < (2e-3 if case[1:3] == (0, "bf16") else 1e-6), (case, norms)
+
+
+LAYOUTS: list[tuple[str, int, dict[str, Any]]] = [
+    ("muon", 3, {"sub_group_size": 2000}),
+    ("muon", 1, {"parameter_alignment": True}),
+    ("galore", 2, {"parameter_alignment": True}),
+]
+
+
+def other_layouts() -> list[float]:
+    """How far the weights after three steps are from those of DeepSpeed's usual layout."""
+    from pretrain.distributed import start
+
+    ranks, found = start(60), []
+    for kind, stage, zero in LAYOUTS:
+        config = configured(kind, stage, "fp32")
+        engine = config.engine.model_copy(update={"deepspeed": {"zero_optimization": zero}})
+        usual, other = (Run(each, ranks) for each in (config, config.model_copy(update={"engine": engine})))
+        for step in range(3):
+            usual.step(step)
+            other.step(step)
+        found.append(relative_difference(other.engine.full_parameters(), usual.engine.full_parameters()))
+    return found
+
+
+@pytest.mark.slow
+def test_the_update_is_the_same_however_deepspeed_lays_out_its_tensors() -> None:
+    for results in run_on_ranks(other_layouts, 2):
+        for layout, apart in zip(LAYOUTS, results, strict=True):
+            assert apart < 1e-6, (layout, apart)
 
 
 def resumed() -> list[tuple[Any, bool, bool]]:
@@ -325,7 +355,7 @@ def sizes() -> list[tuple[str, int, int]]:
         run.step(0)
         state = run.engine._optimizer.state
         kept = sum(tensor.numel() for tensors in state.values() for tensor in _tensors(tensors) if tensor.dim())
-        shapes = {name: each.shape for name, each in outline(config.model, VOCABULARY).items() if each.requires_grad}
+        shapes = parameter_shapes(config.model, VOCABULARY)
         found.append((kind, kept, sum(config.optimizer.state_elements(*item) for item in shapes.items())))
     return found
 
@@ -356,6 +386,5 @@ def test_the_size_of_the_state_is_known_before() -> None:
 )
 def test_galore_is_refused_where_it_can_not_be(settings: dict[str, Any], stage: int, message: str) -> None:
     config = tiny_config(optimizer={"kind": "galore", **settings}, engine={"zero_stage": stage})
-    shapes = {name: tuple(each.shape) for name, each in outline(config.model, VOCABULARY).items() if each.requires_grad}
     with pytest.raises(UserError, match=message):
-        config.optimizer.check(config, shapes)
+        config.optimizer.check(config, parameter_shapes(config.model, VOCABULARY))

@@ -63,6 +63,10 @@ def test_deepspeed_keys_pass_through_and_contradictions_are_refused() -> None:
         ("{zero_optimization: {stage: 3}}", "engine.deepspeed.zero_optimization.stage = 3"),
         ("{gradient_clipping: 2.0}", "engine.deepspeed.gradient_clipping = 2.0"),
         ("{fp16: {enabled: true}}", "engine.deepspeed.fp16"),
+        (
+            "{zero_optimization: {round_robin_gradients: true}}",
+            "engine.deepspeed.zero_optimization.round_robin_gradients = True: with it, DeepSpeed 0.19.8 takes",
+        ),
         ("{train_batch_size: 8}", "engine.deepspeed.train_batch_size = 8"),
         ("{managed_gradient_accumulation: false}", "engine.deepspeed.managed_gradient_accumulation is not passed"),
         ("{wall_clock_breakdwn: true}", "did you mean 'wall_clock_breakdown'"),
