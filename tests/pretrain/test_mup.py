@@ -14,8 +14,11 @@ from torch import Tensor, nn
 from data_pipeline.errors import UserError
 from data_pipeline.settings import build_settings
 from pretrain.model import Decoder, ModelSettings, initialize_
-from pretrain.model.mup import WidthScaling, width, width_scaling
+from pretrain.model.mup import WidthScaling, base_model, width, width_scaling
 from pretrain.optimizer import AdamWSettings, parameter_groups
+from pretrain.optimizer.kinds.muon import MuonSettings
+
+from .steps import tiny_config
 
 # 4 query heads on 2 key-value heads of 12, 56 inside the feed-forward: m is 3 for the hidden size, 2 for the heads'
 # outputs, 7 for the feed-forward's inside
@@ -132,6 +135,45 @@ def test_adams_eps_keeps_its_proportion_to_the_gradients() -> None:
     assert [group["eps"] for group in plain.param_groups] == [0.06] * 2
 
 
+def test_muon_keeps_the_largest_singular_value_of_an_update_in_proportion() -> None:
+    """By hand: to √(out / in), for a weight that widens on both sides, on one, and one that turns from tall to wide."""
+    original, matched = (MuonSettings(adjust_lr=how).mup_rate for how in ("original", "match_rms_adamw"))
+    assert original((400, 100), (100, 25)) == pytest.approx(1.0)
+    assert original((100, 400), (25, 100)) == pytest.approx(1.0)
+    assert original((100, 400), (100, 100)) == pytest.approx(1 / 2)
+    assert original((100, 400), (400, 100)) == pytest.approx(1 / 2)
+    assert matched((400, 100), (100, 25)) == pytest.approx(1 / 2)
+    assert matched((100, 400), (25, 100)) == pytest.approx(1 / 2)
+    assert matched((100, 400), (100, 100)) == pytest.approx(1 / 4)
+    for rate in (original, matched, AdamWSettings().mup_rate):
+        assert rate((7, 3), (7, 3)) == 1.0
+
+
+def test_kv_heads_of_the_base_are_in_proportion_unless_given() -> None:
+    def made(**base: int) -> ModelSettings:
+        return base_model(settings({"base": {**BASE, **base}}))
+
+    assert (made().heads, made().effective_kv_heads) == (4, 2)
+    assert made(heads=8, kv_heads=4).effective_kv_heads == 4
+    assert made(heads=8).effective_kv_heads == 4
+    assert made(heads=1).effective_kv_heads == 1
+
+
+def test_an_optimizer_without_a_rule_is_refused_with_the_reason() -> None:
+    galore = {"kind": "galore", "rank": 2}
+    tiny_config(optimizer=galore)
+    with pytest.raises(UserError, match=r"optimizer.kind galore: how its learning rate .* confirmed nowhere"):
+        tiny_config(optimizer=galore, model={"mup": {"base": {**BASE, "intermediate_size": 48}}})
+
+
+def test_a_factorised_layer_is_refused_with_the_reason() -> None:
+    rule = {"kind": "cola", "rank": 4, "modules": ["attention.key"]}
+    settings(linear=[rule])
+    with pytest.raises(UserError, match=r"linear.0 \(cola\): muP's published table scales dense weights"):
+        settings({"base": BASE}, linear=[rule])
+    assert settings({"base": BASE}, linear=[{"kind": "dense"}]).mup
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 @pytest.mark.parametrize("tied", [False, True])
 @torch.no_grad()
@@ -180,6 +222,7 @@ def test_at_its_base_shape_it_is_the_standard_parametrisation_to_the_bit(tied: b
         ),
         ({"mup": {"base": BASE, "zero_init_head": True}, "tied_embeddings": True}, "choose one of them"),
         ({"mup": {"base": BASE, "zero_init_query": True}, "qk_norm": True}, "mup.zero_init_query with qk_norm"),
+        ({"mup": {"base": {**BASE, "kv_heads": 3}}}, "mup.base: heads 4 is not a multiple of kv_heads 3"),
         ({"mup": {"base": BASE, "output_multiplier": 0.0}}, "'mup.output_multiplier' = 0.0"),
         ({"mup": {"base": {"hidden_size": 16}}}, "'mup.base.heads' is missing"),
         ({"mup": {}}, "'mup.base' is missing"),

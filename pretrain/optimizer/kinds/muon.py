@@ -48,6 +48,19 @@ class MuonSettings(AdamSettings):
                 group["lr_scale"] *= self.adam_lr / self.lr
         return Muon(groups, self)
 
+    def factor(self, shape: tuple[int, int]) -> float:
+        """What multiplies the rate for a weight of this shape, by ``adjust_lr``."""
+        rows, columns = shape
+        if self.adjust_lr == "original":
+            return math.sqrt(max(1.0, rows / columns))
+        return 0.2 * math.sqrt(max(rows, columns))
+
+    def mup_rate(self, shape: tuple[int, int], base: tuple[int, int]) -> float:
+        """By the spectral condition (Yang et al. 2023, arXiv 2310.17813): the largest singular value of an update,
+        which is the rate times :meth:`factor`, has to be in proportion to √(out / in)."""
+        here, there = (math.sqrt(rows / columns) / self.factor((rows, columns)) for rows, columns in (shape, base))
+        return here / there
+
     def state_elements(self, name: str, shape: Sequence[int]) -> int:
         return math.prod(shape) * (1 if self.is_matrix(name, shape) else 2)
 
@@ -86,10 +99,7 @@ class Muon(MatrixWise):
         return found
 
     def factor(self, shape: tuple[int, int]) -> float:
-        rows, columns = shape
-        if self._settings.adjust_lr == "original":
-            return math.sqrt(max(1.0, rows / columns))
-        return 0.2 * math.sqrt(max(rows, columns))
+        return self._settings.factor(shape)
 
 
 def orthogonalize(matrices: Tensor, iterations: int) -> Tensor:

@@ -13,6 +13,7 @@ from pretrain.config import Config
 from pretrain.optimizer import AdamWSettings
 
 from . import Method
+from .optimizers import muon, plain_muon
 
 # the tiny model has hidden 32, 4 heads of 8 and 48 inside the feed-forward: m = 4, 2 and 3
 BASE = {"hidden_size": 8, "heads": 4, "head_dim": 4, "intermediate_size": 16}
@@ -39,9 +40,37 @@ def plain_mup(masters: dict[str, Tensor], config: Config) -> Callable[[float], N
     return step
 
 
+# √(out / in) over 0.2 √max(out, in), over the same of the base shape, whose key-value heads are 2
+MUON_RATES = {
+    "query": 0.5, "key": 8**-0.5, "value": 8**-0.5, "output": 1.0, "gate": 0.5, "up": 0.5, "down": 2 / 3
+}  # fmt: skip
+
+
+def plain_mup_muon(masters: dict[str, Tensor], config: Config) -> Callable[[float], None]:
+    """The plain Muon for each tensor, at its own rate, decay and eps."""
+    steps = []
+    for name, master in masters.items():
+        scale = MUON_RATES.get(name.split(".")[-2], 1.0)
+        own = {"weight_decay": config.optimizer.weight_decay / scale, "eps": 1e-4 / 4}
+        changed = config.model_copy(update={"optimizer": config.optimizer.model_copy(update=own)})
+        steps.append((plain_muon({name: master}, changed), scale))
+
+    def step(rate: float) -> None:
+        for of_tensor, scale in steps:
+            of_tensor(rate * scale)
+
+    return step
+
+
 def mup(**model: Any) -> Method:
     settings = {"base": BASE, "embedding_multiplier": 3.0, "output_multiplier": 2.0}
     return Method({"model": {"mup": settings, **model}}, optimizer=plain_mup)
 
 
-METHODS = {"mup": mup(), "mup, tied": mup(tied_embeddings=True)}
+def mup_muon() -> Method:
+    plain = muon()
+    sections = {**mup().sections, **plain.sections}
+    return Method(sections, optimizer=plain_mup_muon, tolerances=plain.tolerances)
+
+
+METHODS = {"mup": mup(), "mup, tied": mup(tied_embeddings=True), "mup, muon": mup_muon()}
