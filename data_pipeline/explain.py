@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from .tokenizer import Tokenizer
 @dataclass(frozen=True)
 class DocumentPart:
     """The part of a document that lies in a sequence: tokens ``first`` to ``first + tokens`` of the sequence are those
-    from ``skipped`` on of the document."""
+    from ``skipped`` on of the document; ``text`` is theirs, where it was asked for."""
 
     id: str
     url: str
@@ -34,6 +34,7 @@ class DocumentPart:
     first: int
     tokens: int
     skipped: int
+    text: str | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ class ExplainedRow:
     block: int
     offset: int
     documents: tuple[DocumentPart, ...]
-    text: str | None
 
 
 def explain(run: Path, step: int, rank: int | None, row: int | None, with_text: bool) -> Iterator[ExplainedRow]:
@@ -62,7 +62,7 @@ def explain(run: Path, step: int, rank: int | None, row: int | None, with_text: 
         step: the step.
         rank: only this rank's rows; ``None``: all.
         row: only this row of each rank, counted over its micro-batches; ``None``: all.
-        with_text: decode the tokens.
+        with_text: decode the tokens of each document.
 
     Raises:
         UserError: no such run, step, rank or row, or a data set is gone or is another one now.
@@ -90,8 +90,7 @@ def describe(row: ExplainedRow) -> str:
     for part in row.documents:
         skipped = f", from its token {part.skipped:,} on" if part.skipped else ""
         lines.append(f"  tokens {part.first} to {part.first + part.tokens}: {part.id} {part.url}{skipped}")
-    if row.text is not None:
-        lines += [f"  | {line}" for line in row.text.splitlines()]
+        lines += [f"    | {line}" for line in (part.text or "").splitlines()]
     return "\n".join(lines)
 
 
@@ -107,6 +106,10 @@ class Reading:
         source, name = self.sources[number], self.names[number]
         place, layout = source.place(sequence), source.manifest.layout
         within = place.token - place.block * layout.block_tokens
+        parts = _parts(self.documents(name, place.shard), place.token, source.seq_len)
+        if with_text:
+            decode, tokens = self._tokenizer(name).decode, source.read([sequence])[0].tolist()
+            parts = tuple(replace(part, text=decode(tokens[part.first : part.first + part.tokens])) for part in parts)
         return ExplainedRow(
             step=step,
             rank=seat[0],
@@ -118,8 +121,7 @@ class Reading:
             shard=place.shard,
             block=place.block,
             offset=layout.data_offset(place.block) + within * layout.token_bytes,
-            documents=_parts(self.documents(name, place.shard), place.token, source.seq_len),
-            text=self._tokenizer(name).decode(source.read([sequence])[0][:-1].tolist()) if with_text else None,
+            documents=parts,
         )
 
     def documents(self, name: str, shard: str) -> Any:

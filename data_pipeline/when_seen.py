@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
+import pyarrow.parquet as pq
 from tqdm import tqdm
 
 from .errors import UserError
 from .explain import Reading, open_reading
 from .history import read_history
-from .manifest import HELDOUT, ShardTable
+from .layout import REJECTED_FOLDER
+from .manifest import HELDOUT, RejectedFile, ShardTable
 from .prepare.parts import shuffle_key
+from .storage import StorageSettings, open_store
 
 _ID = re.compile(r"[0-9a-f]{32}")
 
@@ -66,7 +70,7 @@ def when_seen(run: Path, document: str) -> list[Seen]:
 
     Raises:
         UserError: no such run, or none of its sources holds the document in its training split; says so when the
-            document is held out.
+            document is held out, or was left out when the data set was prepared, and why.
     """
     seen: list[Seen] = []
     known = False
@@ -143,6 +147,18 @@ def _readings(reading: Reading, found: _Found, end_step: int) -> Iterator[Seen]:
             epoch += 1
 
 
+def _left_out(storage: StorageSettings, root: str, rejected: Sequence[RejectedFile], document: str) -> str | None:
+    """Why `prepare` left a document out of the data set at ``root``, and where that stands; ``None``: it did not."""
+    key = "id" if _ID.fullmatch(document) else "url"
+    store = open_store(root, storage)
+    for file in tqdm(rejected, desc="search what was left out", unit="file", disable=len(rejected) < 20):
+        path = f"{REJECTED_FOLDER}/{file.name}.parquet"
+        table = pq.read_table(pa.BufferReader(store.read(path)), use_threads=False)
+        for row in table.filter(pc.equal(table[key], document)).slice(0, 1).to_pylist():
+            return f"by {row['stage']}: {row['reason']} ({row['detail']}). {store.root}/{path} lists it."
+    return None
+
+
 def _absence(reading: Reading, run: Path, document: str) -> UserError:
     """Why no training split holds a document."""
     for name, source in zip(reading.names, reading.sources, strict=True):
@@ -152,6 +168,12 @@ def _absence(reading: Reading, run: Path, document: str) -> UserError:
             continue
         if next(_search(reading, name, heldout, document), None):
             return UserError(f"document {document} is held out in source {name!r}: {run} never trains on it.")
+    for name, source in zip(reading.names, reading.sources, strict=True):
+        if left_out := _left_out(reading.stretch.stream, source.root, source.manifest.rejected, document):
+            return UserError(
+                f"document {document} is not in source {name!r}: it was left out when the data set was prepared, "
+                f"{left_out}"
+            )
     return UserError(
         f"no source of {run} holds the document {document!r}. Give its 32-digit id or its url, as "
         "`pretrain-data inspect --samples` and the shards' .docs.parquet show them."

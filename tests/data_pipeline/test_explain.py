@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import shutil
 import subprocess
@@ -16,13 +17,16 @@ import numpy as np
 import pytest
 
 from data_pipeline import DataError, StepLoader, UserError
-from data_pipeline.explain import ExplainedRow, explain
+from data_pipeline.explain import ExplainedRow, describe, explain
 from data_pipeline.history import HISTORY_FILE, Stretch, read_history, record_stretch
+from data_pipeline.manifest import read_manifest
 from data_pipeline.prepare.parts import shuffle_key
 from data_pipeline.shard_reading import read_documents
 from data_pipeline.stream import StreamSettings, open_stream
-from data_pipeline.testing import write_token_dataset
+from data_pipeline.testing import tiny_tokenizer, write_token_dataset
 from data_pipeline.when_seen import Seen, when_seen
+from tests.data_pipeline.prepared import make_texts, plain_settings
+from tests.data_pipeline.prepared import run as run_prepare
 from tests.http_server import HttpServer
 
 SEQ = 16
@@ -164,6 +168,49 @@ def test_by_url_by_id_and_held_out(run: Path, folder: Path) -> None:
     for name in ("0" * 32, "http://nowhere"):
         with pytest.raises(UserError, match=f"no source of .* holds the document '{name}'"):
             when_seen(run, name)
+
+
+def test_the_text_stands_with_its_document(run: Path, documents: Documents) -> None:
+    """Not in one piece, of which nobody sees where one document ends and the next begins."""
+    decode = tiny_tokenizer().decode
+    several = 0
+    for step in range(1, 6):
+        for row in explain(run, step, None, None, True):
+            shown = describe(row)
+            several += len(row.documents) > 1
+            for part in row.documents:
+                domain, _, number = part.url.removeprefix("synthetic:").partition("/train/")
+                text = decode(documents[(domain, "train")][int(number)][part.skipped : part.skipped + part.tokens])
+                assert part.text == text
+                after = shown.partition(f"{part.id} {part.url}")[2].partition("\n")[2].splitlines()
+                own = list(itertools.takewhile(lambda line: line.startswith("    | "), after))
+                assert own == [f"    | {line}" for line in text.splitlines()]
+    assert several > 10
+    assert {part.text for row in explain(run, 1, None, None, False) for part in row.documents} == {None}
+
+
+def test_a_document_left_out_by_prepare_is_told_with_its_reason(folder: Path, tmp_path: Path) -> None:
+    texts = [text for text in make_texts(60, 1) if len(text.split()) > 2]
+    plain = plain_settings(tmp_path, {"first": ("a", [*texts, "too short", texts[5]])})
+    cleaning = {"quality": {"min_words": 3, "min_mean_word_length": None}, "exact_duplicates": True}
+    run_prepare(plain, cleaning=cleaning, heldout_fraction=0)
+    sources = {"s": {"path": str(tmp_path / "set"), "max_epochs": None}}
+    stream = StreamSettings.model_validate({"seq_len": SEQ, "sources": sources})
+    identity = {"s": read_manifest(tmp_path / "set").identity}
+    record_stretch(tmp_path, stretch(folder).model_copy(update={"stream": stream, "data_sets": identity}))
+
+    lines = (tmp_path / "first.jsonl").read_bytes().splitlines(keepends=True)
+    short, repeated = (f"{tmp_path}/first.jsonl#byte={len(b''.join(lines[:row]))}" for row in (-2, -1))
+    listed = rf"\. {tmp_path}/set/rejected/00000\d\.parquet lists it\."
+    for name in (short, hashlib.blake2b(b"too short", digest_size=16).hexdigest()):
+        told = rf"document {name} is not in source 's': it was left out when the data set was prepared, by quality: "
+        with pytest.raises(UserError, match=told + r"min_words \(2 < 3\)" + listed):
+            when_seen(tmp_path, name)
+    first = f"{tmp_path}/first.jsonl#byte={len(b''.join(lines[:5]))}"
+    kept = when_seen(tmp_path, hashlib.blake2b(texts[5].encode(), digest_size=16).hexdigest())[0]
+    (other,) = {first, repeated} - {kept.url}
+    with pytest.raises(UserError, match=rf"by exact_duplicates: repeats train text \({kept.id} {kept.url}\)" + listed):
+        when_seen(tmp_path, other)
 
 
 def test_a_skipped_position_is_seen_by_no_step(run: Path) -> None:
