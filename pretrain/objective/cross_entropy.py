@@ -48,7 +48,8 @@ def only_gradient_of(logits: Tensor, counted: Tensor) -> None:
     """
     if logits.requires_grad:
 
-        def zeroed(gradient: Tensor) -> Tensor:
-            return gradient.masked_fill(~counted[:, :, None], 0.0)
+        def zero(gradient: Tensor) -> None:
+            # in place, for it may be larger than the model; it comes from the losses above, and nobody else holds it
+            gradient.masked_fill_(~counted[:, :, None], 0.0)
 
-        logits.register_hook(zeroed)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        logits.register_hook(zero)  # type: ignore[no-untyped-call]  # torch leaves it untyped
