@@ -16,10 +16,10 @@ import transformers
 from safetensors.torch import load_file
 from torch import Tensor
 
-from data_pipeline.errors import DataError, UserError
+from data_pipeline.errors import DataError, HeadraceError, UserError
 from data_pipeline.testing import tiny_tokenizer
 from pretrain.export.export import export_checkpoint
-from pretrain.export.write import published
+from pretrain.export.write import Planned, published, write_tensors
 from pretrain.initial_weights import CheckpointWeights
 from tests.ranks import run_on_ranks
 
@@ -188,6 +188,7 @@ def test_what_the_folder_says(root: Path, tmp_path: Path) -> None:
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (None, 2, 3)
     assert (tmp_path / "out/tokenizer.model").read_bytes() == TOKENIZER.model
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert len({path.stat().st_mode for path in (tmp_path / "out").iterdir()}) == 1
 
 
 def test_an_empty_folder_may_be_filled_and_no_other(root: Path, tmp_path: Path) -> None:
@@ -211,7 +212,7 @@ def test_a_failed_export_leaves_nothing(root: Path, tmp_path: Path, monkeypatch:
         whole(content, path, **options)
 
     monkeypatch.setattr(safetensors.torch, "save_file", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(HeadraceError, match=r"out could not be written: .*No space left"):
         export_checkpoint(checkpoint(root, "plain"), tmp_path / "out", max_shard_size="30KB")
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
@@ -220,6 +221,20 @@ def test_a_failed_export_leaves_nothing(root: Path, tmp_path: Path, monkeypatch:
     export_checkpoint(checkpoint(root, "plain"), tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert len(list((tmp_path / "out").iterdir())) == 6
+
+
+def test_an_output_that_can_not_be_made_and_no_size(root: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="file/out can't be made: Not a directory"):
+        export_checkpoint(checkpoint(root, "plain"), tmp_path / "file" / "out")
+    with pytest.raises(UserError, match="--max-shard-size 'large' is no size"):
+        export_checkpoint(checkpoint(root, "plain"), tmp_path / "out", max_shard_size="large")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+def test_an_error_of_the_disk_inside_safetensors_is_one(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="No such file or directory"):
+        write_tensors(tmp_path / "gone", {"name": Planned((2,), torch.float32, lambda: torch.ones(2))}, "5GB")
 
 
 def test_two_exports_at_once_do_not_mix(root: Path, tmp_path: Path) -> None:
