@@ -14,6 +14,7 @@ from .config import load_config
 from .costs import memory, parts
 from .engine import accumulation_steps
 from .model import count_parameters, flops_per_token
+from .plan_mup import mup_rows, show_mup
 from .run_folder import CHECKPOINTS
 
 
@@ -44,6 +45,7 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
         "flops": per_token * tokens,
         "parts": [asdict(part) for part in parts(config, vocabulary)],
         "memory": memory(config, vocabulary, ranks),
+        "mup": mup_rows(config),
         "steps": config.total_steps,
         "sequences": sequences,
         "tokens": tokens,
@@ -73,6 +75,7 @@ def show_plan(plan: dict[str, Any]) -> str:
         f"{plan['accumulation_steps']} micro-steps a step",
         f"arithmetic    {plan['flops_per_token']:.3e} FLOPs a token, {plan['flops']:.3e} in all",
         *_show_parts(plan),
+        *show_mup(plan["mup"]),
     ]
     for stage in plan["batch_ramp"]:
         lines.append(f"ramp          first {stage['steps']:,} steps of {stage['global_batch']:,} sequences")

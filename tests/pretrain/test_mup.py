@@ -17,6 +17,7 @@ from pretrain.model import Decoder, ModelSettings, initialize_
 from pretrain.model.mup import WidthScaling, base_model, width, width_scaling
 from pretrain.optimizer import AdamWSettings, parameter_groups
 from pretrain.optimizer.kinds.muon import MuonSettings
+from pretrain.plan_mup import mup_rows, show_mup
 
 from .steps import tiny_config
 
@@ -211,6 +212,30 @@ def test_at_its_base_shape_it_is_the_standard_parametrisation_to_the_bit(tied: b
     assert torch.equal(forward(plain), forward(scaled))
     for one, other in zip(groups(plain, None), groups(scaled, {"base": ITSELF}), strict=True):
         assert {**one, "params": 0} == {**other, "params": 0}
+
+
+def test_the_plan_tells_what_is_made_of_each_tensor() -> None:
+    model = {
+        **SHAPE,
+        "init_std": 0.5,
+        "init_scaled_residual": False,
+        "mup": {"base": BASE, "embedding_multiplier": 3.0},
+    }
+    assert show_mup(mup_rows(tiny_config(model=model, optimizer={"weight_decay": 0.2}))) == [
+        "muP           embedding: initial std 0.5, learning rate x 1, weight decay 0, forward pass x 3",
+        "muP           norms: learning rate x 1, weight decay 0",
+        "muP           attention.query, attention.key, attention.value, feed_forward.gate, feed_forward.up: m 3, "
+        "initial std 0.289, learning rate x 0.333, weight decay 0.6",
+        "muP           attention.output: m 2, initial std 0.354, learning rate x 0.5, weight decay 0.4",
+        "muP           feed_forward.down: m 7, initial std 0.189, learning rate x 0.143, weight decay 1.4",
+        "muP           head: m 3, initial std 0.5, learning rate x 1, weight decay 0.2, forward pass x 0.333",
+        "muP           attention scores: forward pass x 0.707",
+    ]
+    tied = mup_rows(tiny_config(model={**model, "tied_embeddings": True}, optimizer={"weight_decay": 0.2}))
+    assert tied[-2] == {
+        "tensors": ["head"], "m": 3, "initial_std": 0.5, "learning_rate": 1, "weight_decay": 0, "multiplier": 1 / 3
+    }  # fmt: skip
+    assert mup_rows(tiny_config()) == []
 
 
 @pytest.mark.parametrize(
