@@ -1,0 +1,1 @@
+"""Small reproductions of the methods' claims: one module each, started as ``python -m studies.NAME``."""

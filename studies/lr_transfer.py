@@ -1,0 +1,229 @@
+"""Does the best learning rate stay where it is when the model gets wider? With muP and without, on real text.
+
+    python -m studies.lr_transfer [--short | --large] [--at-once N]
+
+muP's claim (Yang et al. 2022, arXiv 2203.03466, figure 1): the loss after a fixed number of steps has its minimum at
+the same learning rate for every width, and a wider model is never worse; in the standard parametrisation the best rate
+falls as the width grows. The narrowest width is the base shape, where both are one model. A head has 16 features at
+every width, so that their number grows; the decay, the schedule, the batch and the depth stay.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .common import Curve, Interval, Plot, Run, Study, interval, put_section, shown, table, write_plots
+from .common.runs import ROOT, prepare_data
+
+HEAD_DIM = 16
+STANDARD, MUP = "standard", "muP"
+
+
+@dataclass(frozen=True)
+class Size:
+    """How much of it is run."""
+
+    widths: tuple[int, ...]
+    rates: tuple[float, ...]
+    """Powers of two."""
+    seeds: int
+    training: dict[str, Any]
+    """Overrides of ``studies/base.yaml``."""
+
+
+def powers(first: int, last: int) -> tuple[float, ...]:
+    return tuple(2.0**power for power in range(first, last + 1))
+
+
+SIZES = {
+    # about 50 minutes on 2 quiet cores
+    "default": Size((32, 64, 128, 256), powers(-11, -4), 3, {}),
+    "short": Size(
+        (32, 64), powers(-9, -6), 2, {"training.steps": 30, "schedule.warmup_steps": 5, "evaluation.every_steps": 30}
+    ),
+    # for one GPU
+    "large": Size(
+        (128, 256, 512, 1024, 2048),
+        powers(-13, -5),
+        5,
+        {
+            "training.steps": 1000,
+            "training.global_batch": 64,
+            "training.micro_batch": 64,
+            "training.precision": "bf16",
+            "model.layers": 4,
+            "schedule.warmup_steps": 100,
+            "evaluation.every_steps": 1000,
+            "data.sources.code.max_epochs": None,
+            "data.sources.docs.max_epochs": None,
+        },
+    ),
+}
+
+
+def runs(size: Size) -> list[Run]:
+    """All runs, the widest first: the last to end should be short ones. At the base width there is one model."""
+    base = size.widths[0]
+    return [
+        Run(
+            {"width": width, "parametrisation": name, "lr": rate, "seed": seed},
+            {
+                **size.training,
+                **shape(width),
+                **({"model.mup.base": base_shape(base)} if name == MUP else {}),
+                "optimizer.lr": rate,
+                "run.seed": seed,
+            },
+        )
+        for width in reversed(size.widths)
+        for name in ((STANDARD, MUP) if width != base else (STANDARD,))
+        for rate in size.rates
+        for seed in range(1, size.seeds + 1)
+    ]
+
+
+def shape(width: int) -> dict[str, Any]:
+    return {f"model.{key}": value for key, value in base_shape(width).items()}
+
+
+def base_shape(width: int) -> dict[str, int]:
+    return {"hidden_size": width, "heads": width // HEAD_DIM, "intermediate_size": width * 11 // 4}
+
+
+def losses(results: Sequence[dict[str, Any]], width: int, name: str, rate: float) -> list[float]:
+    """The held-out loss of every seed, infinite where the run diverged; the base width is both parametrisations'."""
+    base = min(each["width"] for each in results)
+    name = STANDARD if width == base else name
+    found = [each for each in results if (each["width"], each["parametrisation"], each["lr"]) == (width, name, rate)]
+    return [each.get("heldout_loss", math.inf) for each in sorted(found, key=lambda each: each["seed"])]
+
+
+def best_rate(rates: Sequence[float], values: NDArray[np.float64]) -> float:
+    """log2 of the rate at the minimum: of the parabola through the best point and its neighbours.
+
+    At an end of the grid, or beside a run that diverged, it is the best point's own.
+    """
+    place = int(np.argmin(values))
+    if not 0 < place < len(rates) - 1 or not np.isfinite(values[place - 1 : place + 2]).all():
+        return math.log2(rates[place])
+    before, at, after = values[place - 1 : place + 2]
+    return math.log2(rates[place]) + float(0.5 * (before - after) / (before - 2 * at + after))
+
+
+@dataclass(frozen=True)
+class Summary:
+    """What the runs of one parametrisation say; intervals over the seeds."""
+
+    best: dict[int, Interval]
+    """log2 of the best learning rate, for each width."""
+    lowest: dict[int, Interval]
+    """Loss at the best rate of the grid, of each width."""
+    carried: dict[int, Interval]
+    """Loss at the rate that was best for the base width."""
+    slope: Interval
+    """Of log2 of the best rate against log2 of the width: 0 where it transfers."""
+
+
+def summarise(results: Sequence[dict[str, Any]], size: Size, name: str) -> Summary:
+    grid = {
+        width: np.array([losses(results, width, name, rate) for rate in size.rates]) for width in size.widths
+    }  # [rates, seeds]
+    best = {w: [best_rate(size.rates, grid[w][:, seed]) for seed in range(size.seeds)] for w in size.widths}
+    base_place = int(np.argmin(grid[size.widths[0]].mean(axis=1)))
+    logs = np.log2(size.widths)
+    slopes = [float(np.polyfit(logs, [best[w][seed] for w in size.widths], 1)[0]) for seed in range(size.seeds)]
+    return Summary(
+        best={w: interval(best[w]) for w in size.widths},
+        lowest={w: interval(list(grid[w][int(np.argmin(grid[w].mean(axis=1)))])) for w in size.widths},
+        carried={w: interval(list(grid[w][base_place])) for w in size.widths},
+        slope=interval(slopes),
+    )
+
+
+def report(results: Sequence[dict[str, Any]], size: Size) -> tuple[str, list[Plot]]:
+    """The section of docs/studies.md, and the plots."""
+    summaries = {name: summarise(results, size, name) for name in (STANDARD, MUP)}
+    rows = [
+        [
+            str(width),
+            *(
+                cell
+                for name in (STANDARD, MUP)
+                for cell in (
+                    shown(summaries[name].best[width], 2),
+                    shown(summaries[name].lowest[width], 3),
+                    shown(summaries[name].carried[width], 3),
+                )
+            ),
+        ]
+        for width in size.widths
+    ]
+    columns = ("log2 of the best rate", "loss there", "loss at the base width's best rate")
+    header = ["width", *(f"{name}: {column}" for name in (STANDARD, MUP) for column in columns)]
+    slopes = " and ".join(f"{shown(summaries[name].slope, 2)} ({name})" for name in (STANDARD, MUP))
+    text = f"""## Learning rate against width, with and without muP
+
+Held-out loss, nats per token, after {steps(size)} steps of a decoder of {layers(size)} blocks on the text of Python's
+standard library; {size.seeds} seeds, rates in steps of two from 2^{math.log2(size.rates[0]):.0f} to
+2^{math.log2(size.rates[-1]):.0f}; the best rate is that of a parabola through the best three. The slope of its
+logarithm against that of the width is {slopes}; the paper expects 0 with muP.
+
+{table(header, rows)}
+"""
+    curves = {
+        name: [
+            Curve(
+                f"width {width}",
+                list(size.rates),
+                [float(np.mean(losses(results, width, name, rate))) for rate in size.rates],
+                [interval(losses(results, width, name, rate)).half for rate in size.rates],
+                colour=place,
+            )
+            for place, width in enumerate(size.widths)
+        ]
+        for name in (STANDARD, MUP)
+    }
+    plots = [Plot(name, "learning rate", "held-out loss, nats per token", curves[name], log_x=True) for name in curves]
+    return text, plots
+
+
+def steps(size: Size) -> int:
+    return int(size.training.get("training.steps", 200))
+
+
+def layers(size: Size) -> int:
+    return int(size.training.get("model.layers", 2))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a trial of minutes; docs/studies.md stays as it is")
+    parser.add_argument("--large", action="store_true", help="the setting for a GPU")
+    parser.add_argument("--at-once", type=int, default=2, help="runs at a time")
+    arguments = parser.parse_args()
+    name = "short" if arguments.short else "large" if arguments.large else "default"
+    size = SIZES[name]
+    prepare_data()
+    results = Study("lr_transfer", runs(size)).do(arguments.at_once)
+    text, plots = report(results, size)
+    print(text)
+    page = ROOT / f"runs/studies/lr_transfer_{name}.html"
+    write_plots(page, plots)
+    print(f"plots: {page}")
+    if not arguments.short:
+        put_section(
+            f"lr_transfer{'_large' if arguments.large else ''}",
+            text,
+            "python -m studies.lr_transfer" + (" --large" if arguments.large else ""),
+        )
+
+
+if __name__ == "__main__":
+    main()
