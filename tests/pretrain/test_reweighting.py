@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+import re
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pytest
 import torch
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
 from data_pipeline.errors import UserError
 from data_pipeline.settings import build_settings
-from pretrain.objective import ReweightingSettings
+from pretrain.objective import ObjectiveSettings, ReweightingSettings, StrategySettings
 from pretrain.objective.reweighting import Samples, log_importances, relative_weights
 
 LOSSES = [2.0, 3.0, 4.0, 6.0]
@@ -230,3 +233,31 @@ def test_refusals(given: dict[str, Any], parts: list[str]) -> None:
         settings(**given)
     for part in parts:
         assert part in str(caught.value)
+
+
+class Confident(StrategySettings):
+    """A strategy of the other kind: importances 1 - p, p = exp(-loss)."""
+
+    kind: Literal["confident"] = "confident"
+    has_temperature: ClassVar[bool] = False
+
+    def log_importances(self, losses: Tensor, lowest: Tensor, highest: Tensor, temperature: float) -> Tensor:
+        return (-losses).exp().neg().log1p()
+
+
+def test_a_strategy_may_give_the_importances_themselves() -> None:
+    group = samples([math.log(2), math.log(4), math.nan], [10, 20, 10])
+    found = relative_weights(log_importances(group, Confident(), 1.0), group)
+    scale = 40 / (10 * 0.5 + 20 * 0.75)
+    assert found.tolist() == pytest.approx([0.5 * scale, 0.75 * scale, 0.0])
+    chosen = ReweightingSettings.model_construct({"strategy"}, strategy=Confident(), start_step=3)
+    assert (chosen.temperature_at(2), chosen.temperature_at(3), chosen.off) == (math.inf, 1.0, False)
+    with pytest.raises(ValueError, match="temperature has no meaning with strategy confident"):
+        ReweightingSettings.model_construct({"temperature"}, strategy=Confident(), temperature=0.4)._check()
+
+
+def test_the_block_of_the_documentation_builds() -> None:
+    text = (Path(__file__).parents[2] / "docs/methods.md").read_text()
+    section = text.split("## Sample reweighting")[1].split("\n## ")[0]
+    (block,) = re.findall(r"```yaml\n(.*?)```", section, re.DOTALL)
+    build_settings(ObjectiveSettings, yaml.safe_load(block)["objective"], "docs/methods.md")
