@@ -66,8 +66,8 @@ def to_config(settings: ModelSettings, vocab_size: int, context: int, dtype: str
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
 
 
-def from_config(config: Mapping[str, Any], origin: str) -> tuple[ModelSettings, int]:
-    """The settings of the decoder that computes what ``config`` describes, and its vocabulary.
+def from_config(config: Mapping[str, Any], origin: str) -> ModelSettings:
+    """The settings of the decoder that computes what ``config`` describes.
 
     Args:
         config: the content of config.json.
@@ -87,7 +87,6 @@ def from_config(config: Mapping[str, Any], origin: str) -> tuple[ModelSettings, 
     if reasons := _unsupported(config, kind):
         raise UserError(f"{origin} describes what Headrace does not compute: {'; '.join(reasons)}.")
     heads = config["num_attention_heads"]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     plain = {
         "hidden_size": config["hidden_size"],
         "layers": config["num_hidden_layers"],
@@ -95,13 +94,18 @@ def from_config(config: Mapping[str, Any], origin: str) -> tuple[ModelSettings, 
         "kv_heads": config.get("num_key_value_heads") or {"llama": heads, "mistral": 8, "qwen3": 32}[kind],
         "head_dim": config.get("head_dim") or (128 if kind == "qwen3" else config["hidden_size"] // heads),
         "intermediate_size": config["intermediate_size"],
-        "rope_theta": float(rope.get("rope_theta") or config.get("rope_theta") or 10_000.0),
+        "rope_theta": float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10_000.0),
         "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
         "qk_norm": kind == "qwen3",
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
         "linear": config.get("headrace_rules", []),
     }
-    return build_settings(ModelSettings, plain, origin), config["vocab_size"]
+    return build_settings(ModelSettings, plain, origin)
+
+
+def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What transformers 5 calls ``rope_parameters``; of ``rope_scaling``, version 4's, it takes the same and first."""
+    return config.get("rope_scaling") or config.get("rope_parameters") or {}
 
 
 def _unsupported(config: Mapping[str, Any], kind: str) -> list[str]:
@@ -110,11 +114,12 @@ def _unsupported(config: Mapping[str, Any], kind: str) -> list[str]:
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         found.append(f"hidden_act is {config['hidden_act']!r}, a decoder's feed-forward has silu")
     found += [f"{key} is true, a decoder has no bias" for key in ("attention_bias", "mlp_bias") if config.get(key)]
-    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
-    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    rope = _rope(config)
     others = {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}
+    others["partial_rotary_factor"] = others.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default" or any(value not in (None, 1.0) for value in others.values()):
-        found.append(f"rope_scaling is {rope!r}, a decoder has plain rotary positions")
+        found.append(f"rope_scaling is { ({**rope, **others})!r}, a decoder has plain rotary positions")
     windowed = config.get("use_sliding_window", False) if kind == "qwen3" else kind == "mistral"
     if windowed and config.get("sliding_window", 4096) is not None:
         found.append(f"sliding_window is {config.get('sliding_window', 4096)!r}, a decoder sees its whole document")

@@ -19,7 +19,7 @@ from .libraries import needed
 from .names import our_name
 from .write import INDEX, SINGLE
 
-_DTYPES = {"F64", "F32", "F16", "BF16"}
+_DTYPES = {"F32", "F16", "BF16"}
 _WHOLE_NUMBERS = {"I64", "I32", "BOOL"}
 """Of index buffers and masks."""
 
@@ -38,7 +38,7 @@ class FolderWeights:
     def __init__(self, path: Path) -> None:
         self.path = path
         config = _read_json(path / "config.json")
-        self.settings, self.vocab_size = from_config(config, str(path / "config.json"))
+        self.settings = from_config(config, str(path / "config.json"))
         self._files = _files(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, tuple[Path, str]] = {}
@@ -84,8 +84,8 @@ class FolderWeights:
                 stored = content.get_slice(theirs)
                 if stored.get_dtype() not in _DTYPES | _WHOLE_NUMBERS:
                     raise UserError(
-                        f"{file}: {theirs} has the type {stored.get_dtype()}, of quantised weights. Give a folder with "
-                        "float32, bfloat16 or float16 weights."
+                        f"{file}: {theirs} has the type {stored.get_dtype()}; what can be read is F32, BF16 and F16. "
+                        "Quantised weights can't be trained: give the folder they were made from."
                     )
                 name = our_name(theirs)
                 if name is None:
