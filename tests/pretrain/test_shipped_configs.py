@@ -11,7 +11,7 @@ import torch
 from data_pipeline.errors import UserError
 from pretrain.config import load_config
 from pretrain.engine import accumulation_steps, check_zero_settings, deepspeed_config
-from pretrain.model import Decoder
+from pretrain.model import Decoder, parameter_shapes
 from pretrain.model.mup import width_scaling
 from pretrain.optimizer import check_schedule, parameter_groups
 
@@ -19,6 +19,8 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.yaml"))
 PARAMETERS = {
     "llama_60m": 58.07,
     "llama_60m_mup": 58.07,
+    "llama_60m_muon": 58.07,
+    "llama_60m_galore": 58.07,
     "llama_130m": 134.11,
     "llama_1b": 1339.08,
     "llama_7b": 6738.42,
@@ -41,8 +43,9 @@ def test_builds(path: Path) -> None:
         assert round(millions, 2) == PARAMETERS[path.stem]
     scaling = partial(width_scaling, settings=config.model, rate=config.optimizer.mup_rate)
     groups = parameter_groups(model.named_parameters(), config.optimizer, scaling)
-    # with and without weight decay; muP adds the hidden matrices of each width
-    assert len(groups) == (3 if config.model.mup else 2)
+    # with and without weight decay; muP and optimizers of matrices part the hidden matrices from the head
+    assert len(groups) == (3 if config.model.mup or config.optimizer.kind in ("muon", "galore") else 2)
+    config.optimizer.check(config, parameter_shapes(config.model, vocabulary))
     for ranks in (1, 2, 8):
         if config.training.global_batch % (config.training.micro_batch * ranks) == 0:
             made = deepspeed_config(config, ranks)
