@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -37,8 +38,17 @@ class DamagedBlockError(DataError):
         super().__init__(message)
         self.shard, self.block, self.offset, self.reason = shard, block, offset, reason
 
+    def __str__(self) -> str:
+        return f"{self.args[0]} {HOLES_ADVICE}"
+
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (str(self), self.shard, self.block, self.offset, self.reason)
+        return type(self), (self.args[0], self.shard, self.block, self.offset, self.reason)
+
+
+HOLES_ADVICE = (
+    "If it can't be restored, data.on_damage=hole lets a run go on without the damaged blocks, as long as no more than "
+    "data.max_hole_fraction of its sequences are lost."
+)
 
 
 @dataclass(frozen=True)
@@ -71,6 +81,13 @@ class Damage:
     @classmethod
     def of(cls, error: DamagedBlockError, position: int, source: str, sample: int) -> Damage:
         return cls(position, source, sample, error.shard, error.block, error.offset, error.reason)
+
+
+def told_by_block(found: Iterable[Damage], most: int = 3) -> str:
+    """The damaged blocks among ``found`` in words, each once with its sequences; at most ``most`` of them by name."""
+    blocks = Counter(damage.place for damage in found)
+    told = [f"{place} ({count} sequence{'s' if count > 1 else ''})" for place, count in list(blocks.items())[:most]]
+    return "; ".join(told) + (f" and {len(blocks) - most} more blocks" if len(blocks) > most else "")
 
 
 class DamageLedger:

@@ -9,6 +9,7 @@ arithmetic.
 
 from __future__ import annotations
 
+import math
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -114,6 +115,17 @@ class BlockLayout:
     def archive_end(self, blocks: int) -> bytes:
         """The end-of-archive zero blocks, padded to tar's record of 10,240 bytes."""
         return bytes(self.shard_bytes(blocks) - blocks * self.member_stride)
+
+
+def nearest_divisors(total: int, wanted: int, multiple_of: int = 1) -> str:
+    """The divisors of ``total`` next to ``wanted`` on either side, that are multiples of ``multiple_of`` (one itself),
+    for messages: ``512 or 1024``."""
+    factors = [factor for factor in range(1, math.isqrt(total) + 1) if total % factor == 0]
+    divisors = sorted({*factors, *(total // factor for factor in factors)})
+    valid = [divisor for divisor in divisors if divisor % multiple_of == 0]
+    below = [divisor for divisor in valid if divisor <= wanted][-1:]
+    above = [divisor for divisor in valid if divisor > wanted][:1]
+    return " or ".join(map(str, below + above))
 
 
 def member_name(shard: str, block: int) -> str:

@@ -14,6 +14,7 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from .errors import DataError, UserError
+from .layout import nearest_divisors
 from .manifest import HELDOUT, TRAIN
 from .mixture import Phase
 from .order import Order, OrderSource
@@ -81,6 +82,12 @@ class StreamSettings(StorageSettings):
                 raise ValueError(
                     f"the phase at {phase.start} weighs {sorted(phase.weights)}, but the sources are "
                     f"{sorted(self.sources)}; give every source a weight"
+                )
+        for name, source in self.sources.items():
+            if source.weight == 0 and not any(phase.weights[name] for phase in self.phases):
+                raise ValueError(
+                    f"source {name!r} has weight 0 in every phase, so nothing of it would ever be read; take it out, "
+                    "or give it a weight"
                 )
         return self
 
@@ -215,7 +222,8 @@ def open_split(settings: StreamSettings, name: str, split: str, share: tuple[int
     if packed is not None and settings.seq_len % packed:
         raise UserError(
             f"data.sources.{name}: {source.path} was packed in rows of {packed} tokens (best_fit), and sequences of "
-            f"{settings.seq_len} would cut its documents. Set data.seq_len to a multiple of {packed}, or "
-            "prepare it again."
+            f"{settings.seq_len} would cut its documents. Set data.seq_len to "
+            f"{nearest_divisors(opened.manifest.block_tokens, settings.seq_len, packed)}, or prepare it again with "
+            f"pack_tokens = {settings.seq_len}."
         )
     return opened

@@ -53,6 +53,16 @@ class DataSettings(StreamSettings):
     holds for that change only. Recorded in the run."""
 
     @model_validator(mode="after")
+    def _check_holes(self) -> DataSettings:
+        default = type(self).model_fields["max_hole_fraction"].default
+        if self.on_damage == "stop" and self.max_hole_fraction != default:
+            raise ValueError(
+                f"max_hole_fraction {self.max_hole_fraction} says nothing with on_damage: stop, which allows no hole; "
+                f"set on_damage: hole, or leave max_hole_fraction out ({default})"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _check_skipped(self) -> DataSettings:
         try:
             BatchPlan(1, skip_ranges=self.skip_ranges)

@@ -17,7 +17,7 @@ from typing import NoReturn
 import torch
 
 from data_pipeline import Step, StepLoader
-from data_pipeline.damage import DamageLedger
+from data_pipeline.damage import DamageLedger, told_by_block
 from data_pipeline.errors import EXIT_STOPPED, HeadraceError, UserError
 from data_pipeline.watchdog import Watchdog
 
@@ -218,8 +218,7 @@ class Trainer:
         raise TooManyHolesError(
             f"step {self.state.step + 1} has {holes} damaged sequences, and {self.state.holes} were missing before: "
             f"more than data.max_hole_fraction = {self.config.data.max_hole_fraction} of the run's sequences allows "
-            f"({self._most_holes}). Damaged now: {'; '.join(each.place for each in found[:3])}"
-            f"{f' and {len(found) - 3} more' if len(found) > 3 else ''}. Restore the shards from a copy "
+            f"({self._most_holes}). Damaged now: {told_by_block(found)}. Restore the shards from a copy "
             "(`pretrain-data verify` lists all damage), or raise the fraction."
         )
 

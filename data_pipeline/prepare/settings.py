@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, model_validator
 
 from ..cleaning import CleaningSettings
+from ..layout import nearest_divisors
 from ..settings import Settings
 from ..sources import AnySource
 from ..sources.inputs import shown_name
@@ -111,7 +112,10 @@ class PrepareSettings(AccessSettings):
         elif self.pack_tokens is None:
             raise ValueError("packing: best_fit needs pack_tokens, the sequence length of the runs")
         elif self.block_tokens % self.pack_tokens:
-            raise ValueError(f"pack_tokens {self.pack_tokens} does not divide block_tokens {self.block_tokens}")
+            raise ValueError(
+                f"pack_tokens {self.pack_tokens} does not divide block_tokens {self.block_tokens}; the nearest that do "
+                f"are {nearest_divisors(self.block_tokens, self.pack_tokens)}"
+            )
         return self
 
     @property

@@ -50,6 +50,7 @@ def render(run: Run, now: float) -> str:
         lstrip_blocks=True,
     )
     figures = make_figures(run)
+    incidents = summary.incidents(run)
     return environment.get_template("page.html").render(
         run=run,
         state=summary.state(run, now),
@@ -57,7 +58,8 @@ def render(run: Run, now: float) -> str:
         heldout=summary.heldout_rows(run),
         attempts=summary.attempt_rows(run),
         versions=summary.versions(run),
-        incidents=summary.incident_rows(run),
+        incidents=summary.incident_rows(incidents),
+        all_incidents=len(incidents),
         sections=[
             (key, title, [figure for figure in figures if figure.section == key]) for key, title in _SECTIONS.items()
         ],

@@ -170,16 +170,47 @@ def versions(run: Run) -> list[tuple[str, str]]:
     return stretches
 
 
-def incident_rows(run: Run) -> list[list[Cell]]:
-    """Step, time, kind and what else the line says; the newest :data:`INCIDENTS`, oldest first."""
-    rows = []
-    for line in run.events[-INCIDENTS:]:
+@dataclass(frozen=True)
+class Incident:
+    """An event of the run; for a damaged block, all the steps that met it."""
+
+    first_step: int
+    last_step: int
+    time: float | None
+    kind: str
+    details: str
+
+
+def incidents(run: Run) -> list[Incident]:
+    """The incidents in the order in which each was met last."""
+    found: dict[Any, Incident] = {}
+    met: dict[str, list[int]] = {}
+    for number, line in enumerate(run.events):
         rest = {key: value for key, value in line.items() if key not in ("event", "step", "time", "message")}
-        details = [str(line["message"])] if line.get("message") else []
-        details += [f"{key} {json.dumps(value, ensure_ascii=False)}" for key, value in rest.items()]
-        when = moment(line["time"]) if "time" in line else ABSENT
+        message, first = str(line.get("message") or ""), line["step"]
+        details = [message] if message else []
+        key: Any = number
+        if line["event"] == "damage" and message and isinstance(holes := rest.pop("holes", None), int):
+            key = message
+            if before := found.pop(key, None):
+                first = before.first_step
+            met.setdefault(message, []).append(holes)
+            steps = f" in {len(met[message]):,} steps" if len(met[message]) > 1 else ""
+            details.append(f"{sum(met[message]):,} sequences{steps}")
+        details += [f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in rest.items()]
         kind = str(line["event"]).replace("_", " ")
-        rows.append([Cell(f"{line['step']:,}"), Cell(when), Cell(kind), Cell("; ".join(details) or ABSENT)])
+        found[key] = Incident(first, line["step"], line.get("time"), kind, "; ".join(details) or ABSENT)
+    return list(found.values())
+
+
+def incident_rows(found: list[Incident]) -> list[list[Cell]]:
+    """Step, time of the last, kind and what else is known of the newest :data:`INCIDENTS`, oldest first."""
+    rows = []
+    for incident in found[-INCIDENTS:]:
+        first, last = f"{incident.first_step:,}", f"{incident.last_step:,}"
+        when = ABSENT if incident.time is None else moment(incident.time)
+        step = first if first == last else f"{first} to {last}"
+        rows.append([Cell(step), Cell(when), Cell(incident.kind), Cell(incident.details)])
     return rows
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import pickle
 from pathlib import Path
 
-from data_pipeline.damage import Damage, DamageLedger, read_ledger
+from data_pipeline.damage import Damage, DamagedBlockError, DamageLedger, read_ledger, told_by_block
 
 
 def hole(position: int, block: int = 3) -> Damage:
@@ -37,6 +38,27 @@ def test_a_step_is_in_the_file_when_add_returns(tmp_path: Path) -> None:
         "block": 3, "offset": 132_736, "reason": "checksum",
     }  # fmt: skip
     ledger.close()
+
+
+def test_damage_is_told_once_a_block() -> None:
+    holes = [hole(position, block) for block in (3, 9, 4, 5, 6) for position in range(block)]
+    told = told_by_block([*holes[:4], *holes])
+    assert told == (
+        "shard 000002 of source 'web', block 3 at byte 132736: checksum (6 sequences); "
+        "shard 000002 of source 'web', block 9 at byte 132736: checksum (10 sequences); "
+        "shard 000002 of source 'web', block 4 at byte 132736: checksum (4 sequences) and 2 more blocks"
+    )
+    assert told_by_block([hole(1)]) == "shard 000002 of source 'web', block 3 at byte 132736: checksum (1 sequence)"
+
+
+def test_a_stop_on_damage_says_how_to_go_on() -> None:
+    error = DamagedBlockError("shard x is damaged. Restore it.", "000001", 3, 640, "checksum")
+    for each in (error, pickle.loads(pickle.dumps(error))):
+        assert str(each) == (
+            "shard x is damaged. Restore it. If it can't be restored, data.on_damage=hole lets a run go on without the "
+            "damaged blocks, as long as no more than data.max_hole_fraction of its sequences are lost."
+        )
+        assert (each.shard, each.block, each.offset, each.reason) == ("000001", 3, 640, "checksum")
 
 
 def test_a_position_that_is_met_again_counts_once(tmp_path: Path) -> None:

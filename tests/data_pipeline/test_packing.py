@@ -262,7 +262,7 @@ def test_packing_is_part_of_what_the_data_set_is(packed: Path, texts: list[str],
     ("changes", "message"),
     [
         ({"pack_tokens": None}, "packing: best_fit needs pack_tokens"),
-        ({"pack_tokens": 48}, "pack_tokens 48 does not divide block_tokens 64"),
+        ({"pack_tokens": 48}, "pack_tokens 48 does not divide block_tokens 64; the nearest that do are 32 or 64"),
         ({"packing": "concat"}, "pack_tokens = 16 says nothing with packing: concat"),
         ({"packing": "bestfit"}, "did you mean 'best_fit'"),
     ],

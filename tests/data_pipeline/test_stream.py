@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.errors import UserError
+from data_pipeline.layout import nearest_divisors
 from data_pipeline.prepare import PrepareSettings, prepare
 from data_pipeline.settings import build_settings
 from data_pipeline.stream import StreamSettings, open_stream
@@ -52,11 +53,20 @@ def test_windows_are_sequences_of_the_runs_length(folder: Path) -> None:
             {"phases": [{"start": 3, "weights": {"b": 1}}]},
             r"phase at 3 weighs \['b'\], but the sources are \['a'\]",
         ),
+        (
+            {"sources": {"a": {"path": "x"}, "b": {"path": "y", "weight": 0.0}}},
+            "source 'b' has weight 0 in every phase, so nothing of it would ever be read; take it out",
+        ),
     ],
 )
 def test_settings_that_contradict(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         settings("x", **changes)
+
+
+def test_a_source_that_a_later_phase_reads_may_have_weight_0() -> None:
+    sources = {"a": {"path": "x"}, "b": {"path": "y", "weight": 0.0}}
+    settings("x", sources=sources, phases=[{"start": 3, "weights": {"a": 0.0, "b": 1.0}}])
 
 
 def test_a_cache_that_would_fetch_again_and_again(folder: Path, tmp_path: Path) -> None:
@@ -96,5 +106,19 @@ def test_packed_rows_are_not_cut(tmp_path: Path) -> None:
     }
     prepare(build_settings(PrepareSettings, prepared, "test"))
     open_stream(settings(str(tmp_path / "packed"), seq_len=256), 1)
-    with pytest.raises(UserError, match=r"data.sources.a: .* packed in rows of 128 tokens.*64 would cut.*of 128"):
-        open_stream(settings(str(tmp_path / "packed"), seq_len=64), 1)
+    for wrong, nearest in ((64, "128"), (32, "128"), (2, "128")):
+        told = rf"data.sources.a: .* in rows of 128 tokens.* of {wrong} would cut .*Set data\.seq_len to {nearest}, or"
+        with pytest.raises(UserError, match=told):
+            open_stream(settings(str(tmp_path / "packed"), seq_len=wrong), 1)
+
+
+@pytest.mark.parametrize(
+    ("total", "wanted", "multiple_of", "nearest"),
+    [(512, 100, 1, "64 or 128"), (512, 128, 1, "128 or 256"), (512, 600, 1, "512"), (512, 64, 128, "128"),
+     (48, 20, 4, "16 or 24"), (65_536, 4_095, 2, "2048 or 4096"), (7, 3, 1, "1 or 7")],
+)  # fmt: skip
+def test_nearest_divisors(total: int, wanted: int, multiple_of: int, nearest: str) -> None:
+    """Against trying every number."""
+    valid = [n for n in range(1, total + 1) if total % n == 0 and n % multiple_of == 0]
+    expected = [*[n for n in valid if n <= wanted][-1:], *[n for n in valid if n > wanted][:1]]
+    assert nearest_divisors(total, wanted, multiple_of) == nearest == " or ".join(map(str, expected))

@@ -47,6 +47,10 @@ def refusal(*overrides: str, path: Path = DEMO) -> str:
         ("run.name=a/b", ["'run.name' = 'a/b'"]),
         ("data.phases=[{start: 5, weights: {code: 1, docs: -1}}]", ["greater than or equal to 0"]),
         ("objective.reweighting.strategy=uniform", ["start_step", "has no meaning with strategy uniform"]),
+        (
+            "data.max_hole_fraction=0.5",
+            ["max_hole_fraction 0.5 says nothing with on_damage: stop", "set on_damage: hole"],
+        ),
         ("checkpoint.keep_every=70", ["keep_every 70 is not a multiple of every_steps 50"]),
         ("engine.persistence_threshold=5", ["persistence_threshold needs zero_stage 3"]),
         ("engine={zero_stage: 0, bucket_elements: 5}", ["bucket_elements needs zero_stage 1, 2 or 3"]),

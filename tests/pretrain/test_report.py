@@ -20,7 +20,7 @@ from pretrain.report.figures import Figure, make_figures
 from pretrain.report.page import render
 from pretrain.report.run import read_run
 from pretrain.report.series import smooth, sum_columns, thin
-from pretrain.report.summary import attempt_rows, heldout_rows, incident_rows, state, tiles, versions
+from pretrain.report.summary import attempt_rows, heldout_rows, incident_rows, incidents, state, tiles, versions
 
 from .report_example import TOTAL_STEPS, make_run
 
@@ -318,9 +318,35 @@ def test_the_headline_has_the_figures_of_the_last_line_and_the_medians(tmp_path:
 
 def test_only_the_newest_incidents_are_listed_and_the_page_says_so(tmp_path: Path) -> None:
     folder = write_lines(tmp_path / "run", *({"event": "hole", "step": step} for step in range(1, 301)))
-    rows = incident_rows(read_run(folder))
+    rows = incident_rows(incidents(read_run(folder)))
     assert (len(rows), rows[0][0].text, rows[-1][0].text) == (200, "101", "300")
     assert "Incidents, the last 200 of 300" in words(write_report(folder).read_text())
+
+
+def test_damage_is_listed_once_a_block(tmp_path: Path) -> None:
+    """A block is met by many steps; the holes of its row are those of all its lines."""
+    places = [f"shard 00000{shard} of source 'web', block {block} at byte 640: checksum" for shard, block in BLOCKS]
+    lines = [
+        {"event": "damage", "step": 10 * step + number, "message": place, "holes": step, "time": 1e9 + step}
+        for step in (1, 2, 3)
+        for number, place in enumerate(places)
+    ]
+    once = {"event": "damage", "step": 12, "message": "holes of the run that /a is of", "holes": 1200}
+    other = {"event": "data_change", "step": 25, "message": "accepted: seed"}
+    folder = write_lines(tmp_path / "run", *sorted([*lines, once, other], key=lambda line: int(str(line["step"]))))
+    rows = [[cell.text for cell in row] for row in incident_rows(incidents(read_run(folder)))]
+    assert rows == [
+        ["12", "–", "damage", "holes of the run that /a is of; 1,200 sequences"],
+        ["25", "–", "data change", "accepted: seed"],
+        *(
+            [f"{10 + number} to {30 + number}", "2001-09-09 01:46:43", "damage", f"{place}; 6 sequences in 3 steps"]
+            for number, place in enumerate(places)
+        ),
+    ]
+    assert "of 5" not in words(write_report(folder).read_text())
+
+
+BLOCKS = [(0, 3), (0, 4), (1, 3)]
 
 
 def test_whatever_the_run_says_is_escaped(tmp_path: Path) -> None:

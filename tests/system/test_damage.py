@@ -89,6 +89,7 @@ def test_damage_stops_a_run_or_bounds_its_holes(damaged: Runs) -> None:
     stopped = damaged.train(config)
     assert "CRC32C" in stopped.stderr
     assert "pretrain-data verify" in stopped.stderr
+    assert "data.on_damage=hole lets a run go on without the damaged blocks" in stopped.stderr
 
     bounded = damaged.config("bounded", data={**damaged_data(damaged), "on_damage": "hole"})
     ended = damaged.train(bounded)
@@ -112,7 +113,7 @@ def test_what_is_trained_anew_on_restored_data_is_listed_no_more(damaged: Runs, 
     folder = damaged.run_folder("run")
     assert lost[0] in [hole.damage.position for hole in read_ledger(folder / "damage")]
     shutil.copytree(runs.data, damaged.data, dirs_exist_ok=True)
-    done = damaged.train(config, "data.on_damage=stop", ranks=1)
+    done = damaged.train(config, "data.on_damage=stop", "data.max_hole_fraction=0.001", ranks=1)
     assert done.returncode == 0, done.stderr
     assert [hole.damage.position for hole in read_ledger(folder / "damage")] == kept
     assert [line["holes"] for line in read_metrics(folder) if "objective" in line][-1] == len(kept)
