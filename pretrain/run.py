@@ -113,7 +113,8 @@ class Session:
                 ranks, lambda: DamageLedger(folder / DAMAGE, ranks.rank, self._attempt, state.position)
             )
         vocab_size = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
-        engine = Engine(config, vocab_size, ranks, beginning if beginning and beginning.shapes else None)
+        given = beginning if beginning and beginning.shapes else None
+        engine = Engine(config, vocab_size, ranks, given, empty=origin is not None)
         seed_generators(config.run.seed, ranks.rank)
         if origin is not None:
             store.load(origin, engine)

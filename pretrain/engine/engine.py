@@ -53,9 +53,12 @@ class Engine:
         vocab_size: of the data's tokenizer.
         ranks: this process among its peers.
         initial: values to start with instead of drawing them; only rank 0 reads from it.
+        empty: :meth:`load` comes next, so that making initial values, which may take long, would be in vain.
     """
 
-    def __init__(self, config: Config, vocab_size: int, ranks: Distributed, initial: Given | None = None) -> None:
+    def __init__(
+        self, config: Config, vocab_size: int, ranks: Distributed, initial: Given | None = None, empty: bool = False
+    ) -> None:
         deepspeed = import_deepspeed()
         settings = deepspeed_config(config, ranks.world_size)
         self._clip_norm = config.optimizer.clip_norm
@@ -66,7 +69,11 @@ class Engine:
         """Micro-steps of the current optimizer step whose backward pass is still to come."""
         self.ranks = ranks
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
-        model = self._build(deepspeed, config, vocab_size, settings, initial)
+        model = self._build(deepspeed, config, vocab_size, settings)
+        if not empty:
+            # the same for every stage and number of ranks
+            whole = deepspeed.zero.GatheredParameters if self._stage == 3 else None
+            fill_model(model, config.run.seed, ranks, initial, whole)
         if config.training.compile:
             for block in model.blocks:
                 block.compile()
@@ -90,18 +97,11 @@ class Engine:
         # copies of DeepSpeed's own tools: an error of the disk there would come between its barriers
         self._engine._copy_recovery_script = lambda folder: None
 
-    def _build(
-        self, deepspeed: Any, config: Config, vocab_size: int, settings: dict[str, Any], initial: Given | None
-    ) -> Decoder:
-        """The decoder with its initial weights: the same for every stage and number of ranks."""
-
+    def _build(self, deepspeed: Any, config: Config, vocab_size: int, settings: dict[str, Any]) -> Decoder:
+        """The decoder without values."""
         # under ZeRO-3 every parameter is split over the ranks as soon as it is made: no rank ever holds the whole model
-        sharded = self._stage == 3
-        with deepspeed.zero.Init(config_dict_or_path=settings) if sharded else nullcontext():
-            model = Decoder(config.model, vocab_size, config.training.activation_checkpointing)
-        whole = deepspeed.zero.GatheredParameters if sharded else None
-        fill_model(model, config.run.seed, self.ranks, initial, whole)
-        return model
+        with deepspeed.zero.Init(config_dict_or_path=settings) if self._stage == 3 else nullcontext():
+            return Decoder(config.model, vocab_size, config.training.activation_checkpointing)
 
     @property
     def skipped_steps(self) -> int:

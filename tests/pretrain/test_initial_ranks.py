@@ -108,10 +108,15 @@ def test_the_modules_are_dealt_out_and_every_rank_gets_the_makers_bits(tmp_path:
     assert (tmp_path / "1").read_text() == ""
 
 
+def unexpected(*arguments: object) -> None:
+    raise AssertionError("a resume made initial values")
+
+
 def resumed(root: Path) -> None:
-    """On one of two ranks: two steps in one go, and with a save and a load between, in engines of other seeds."""
+    """On one of two ranks: two steps in one go, and with a save and a load between, in engines of another seed or of no
+    values at all."""
     from pretrain.distributed import start
-    from pretrain.engine import Engine
+    from pretrain.engine import Engine, initial
     from pretrain.engine.weights import load_weights
     from pretrain.objective import Objective
 
@@ -127,7 +132,13 @@ def resumed(root: Path) -> None:
         engine.step(1e-2)
         return objective.end_step().loss
 
-    for stage, precision in ((0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32"), (3, "bf16")):
+    for stage, precision, empty in (
+        (0, "fp32", True),
+        (1, "bf16", True),
+        (2, "fp32", False),
+        (3, "fp32", True),
+        (3, "bf16", True),
+    ):
         where, training = f"stage {stage} {precision}", {"precision": precision, "micro_batch": 2}
         settings = config(stage, training=training)
         straight = Engine(settings, VOCABULARY, ranks)
@@ -138,14 +149,20 @@ def resumed(root: Path) -> None:
         ranks.barrier()
         straight.save(folder)
         last = step(straight, settings, 1)
-        other = Engine(config(stage, training=training, run={"name": "other", "seed": 99}), VOCABULARY, ranks)
-        drawn = buffers(other)
+        monkeypatch = pytest.MonkeyPatch()
+        if empty:
+            monkeypatch.setattr(initial, "initial_values", unexpected)
+        other = Engine(
+            config(stage, training=training, run={"name": "other", "seed": 99}), VOCABULARY, ranks, empty=empty
+        )
+        monkeypatch.undo()
+        started = buffers(other)
         other.load(folder)
         assert step(other, settings, 1) == last, where
         for (name, expected), found in zip(buffers(straight).items(), buffers(other).values(), strict=True):
             assert found.dtype == torch.int64, (where, name)
             assert torch.equal(found, expected), (where, name)
-        assert any(not torch.equal(drawn[name], value) for name, value in buffers(other).items()), "nothing to restore"
+        assert any(not torch.equal(started[name], value) for name, value in buffers(other).items()), "as they were"
         for name, expected in straight.full_parameters().items():
             assert torch.equal(other.full_parameters()[name], expected), (where, name)
         stored = load_weights(folder)
