@@ -147,6 +147,17 @@ def test_equal_losses_weigh_equally(strategy: str) -> None:
     assert weights([3.7] * 5, 4, strategy=strategy, temperature=0.1).tolist() == [1.0] * 5
 
 
+def test_losses_that_nearly_agree_are_not_blown_up() -> None:
+    """The range counts as 1e-6 at least: h = [-0.1, 0.1] for losses that differ by 1e-7."""
+    found = weights([3.0, 3.0 + 1e-7], strategy="linupper", temperature=1.0).double()
+    assert (found[1] / found[0]).item() == pytest.approx(math.exp(0.1), rel=1e-6)
+
+
+def test_a_hole_is_not_dropped() -> None:
+    group = samples([math.nan, math.nan, 2.0], [0, 5, 5])
+    assert (group.dropped.tolist(), group.valid.tolist()) == ([False, True, False], [False, False, True])
+
+
 def test_a_temperature_near_zero_leaves_those_of_the_highest_score() -> None:
     assert weights(LOSSES, strategy="linupper", temperature=1e-3).tolist() == [0, 0, 2, 2]
     assert weights([2.0, 6.0], strategy="quadratic", temperature=1e-3).tolist() == [1, 1]
