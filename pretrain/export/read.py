@@ -155,9 +155,12 @@ def _pieces(path: Path) -> list[str] | None:
     if not (path / "tokenizer.json").is_file():
         return None
     content = _read_json(path / "tokenizer.json")
-    vocabulary = content["model"]["vocab"]
-    if isinstance(vocabulary, list):
-        vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
-    vocabulary = vocabulary | {each["content"]: each["id"] for each in content.get("added_tokens", [])}
-    by_id = {number: piece.replace(" ", SPACE_MARK) for piece, number in vocabulary.items()}
-    return [by_id.get(number, "") for number in range(max(by_id) + 1)]
+    try:
+        vocabulary = content["model"]["vocab"]
+        if isinstance(vocabulary, list):
+            vocabulary = {piece: number for number, (piece, _) in enumerate(vocabulary)}
+        vocabulary = vocabulary | {each["content"]: each["id"] for each in content.get("added_tokens", [])}
+        by_id = {number: piece.replace(" ", SPACE_MARK) for piece, number in vocabulary.items()}
+        return [by_id.get(number, "") for number in range(max(by_id) + 1)]
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DataError(f"{path / 'tokenizer.json'} has no vocabulary ({error!r}). Copy the folder again.") from error

@@ -231,6 +231,13 @@ def test_another_tokenizer_is_refused(copy: Path) -> None:
         opened(copy)
 
 
+@pytest.mark.parametrize("content", ["{}", '{"model": {"vocab": 3}}', '{"model": {"vocab": {}}}', "[", "[]"])
+def test_a_damaged_tokenizer_is_told(copy: Path, content: str) -> None:
+    (copy / "tokenizer.json").write_text(content)
+    with pytest.raises(DataError, match=r"tokenizer.json (has no vocabulary|can't be read|holds no JSON object)"):
+        opened(copy)
+
+
 def test_the_identity_is_that_of_the_weights(copy: Path) -> None:
     before = opened(copy).identity()
     (copy / "README.md").touch()
