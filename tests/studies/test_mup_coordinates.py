@@ -9,10 +9,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 
 from pretrain.model import Decoder, initialize_
 from pretrain.optimizer import AdamWSettings
-from studies.mup_coordinates import VOCABULARY, coordinates, model_settings, record, slopes
+from pretrain.optimizer.kinds.muon import MuonSettings
+from studies.mup_coordinates import VOCABULARY, coordinates, model_settings, record, shape, slopes
 
 WIDTHS, SEEDS = (128, 256, 512), 5
 LAYERS = [
@@ -54,6 +56,34 @@ def test_the_standard_parametrisation_grows_with_the_width() -> None:
     found = changes(None, 1)
     assert min(found[name] for name in [*LAYERS, "head"]) > 0.5
     assert min(found["blocks.0.attention scores"], found["blocks.1.attention scores"]) > 1.0
+
+
+def test_every_gradient_shrinks_as_the_width_grows() -> None:
+    """Each entry as 1 / m, which is what Adam's eps follows; those behind the scores, which shrink at first, faster."""
+    sizes: dict[str, np.ndarray[Any, Any]] = {}
+    for i, width in enumerate(WIDTHS):
+        for seed in range(SEEDS):
+            model = Decoder(model_settings(width, {"base": shape(WIDTHS[0])}), VOCABULARY)
+            initialize_(model, seed)
+            rows = torch.randint(VOCABULARY, (2, 9), generator=torch.Generator().manual_seed(seed))
+            logits, _ = record(model, rows[:, :-1])
+            F.cross_entropy(logits.flatten(0, 1), rows[:, 1:].flatten()).backward()
+            for name, parameter in model.named_parameters():
+                assert parameter.grad is not None
+                sizes.setdefault(name, np.zeros((len(WIDTHS), SEEDS)))[i, seed] = float(parameter.grad.abs().mean())
+    for name, found in sizes.items():
+        expected = -1.5 if name.endswith(("query.weight", "key.weight")) else -1.0
+        # a gain has few entries: its mean is noisier
+        tolerance = 0.3 if "norm" in name else 0.15
+        assert np.mean(slopes(WIDTHS, found)) == pytest.approx(expected, abs=tolerance), name
+
+
+def test_muon_changes_as_much_at_every_width() -> None:
+    """Its rates are our derivation: this is what they rest on."""
+    muon = MuonSettings(lr=0.03, adam_lr=0.004, weight_decay=0.0)
+    found = coordinates((64, 128, 256), {}, muon, 3, 1)
+    slope = {name: float(np.mean(slopes((64, 128, 256), found[name, 1][:, :, 1]))) for name in LAYERS}
+    assert slope == pytest.approx(dict.fromkeys(LAYERS, 0.0), abs=0.08)
 
 
 def test_slopes_are_those_of_a_power_law() -> None:
