@@ -10,10 +10,10 @@ from data_pipeline.errors import UserError
 
 from .check import check_linear_steps
 from .config import Config
-from .data import RunData
+from .data import RunData, check_end
 from .initial_masks import MaskSource, decide_masks, open_masks
 from .initial_weights import CheckpointWeights, Weights, open_weights
-from .state import TrainState, rewound_state
+from .state import TrainState, end_position, rewound_state
 
 
 @dataclass
@@ -66,6 +66,8 @@ def open_beginning(config: Config, data: RunData) -> Beginning:
             )
         state = rewound_state(weights.path, config, data)
         check_linear_steps(config, state.step)
+    else:
+        check_end(config, data.order, end_position(config, state))
     sources = open_masks(config)
     shapes = {f"{name}.mask": shape for source in sources for name, shape in source.layers.items()}
     return Beginning(state, weights, sources, {**(weights.shapes if weights else {}), **shapes})

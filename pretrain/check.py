@@ -121,16 +121,3 @@ def _check_reached(config: Config) -> None:
                 f"what follows step {before} is not before the run's end at {config.total_steps} steps. Shorten it, or "
                 "make its last batch the global_batch."
             )
-    end = config.batch_plan.start_of(config.total_steps)
-    for start, stop in config.data.skip_ranges:
-        if start >= end:
-            raise UserError(
-                f"data.skip_ranges: the range ({start}, {stop}) begins after the run's end at position {end}, so it "
-                "leaves nothing out. Take it away."
-            )
-    for phase in config.data.phases:
-        if phase.start >= end:
-            raise UserError(
-                f"data.phases: the phase at position {phase.start} begins after the run's end at {end} "
-                f"({config.total_steps} steps of {config.training.global_batch} sequences). Leave it out."
-            )

@@ -35,15 +35,15 @@ class RunData:
 
 
 def open_data(config: Config, share: tuple[int, int] = (0, 1)) -> RunData:
-    """Open every source and check that the run can be fed to its end.
+    """Open every source. Whether they last is another question: :func:`check_end`.
 
     Args:
         config: the run's configuration.
         share: (rank, ranks): which part of the shards this process looks for.
 
     Raises:
-        UserError: a data set is missing or damaged, data sets were tokenised differently, the vocabulary is larger than
-            the model's, or a source has too few sequences.
+        UserError: a data set is missing or damaged, data sets were tokenised differently, or the vocabulary is larger
+            than the model's.
     """
     settings = config.data
     stream = open_stream(settings, config.run.seed, share, int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -55,7 +55,6 @@ def open_data(config: Config, share: tuple[int, int] = (0, 1)) -> RunData:
         for name in stream.names:
             if any(weights[name] for weights in drawn):
                 heldout[name] = open_split(settings, name, HELDOUT, share)
-    check_epochs(config, stream.order, config.batch_plan.start_of(config.total_steps))
     identity = {
         "order": stream.order.identity(),
         "seq_len": settings.seq_len,
@@ -68,9 +67,25 @@ def open_data(config: Config, share: tuple[int, int] = (0, 1)) -> RunData:
     return RunData(stream.order, stream.sources, heldout, stream.names, tokenizer, identity)
 
 
-def check_epochs(config: Config, order: Order, end_position: int) -> None:
-    """Raise UserError when a source would be drawn more often than allowed before ``end_position``."""
-    order.check_epochs(end_position, {name: source.max_epochs for name, source in config.data.sources.items()})
+def check_end(config: Config, order: Order, end: int) -> None:
+    """Check the run's settings of data against the position at which it will be done.
+
+    Raises:
+        UserError: a source would be drawn more often than allowed; a phase or a skipped range begins after the end.
+    """
+    order.check_epochs(end, {name: source.max_epochs for name, source in config.data.sources.items()})
+    for start, stop in config.data.skip_ranges:
+        if start >= end:
+            raise UserError(
+                f"data.skip_ranges: the range ({start}, {stop}) begins after the run's end at position {end}, so it "
+                "leaves nothing out. Take it away."
+            )
+    for phase in config.data.phases:
+        if phase.start >= end:
+            raise UserError(
+                f"data.phases: the phase at position {phase.start} begins after the run's end at {end} "
+                f"({config.total_steps} steps of {config.training.global_batch} sequences). Leave it out."
+            )
 
 
 def stretch_of_run(config: Config, data: RunData, step: int, position: int, world_size: int) -> Stretch:

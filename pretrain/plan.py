@@ -10,12 +10,14 @@ from typing import Any
 from .beginning import open_beginning
 from .check import check_run, warnings
 from .checkpoint import complete_checkpoints
-from .config import load_config
+from .config import Config, load_config
 from .costs import memory, parts
+from .data import RunData
 from .engine import accumulation_steps
 from .model import count_parameters, flops_per_token
 from .plan_mup import mup_rows, show_mup
 from .run_folder import CHECKPOINTS
+from .state import checkpoint_end, end_position
 
 
 def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any]:
@@ -26,12 +28,9 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
     """
     config = load_config(path, overrides)
     data = check_run(config, ranks)
-    known = complete_checkpoints(config.run_folder / CHECKPOINTS) if config.resume == "auto" else []
-    if config.resume == "never" or (config.resume == "auto" and not known):
-        open_beginning(config, data)
+    end = _end(config, data)
     vocabulary = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
     parameters = count_parameters(config.model, vocabulary)
-    end = config.batch_plan.start_of(config.total_steps)
     sequences = config.batch_plan.sequences_before(end)
     tokens = sequences * config.data.seq_len
     needed = data.order.needed(end).tolist()
@@ -61,6 +60,14 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
         },
         "warnings": warnings(config, ranks),
     }
+
+
+def _end(config: Config, data: RunData) -> int:
+    """The position at which the run will be done, from where a start now would begin."""
+    known = complete_checkpoints(config.run_folder / CHECKPOINTS) if config.resume != "never" else []
+    if known or config.resume not in ("auto", "never"):
+        return checkpoint_end(known[-1] if known else Path(config.resume), config, data)
+    return end_position(config, open_beginning(config, data).state)
 
 
 def show_plan(plan: dict[str, Any]) -> str:

@@ -13,7 +13,7 @@ from data_pipeline.errors import UserError
 
 from .checkpoint import read_state
 from .config import Config
-from .data import RunData, check_epochs
+from .data import RunData, check_end
 from .distributed import Distributed
 from .objective import LossRange, StepStatistics
 from .run_folder import plain, versions
@@ -104,6 +104,19 @@ def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) 
     return state
 
 
+def checkpoint_end(path: Path, config: Config, data: RunData) -> int:
+    """The position at which a run that goes on from a checkpoint will be done.
+
+    Raises:
+        UserError: its settings do not reach so far, or beyond (:func:`~pretrain.data.check_end`).
+        DataError: ``state.json`` can't be read.
+    """
+    saved = read_state(path)
+    state = TrainState(step=saved["step"], position=saved["position"])
+    _check_end(path, config, data, state)
+    return end_position(config, state)
+
+
 def rewound_state(path: Path, config: Config, data: RunData) -> TrainState:
     """The state of a run that begins at the step and position of another run's checkpoint, with nothing behind it.
 
@@ -149,7 +162,7 @@ def end_position(config: Config, state: TrainState) -> int:
 
 
 def _check_end(path: Path, config: Config, data: RunData, state: TrainState) -> None:
-    check_epochs(config, data.order, end_position(config, state))
+    check_end(config, data.order, end_position(config, state))
     plan = config.batch_plan
     consumed, planned = (plan.sequences_before(each) for each in (state.position, plan.start_of(state.step)))
     if config.training.tokens is not None and consumed != planned:

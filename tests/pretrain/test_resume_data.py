@@ -12,10 +12,12 @@ import torch
 from data_pipeline.errors import UserError
 from data_pipeline.files import publish_json
 from data_pipeline.testing import write_token_dataset
+from pretrain.beginning import open_beginning
+from pretrain.check import check_run
 from pretrain.config import Config
 from pretrain.data import open_data
 from pretrain.distributed import Distributed
-from pretrain.state import TrainState, checkpoint_state, end_position, resume_state
+from pretrain.state import TrainState, checkpoint_end, checkpoint_state, end_position, resume_state
 
 from .steps import tiny_config
 
@@ -116,6 +118,35 @@ def test_skipped_ranges_may_change_only_ahead(saved: tuple[Path, Path], tmp_path
     with pytest.raises(UserError, match=r"the positions \[4, 6\) were left out, and data.skip_ranges leaves out none"):
         resume(tmp_path / "skipping", config(folder))
     assert end_position(skipping, state) == 18 + 8 + 6, "one step of eight is left, over a range of six"
+
+
+def test_whether_the_data_lasts_is_asked_from_where_the_run_stands(tmp_path: Path) -> None:
+    """Two steps of two sequences were taken before the batch became eight: 12 sequences to the end, not 24. A source
+    has 7 and 13 sequences."""
+    folder = write(tmp_path / "data")
+    sources = {name: {"path": str(folder), "domain": name} for name in "ab"}
+    settings = config(folder, data={"sources": sources})
+    save(tmp_path / "checkpoint", settings, TrainState(step=2, position=4))
+    assert resume(tmp_path / "checkpoint", settings).position == 4
+    assert checkpoint_end(tmp_path / "checkpoint", settings, open_data(settings)) == 12
+    with pytest.raises(UserError, match=r"source 'a' runs out at position \d+: it has 7 sequences"):
+        open_beginning(settings, open_data(settings))
+    save(tmp_path / "checkpoint", settings, TrainState(step=2, position=16))
+    for asked in (resume, lambda path, settings: checkpoint_end(path, settings, open_data(settings))):
+        with pytest.raises(UserError, match=r"source 'a' runs out at position"):
+            asked(tmp_path / "checkpoint", settings)
+
+
+def test_phases_and_ranges_lie_before_the_end_from_where_the_run_stands(tmp_path: Path) -> None:
+    """Two steps of eight were taken before the batch became one: the end is at 17, not at 3."""
+    folder = write(tmp_path / "data")
+    phases = {"phases": [{"start": 16, "weights": {"a": 0.5, "b": 1.0}}]}
+    for late, told in ((phases, r"the phase at position 16"), ({"skip_ranges": [[16, 20]]}, r"range \(16, 20\)")):
+        settings = config(folder, data=late, training={"global_batch": 1})
+        save(tmp_path / "checkpoint", settings)
+        assert resume(tmp_path / "checkpoint", settings).position == 16
+        with pytest.raises(UserError, match=rf"{told} begins after the run's end at (position )?3"):
+            open_beginning(settings, check_run(settings, 1))
 
 
 def test_settings_of_ranges_that_make_no_sense(tmp_path: Path) -> None:

@@ -165,6 +165,15 @@ def test_plan_in_figures(runs: Runs) -> None:
     assert not runs.run_folder("planned").exists()
 
 
+def test_plan_of_a_run_that_stands_somewhere(finished: Runs) -> None:
+    """Four steps of eight were taken; with another batch, the rest counts from there."""
+    path = finished.config("finished")
+    plan = make_plan(path, ["training.steps=6", "training.global_batch=2", "training.micro_batch=2"], ranks=1)
+    assert plan["sequences"] == 4 * 8 + 2 * 2
+    fresh = ["training.steps=6", "training.global_batch=2", "training.micro_batch=2", "resume=never"]
+    assert make_plan(path, fresh, ranks=1)["sequences"] == 12
+
+
 def test_plan_rounds_tokens_up_to_whole_steps(runs: Runs) -> None:
     plan = make_plan(runs.config("planned"), ["training.steps=null", "training.tokens=257"], ranks=1)
     assert (plan["steps"], plan["tokens"]) == (2, 512)

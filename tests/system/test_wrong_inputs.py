@@ -52,12 +52,6 @@ def test_tokenizer_of_another_data_set(runs: Runs, tmp_path: Path) -> None:
     assert "leave data.tokenizer out" in message
 
 
-def test_too_few_sequences(runs: Runs) -> None:
-    message = refusal(runs, "data.sources.b.max_epochs=1", "training.steps=5000")
-    assert "'b'" in message
-    assert "max_epochs" in message
-
-
 def test_sequence_length_that_does_not_divide_a_block(runs: Runs) -> None:
     message = refusal(runs, "data.seq_len=48")
     assert "48" in message
