@@ -44,14 +44,15 @@ def configured(kind: str, stage: int, precision: str, offload: str = "none") -> 
 class Run:
     """Steps of an engine, one at a time."""
 
-    def __init__(self, config: Config, ranks: Distributed) -> None:
+    def __init__(self, config: Config, ranks: Distributed, empty: bool = False) -> None:
         from pretrain.engine import Engine
         from pretrain.objective import Objective
 
         # an earlier engine, collected in the middle of an import of DeepSpeed's, would break Python 3.11's import lock
         gc.collect()
         self.config, self.ranks = config, ranks
-        self.engine, self.objective = Engine(config, VOCABULARY, ranks), Objective(config.objective, 2, ranks)
+        self.engine = Engine(config, VOCABULARY, ranks, empty=empty)
+        self.objective = Objective(config.objective, 2, ranks)
 
     def backward(self, step: int) -> None:
         batches = micro_batches(step, self.ranks, 2)
@@ -162,7 +163,7 @@ def resumed() -> list[tuple[Any, bool, bool]]:
             saved = straight.engine.full_parameters()
             for step in range(2, 5):
                 straight.step(step)
-            again = Run(configured(*case), ranks)
+            again = Run(configured(*case), ranks, empty=True)
             again.engine.load(path)
             ranks.barrier()
         for step in range(2, 5):

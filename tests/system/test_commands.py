@@ -190,6 +190,18 @@ def test_plan_rounds_tokens_up_to_whole_steps(runs: Runs) -> None:
         (["training.micro_batch=1"], 1, r"micro_batch x ranks = 1: every weight would be 1"),
         (["schedule.warmup_steps=21"], 1, r"schedule\.warmup_steps 21 is more than the run's 20 optimizer steps"),
         (["engine.deepspeed={train_batch_size: 4}"], 1, r"engine\.deepspeed\.train_batch_size = 4 contradicts"),
+        (["optimizer.kind=muonn"], 1, r"unknown kind 'muonn' of 'optimizer'; did you mean 'muon'\?"),
+        (["optimizer.kind=galore"], 1, r"'optimizer\.rank' is missing and has no default"),
+        (
+            ["optimizer={kind: galore, rank: 17}"],
+            1,
+            r"rank 17 is more than the smaller side of blocks\.0\.attention\.key",
+        ),
+        (
+            ["optimizer={kind: galore, rank: 4}", "engine.zero_stage=3"],
+            2,
+            r"galore does not go with engine\.zero_stage 3: the gradient of blocks\.0\.attention\.query\.weight",
+        ),
         (["data.sources.b.max_epochs=1", "training.steps=5000"], 1, r"'b'.*max_epochs"),
         (["model.vocab_size=100"], 1, r"model\.vocab_size is 100, but the data's tokenizer has 300"),
     ],

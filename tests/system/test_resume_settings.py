@@ -49,6 +49,21 @@ def test_optimizer_settings_follow_the_configuration(runs: Runs) -> None:
 
 
 @pytest.mark.slow
+def test_the_state_of_a_projected_optimizer_fits_its_own_settings_alone(runs: Runs) -> None:
+    config = str(runs.config("run", optimizer={"kind": "galore", "rank": 8, "gap": 3}))
+    assert train(config, "training.steps=4").returncode == 0
+    for change, told in (
+        ("optimizer.rank=4", "optimizer.rank: 8 in the checkpoint, 4 now"),
+        ("optimizer.modules=[attention.*]", "optimizer.modules: ['attention.*', 'feed_forward.*'] in the checkpoint"),
+    ):
+        refused = train(config, "training.steps=8", change)
+        assert refused.returncode == 2
+        assert told in refused.stderr
+    resumed = train(config, "training.steps=8", "optimizer.gap=2", "optimizer.scale=0.5")
+    assert resumed.returncode == 0, resumed.stderr
+
+
+@pytest.mark.slow
 def test_another_global_batch_is_checked_to_its_real_end(runs: Runs) -> None:
     """4 steps of 64 and 56 of 8 consume 704 positions; the smaller product 60 x 8 would have seemed to fit."""
     config = str(runs.config("run", evaluation={"every_steps": None}))
