@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from .errors import HeadraceError as HeadraceError
     from .errors import UserError as UserError
     from .loader import EvaluationLoader as EvaluationLoader
-    from .loader import Step as Step
+    from .step_reader import Step as Step
     from .loader import StepLoader as StepLoader
     from .manifest import Manifest as Manifest
     from .manifest import read_manifest as read_manifest
@@ -37,7 +37,7 @@ _HOMES = {
     "Order": "order",
     "OrderSource": "order",
     "Phase": "mixture",
-    "Step": "loader",
+    "Step": "step_reader",
     "StepLoader": "loader",
     "TokenSource": "reader",
     "Tokenizer": "tokenizer",

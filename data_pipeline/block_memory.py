@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -73,7 +73,7 @@ class KeptBlocks:
         self._numbers, self._first = numbers, first
         places, stride = room.shape
         length, item = layout.block_tokens, layout.token_bytes
-        self._blocks: Tokens = np.ndarray((places, length + 1), layout.token_dtype, room, 0, (stride, item))
+        self._bytes, self._place_bytes, self._block_bytes = room.data.cast("B"), stride, layout.block_bytes
         shape = (places, length // seq_len, seq_len + 1)
         self._rows: Tokens = np.ndarray(shape, layout.token_dtype, room, 0, (stride, seq_len * item, item))
 
@@ -90,12 +90,13 @@ class KeptBlocks:
 
     def rows(self, places: IntArray, within: IntArray) -> Tokens:
         """The sequences ``within`` [n] of what is at ``places`` [n]: [n, seq_len + 1], copied."""
-        return cast("Tokens", self._rows[places, within])
+        return self._rows[places, within]
 
-    def clear(self, place: int) -> Tokens:
-        """A place where nothing is kept any more, to be filled with a block: [block_tokens + 1]."""
+    def clear(self, place: int) -> memoryview:
+        """A place where nothing is kept any more, to be filled with the bytes of a block."""
         self._numbers[place] = _EMPTY
-        return self._blocks[place]
+        begin = place * self._place_bytes
+        return self._bytes[begin : begin + self._block_bytes]
 
     def keep(self, place: int, block: int) -> None:
         """What the place was filled with is that block, checked."""

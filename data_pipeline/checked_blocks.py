@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -17,8 +19,18 @@ from .shard_files import ShardFiles
 _WHOLE_BLOCK = 0.5
 """From this part of a block's sequences on, the block is read as a whole and cut up in memory."""
 
+Span = tuple[int, int] | None
 BoolArray = npt.NDArray[np.bool_]
 Damaged = dict[int, DamagedBlockError]
+
+
+class Block(NamedTuple):
+    """A block, counted through the source; the row of its shard, its number there, and what to fetch with it."""
+
+    number: int
+    shard: int
+    block: int
+    span: Span
 
 
 class Wanted(NamedTuple):
@@ -35,9 +47,13 @@ class Wanted(NamedTuple):
     spans: IntArray | None
     """[2, n] the blocks ``[first, stop)`` of the shard to fetch together with each; None: all."""
 
-    def span(self, row: int) -> tuple[int, int] | None:
-        """Of one sequence."""
-        return None if self.spans is None else (int(self.spans[0, row]), int(self.spans[1, row]))
+    def blocks_of(self, some: IntArray) -> Iterator[Block]:
+        """Of each of the sequences ``some``."""
+        spans: Iterable[Span] = itertools.repeat(None, len(some))
+        if self.spans is not None:
+            spans = zip(*self.spans[:, some].tolist(), strict=True)
+        numbers, shards, blocks = (values[some].tolist() for values in (self.numbers, self.shards, self.blocks))
+        return map(Block, numbers, shards, blocks, spans)
 
 
 class CheckedBlocks:
@@ -52,11 +68,14 @@ class CheckedBlocks:
 
     def __init__(self, files: ShardFiles, layout: BlockLayout, count: int, seq_len: int) -> None:
         self._files, self._layout, self._seq_len = files, layout, seq_len
+        self._offset, self._stride, self._block_bytes = layout.data_offset(0), layout.member_stride, layout.block_bytes
         self._many = layout.block_tokens // seq_len * _WHOLE_BLOCK
         # one bit a block: 19 MB for the 10^13 tokens of 10^5 shards
-        self._checked = np.zeros((count + 7) // 8, np.uint8)
+        self._bits = bytearray((count + 7) // 8)
+        self._checked = np.frombuffer(self._bits, np.uint8)
         self._damaged: Damaged = {}
         self._tokens: Tokens = np.empty(layout.block_tokens + 1, layout.token_dtype)
+        self._content = self._tokens.data.cast("B")
         self.reading: tuple[int, int] | None = None
         """(row of the shard, block) that a read is at; a new tuple for each."""
 
@@ -93,17 +112,16 @@ class CheckedBlocks:
         taken = set(places[there].tolist())
         order, edges = _by_block(wanted, (~there).nonzero()[0])
         first = order[edges[:-1]]
-        whole = ~self._is_checked(wanted.numbers[first]) | kept.is_empty(places[first])
-        for row in first[whole].tolist():
-            place = int(places[row])
+        first = first[~self._is_checked(wanted.numbers[first]) | kept.is_empty(places[first])]
+        for place, block in zip(places[first].tolist(), wanted.blocks_of(first), strict=True):
             if place in taken:
                 continue
             taken.add(place)
             try:
-                self._read(wanted, row, kept.clear(place))
+                self._read(block, kept.clear(place))
             except DamagedBlockError:
                 continue  # it is met again with the sequences that are missing
-            kept.keep(place, int(wanted.numbers[row]))
+            kept.keep(place, block.number)
 
     def _read_missing(self, wanted: Wanted, missing: IntArray, rows: Tokens) -> Damaged:
         """Read the sequences ``missing``: each by itself where few of a checked block are wanted, else whole blocks."""
@@ -112,32 +130,35 @@ class CheckedBlocks:
         single = self._is_checked(wanted.numbers[order[edges[:-1]]]) & (counts < self._many)
         failed = self._read_single(wanted, order[np.repeat(single, counts)], rows) if single.any() else set()
         damaged: Damaged = {}
-        for block in range(len(counts)):
-            some = order[edges[block] : edges[block + 1]].tolist()
-            if single[block] and failed.isdisjoint(some):
+        for number, block in enumerate(wanted.blocks_of(order[edges[:-1]])):
+            some = order[edges[number] : edges[number + 1]].tolist()
+            if single[number] and failed.isdisjoint(some):
                 continue
             try:
-                tokens = self._read(wanted, some[0], self._tokens)
+                self._read(block, self._content)
             except DamagedBlockError as error:
                 damaged |= dict.fromkeys(some, error)
                 continue
             for row in some:
                 begin = int(wanted.within[row]) * self._seq_len
-                rows[row] = tokens[begin : begin + self._seq_len + 1]
+                rows[row] = self._tokens[begin : begin + self._seq_len + 1]
         return damaged
 
     def _read_single(self, wanted: Wanted, some: IntArray, rows: Tokens) -> set[int]:
         """Read the sequences ``some`` one by one; returns those where that failed: reading their blocks says why."""
         content, row_bytes = rows.data.cast("B"), rows.strides[0]
-        shards, blocks, within = (values[some] for values in (wanted.shards, wanted.blocks, wanted.within))
-        offsets = self._layout.data_offset(0) + blocks * self._layout.member_stride
-        offsets += within * (self._seq_len * self._layout.token_bytes)
+        offsets = self._offset + wanted.blocks[some] * self._stride
+        offsets += wanted.within[some] * (self._seq_len * self._layout.token_bytes)
+        opened: tuple[int, Span] | None = None
         failed = set()
-        for row, shard, block, offset in zip(*(x.tolist() for x in (some, shards, blocks, offsets)), strict=True):
+        for row, offset, (_, shard, block, span) in zip(
+            some.tolist(), offsets.tolist(), wanted.blocks_of(some), strict=True
+        ):
             self.reading = (shard, block)
             begin = row * row_bytes
             try:
-                file = self._files.open(shard, block, wanted.span(row))
+                if opened != (shard, span):
+                    file, opened = self._files.open(shard, block, span), (shard, span)
                 got = os.preadv(file.descriptor, [content[begin : begin + row_bytes]], offset - file.start)
             except (OSError, DamagedBlockError):
                 got = -1
@@ -145,50 +166,41 @@ class CheckedBlocks:
                 failed.add(row)
         return failed
 
-    def _is_checked(self, numbers: IntArray | int) -> BoolArray:
+    def _is_checked(self, numbers: IntArray) -> BoolArray:
         """Whether each block [n] was found to be what was written."""
         checked: BoolArray = (self._checked[numbers >> 3] >> (numbers & 7) & 1) == 1
         return checked
 
-    def _mark(self, number: int, checked: bool) -> None:
-        bit = 1 << (number & 7)
-        if checked:
-            self._checked[number >> 3] |= bit
-        else:
-            self._checked[number >> 3] &= 255 - bit
+    def _read(self, wanted: Block, content: memoryview) -> None:
+        """Fill ``content`` with a block and its look-ahead token.
 
-    def _read(self, wanted: Wanted, row: int, into: Tokens) -> Tokens:
-        """The whole block of a sequence, with its look-ahead token, checked, in ``into`` [block_tokens + 1].
-
-        Damage is looked at once more where it can have come from a cache or the network, and then remembered.
+        It is checked when it is read for the first time, and when it is to be kept. Damage is looked at once more where
+        it can have come from a cache or the network, and then remembered.
 
         Raises:
             DamagedBlockError: the block is not what was written, or not there.
         """
-        number, shard, block = int(wanted.numbers[row]), int(wanted.shards[row]), int(wanted.blocks[row])
+        number, shard, block, span = wanted
         if number in self._damaged:
             raise self._damaged[number]
-        span = wanted.span(row)
         self.reading = (shard, block)
         while True:
             try:
-                return self._read_checked(number, shard, block, span, into)
+                start = self._offset + block * self._stride
+                got = self._files.open(shard, block, span).read(content, start)
+                if got < self._block_bytes:
+                    there = f"ends at byte {start + got}, inside block {block}"
+                    whole = f"bytes {start} to {start + self._block_bytes}"
+                    raise self._files.damage(shard, block, "short", f"{there} ({whole})")
+                if content is not self._content or not self._bits[number >> 3] & 1 << (number & 7):
+                    self._files.check(shard, block, content)
+                    self._bits[number >> 3] |= 1 << (number & 7)
+                return
             except DamagedBlockError as error:
-                self._mark(number, checked=False)
+                self._bits[number >> 3] &= ~(1 << (number & 7))
                 if not self._files.again(shard, span):
                     self._damaged[number] = error
                     raise
-
-    def _read_checked(self, number: int, shard: int, block: int, span: tuple[int, int] | None, into: Tokens) -> Tokens:
-        content, start = into.data.cast("B"), self._layout.data_offset(block)
-        got = self._files.open(shard, block, span).read(content, start)
-        if got < len(content):
-            what = f"ends at byte {start + got}, inside block {block} (bytes {start} to {start + len(content)})"
-            raise self._files.damage(shard, block, "short", what)
-        if not self._is_checked(number):
-            self._files.check(shard, block, content)
-            self._mark(number, checked=True)
-        return into
 
 
 def _by_block(wanted: Wanted, some: IntArray) -> tuple[IntArray, IntArray]:

@@ -88,7 +88,7 @@ class StepLoader:
         )
         upcoming = Upcoming(schedule, order, sources)
         self._reader = StepReader(upcoming, order, sources, BlockMemory() if memory is None else memory, on_damage)
-        self._pin_memory = pin_memory
+        self._make = self._make_pinned if pin_memory else self._reader.next_step
         self.position = start_position
         """Where the next step begins."""
         self.waited = 0.0
@@ -142,10 +142,9 @@ class StepLoader:
     ) -> None:
         self.close()
 
-    def _make(self) -> Step:
+    def _make_pinned(self) -> Step:
         step = self._reader.next_step()
-        if self._pin_memory:
-            step.micro_batches = tuple(batch.pin_memory() for batch in step.micro_batches)
+        step.micro_batches = tuple(batch.pin_memory() for batch in step.micro_batches)
         return step
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -113,11 +112,10 @@ class StepReader:
             number = row // steps.sequences
             holes[number] = (*holes.get(number, ()), hole)
             sample_ids[row] = HOLE
-        micro_steps, size = steps.shape
-        batches = BatchMaker(rows, self._sources[0].eos_id, steps.source, sample_ids, steps.positions, size)
-        for number, (begin, end) in enumerate(itertools.pairwise(steps.edges)):
-            made = batches.make(number * micro_steps, (number + 1) * micro_steps)
-            yield Step(begin, end, steps.global_batch, made, holes.get(number, ()))
+        edges, (micro_steps, size) = steps.edges, steps.shape
+        maker = BatchMaker(rows, self._sources[0].eos_id, steps.source, sample_ids, steps.positions, size)
+        for number, batches in enumerate(maker.each(micro_steps)):
+            yield Step(edges[number], edges[number + 1], steps.global_batch, batches, holes.get(number, ()))
 
     def _read(self, steps: Steps) -> tuple[Rows, Damaged]:
         """The tokens of the steps, [n, T + 1], and what is wrong with them, by row."""

@@ -145,9 +145,11 @@ def test_a_batch_crosses_to_the_device_as_its_rows_and_ids_and_makes_the_rest_th
 
 def test_what_is_computed_is_computed_once() -> None:
     batch = batch_of([[5, EOS, 7, 7]])
-    for name in ("loss_mask", "positions", "document_ids", "label_counts"):
+    for name in ("tokens", "labels", "loss_mask", "positions", "document_ids", "label_counts"):
         assert getattr(batch, name) is getattr(batch, name)
-    assert batch.tokens.untyped_storage().data_ptr() == batch.labels.untyped_storage().data_ptr()
+    for one in (batch, batch.to("cpu")):
+        assert one.tokens.data_ptr() == one.rows.data_ptr()
+        assert one.labels.data_ptr() == one.rows.data_ptr() + one.rows.itemsize
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")

@@ -1,8 +1,9 @@
 """Headrace: the loader of a training run as it is, one rank, no thread; every block's CRC32C is checked in every epoch.
 
-An epoch opens its source anew, so that no block passes as checked before; what the loader keeps in memory is forgotten,
-but the memory itself stays, as it does over a long run. Document boundaries come with the batch. ``full_unkept`` keeps
-nothing in memory: how fast the order ``full`` is on a data set that is many times as large as what a loader keeps.
+What is called an epoch here is a stretch of one run, as long as an epoch. It opens its source anew, so that no block
+passes as checked before; what the loader keeps in memory is forgotten, but the memory itself stays, as it does over a
+run. Document boundaries come with the batch. ``full_unkept`` keeps nothing in memory: how fast the order ``full`` is on
+a data set that is many times as large as what a loader keeps.
 """
 
 from __future__ import annotations
@@ -35,14 +36,12 @@ def write(rows: npt.NDArray[np.uint16], folder: Path) -> None:
 
 def _open(windowed: bool, keep: bool, folder: Path, batch: int, seq_len: int) -> Epoch:
     memory = BlockMemory() if keep else BlockMemory(0)
+    with TokenSource(folder, None, "train", seq_len) as source:
+        steps, sources = source.sequences // batch, [OrderSource("text", source.sequences)]
+    order = Order(1, sources, mode="windowed", windows=Windows(batch, _WINDOW)) if windowed else Order(1, sources)
 
     def epoch(number: int) -> Iterator[Batch]:
         source = TokenSource(folder, None, "train", seq_len)
-        sources = [OrderSource("text", source.sequences)]
-        if windowed:
-            order = Order(number, sources, mode="windowed", windows=Windows(batch, _WINDOW))
-        else:
-            order = Order(number, sources)
         loader = StepLoader(
             order,
             [source],
@@ -51,9 +50,9 @@ def _open(windowed: bool, keep: bool, folder: Path, batch: int, seq_len: int) ->
             micro_batch=batch,
             plan=BatchPlan(batch),
             seq_len=seq_len,
-            start_step=0,
-            start_position=0,
-            end_step=source.sequences // batch,
+            start_step=number * steps,
+            start_position=number * steps * batch,
+            end_step=(number + 1) * steps,
             prefetch=0,
             memory=memory,
         )
