@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from .errors import HeadraceError as HeadraceError
     from .errors import UserError as UserError
     from .loader import EvaluationLoader as EvaluationLoader
-    from .step_reader import Step as Step
     from .loader import StepLoader as StepLoader
     from .manifest import Manifest as Manifest
     from .manifest import read_manifest as read_manifest
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from .order import OrderSource as OrderSource
     from .order import difference as difference
     from .reader import TokenSource as TokenSource
+    from .step_reader import Step as Step
     from .tokenizer import Tokenizer as Tokenizer
 
 _HOMES = {
