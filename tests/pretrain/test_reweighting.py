@@ -12,6 +12,7 @@ import pytest
 import torch
 import yaml
 from hypothesis import given
+from hypothesis import settings as examples
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -118,6 +119,7 @@ def test_a_loss_that_is_not_finite_is_left_out_and_the_group_keeps_its_share(bad
 finite_losses = st.lists(st.floats(0.0, 20.0, width=32), min_size=2, max_size=16)
 
 
+@examples(deadline=None)
 @given(finite_losses, st.sampled_from(STRATEGIES), st.floats(0.1, 10.0), st.floats(0.5, 3.0), st.floats(0.0, 5.0))
 def test_invariants(values: list[float], strategy: str, temperature: float, scale: float, shift: float) -> None:
     """The weighted count is the plain count; weights are positive, equivariant and blind to scale and shift."""
@@ -173,6 +175,7 @@ def poured(importances: np.ndarray, counts: np.ndarray, cap: float) -> np.ndarra
     return np.minimum(cap, high * importances)
 
 
+@examples(deadline=None)
 @given(finite_losses, st.floats(0.15, 5.0), st.floats(1.0, 6.0), st.integers(0, 2**32 - 1))
 def test_a_cap_is_kept_and_the_rest_fills_up(values: list[float], temperature: float, cap: float, seed: int) -> None:
     counts = np.random.default_rng(seed).integers(1, 30, len(values)).astype(float)

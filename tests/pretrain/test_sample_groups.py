@@ -131,6 +131,18 @@ def test_one_pass_places_losses_in_the_range_of_the_step_before() -> None:
     assert expected.max() > 1.2
 
 
+def test_one_pass_with_one_micro_step_multiplies_nothing() -> None:
+    """So that terms of other denominators may stand beside it."""
+    previous, chosen = range_of(3), settings("global_batch_one_pass", z_loss=0.1)
+    losses, counts = plain_losses(4)
+    mask, values = batch_of(4, np.arange(GLOBAL_BATCH)).loss_mask.numpy(), logits_of(4).double().numpy()
+    squares = (np.log(np.exp(values).sum(-1)) ** 2)[mask].mean()
+    weighed = float(plain_weights(4, previous.lowest, previous.highest) @ (losses * counts)) / counts.sum()
+    outcome = take_step(chosen, 1, 4, previous)
+    assert outcome.statistics.objective == pytest.approx(weighed + 0.1 * squares)
+    assert outcome.losses[0].item() == pytest.approx(outcome.statistics.objective)
+
+
 def test_one_pass_accumulates_near_the_final_scale() -> None:
     """The loss handed to the engine, before the factor is known, is of the size of a loss."""
     for temperature in (0.02, 0.4, 50.0):
