@@ -10,7 +10,8 @@ import torch
 from pretrain.config import Config
 from pretrain.costs import memory, parts
 from pretrain.distributed import Distributed
-from pretrain.model import activation_bytes, count_parameters, flops_per_token
+from pretrain.model import activation_bytes, count_parameters, flops_per_token, initialize
+from pretrain.model.linear.kinds import lost
 from tests.ranks import run_on_ranks
 
 from .steps import LENGTH, VOCABULARY, micro_batches, tiny_config
@@ -97,6 +98,21 @@ def test_optimizer_state_and_buffers_are_what_ranks_hold() -> None:
             # DeepSpeed pads its flat groups
             assert state == pytest.approx(told["optimizer_state_of_a_rank"], rel=0.01), (stage, precision)
             assert buffers == told["buffers"]
+
+
+def test_planning_draws_and_decomposes_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unexpected(*arguments: object) -> None:
+        raise AssertionError("a plan made initial values")
+
+    monkeypatch.setattr(lost, "singular_triplets", unexpected)
+    monkeypatch.setattr(initialize, "normal", unexpected)
+    shape = {"hidden_size": 4096, "layers": 32, "heads": 32, "kv_heads": None, "intermediate_size": 11008}
+    rules = [{"kind": "lost", "rank": 1024}]
+    settings = config(model={**shape, "linear": rules})
+    # r (m + n) + 40 m, or + 110 m where the 11008 features are the inputs
+    layer = 4 * (1024 * 8192 + 40 * 4096) + 2 * (1024 * 15104 + 40 * 11008) + 1024 * 15104 + 110 * 4096
+    assert by_name(settings)["linear.0 (lost)"].parameters == 32 * layer
+    assert memory(settings, VOCABULARY, 2)["buffers"] == 8 * 32 * (6 * 40 + 110)
 
 
 def test_activations_are_told_for_every_choice() -> None:

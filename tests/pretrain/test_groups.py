@@ -16,9 +16,10 @@ from pretrain.model.norm import RMSNorm
 from pretrain.optimizer import AdamWSettings, parameter_groups
 
 
-def decoder(tied: bool = False) -> Decoder:
+def decoder(tied: bool = False, *linear: dict[str, Any]) -> Decoder:
     shape = {"hidden_size": 16, "layers": 2, "heads": 2, "intermediate_size": 24, "qk_norm": True}
-    model = Decoder(ModelSettings(**shape, tied_embeddings=tied), 30)
+    plain = {**shape, "tied_embeddings": tied, "linear": list(linear)}
+    model = Decoder(build_settings(ModelSettings, plain, "test"), 30)
     initialize_(model, 1)
     return model
 
@@ -46,6 +47,15 @@ def test_norms_and_embeddings_are_not_decayed(tied: bool) -> None:
     for group in (decayed, plain):
         assert group["lr_scale"] == 1.0
         assert all(model.get_parameter(n) is p for n, p in zip(group["names"], group["params"], strict=True))
+
+
+def test_factors_and_columns_are_decayed_as_any_weight() -> None:
+    model = decoder(False, {"kind": "lost", "rank": 3})
+    decayed, plain = groups(model, weight_decay=0.3)
+    assert [name for name in plain["names"] if "norm" not in name] == ["embedding.weight"]
+    inside = [name for name in decayed["names"] if name.startswith("blocks.0.attention.query.")]
+    assert inside == [f"blocks.0.attention.query.{name}" for name in ("a", "b", "column_weight")]
+    assert len(decayed["names"]) == 2 * 7 * 3 + 1
 
 
 def test_all_are_decayed_when_asked_and_empty_groups_are_left_out() -> None:

@@ -85,8 +85,8 @@ def added(seen: dict[str, Any], reference: dict[str, Any]) -> dict[str, Tensor]:
     return {name: p - reference["initial"][name] for name, p in seen["parameters"].items()}
 
 
-def assert_equal_updates(family: str, world_size: int, cases: list[Case]) -> None:
-    found = run_on_ranks(differences, world_size, family, cases)[0]
+def assert_equal_updates(family: str, world_size: int, cases: list[Case], timeout: float = 500) -> None:
+    found = run_on_ranks(differences, world_size, family, cases, timeout=timeout)[0]
     assert found
     wrong = [
         f"{where}: {key} {value:.2e}"
@@ -104,8 +104,9 @@ def test_every_method_makes_the_plain_update(family: str) -> None:
 
 
 @pytest.mark.campaign
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("family", families())
 def test_the_whole_matrix(family: str, world_size: int, stage: int) -> None:
-    assert_equal_updates(family, world_size, [case for case in WHOLE if case[0] == stage])
+    assert_equal_updates(family, world_size, [case for case in WHOLE if case[0] == stage], timeout=3500)
