@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from concurrent.futures import Future, ThreadPoolExecutor
+from io import FileIO
 from typing import Any, BinaryIO, NamedTuple
 
 import crc32c
@@ -49,6 +50,7 @@ class RemoteShards(ShardFiles):
         self._coming: dict[Piece, Future[OpenFile]] = {}
         self._lost: dict[Piece, StorageError] = {}
         self._fetched_again: set[Piece] = set()
+        self._as_found: set[Piece] = set()
         self._pool: ThreadPoolExecutor | None = None
         self._counting = threading.Lock()
         self.fetched = 0
@@ -62,6 +64,8 @@ class RemoteShards(ShardFiles):
             if piece in self._lost:
                 raise self._lost[piece]
             coming = self._coming.pop(piece, None)
+            if coming is None:
+                self._settle()
             return self._files.put(piece, coming.result() if coming else self._obtain(piece))
         except StorageError as error:
             # that a command fails is all that it can say about a file that is not there
@@ -93,6 +97,14 @@ class RemoteShards(ShardFiles):
     def busy(self) -> bool:
         """Whether enough is coming to keep all connections at work."""
         return len(self._coming) >= 2 * self._store.settings.remote.parallel
+
+    def _settle(self) -> None:
+        """What has come and was not opened goes to the open files: its blocks were found damaged before, so nobody asks
+        for it, and it would count as coming for ever. Called when something was not fetched ahead, as is then seen."""
+        for piece in [piece for piece, coming in self._coming.items() if coming.done()]:
+            coming = self._coming.pop(piece)
+            if coming.exception() is None:
+                self._files.put(piece, coming.result())
 
     def piece(self, shard: int, span: tuple[int, int] | None) -> Piece:
         """What must be fetched for these blocks: the whole shard where there are no byte ranges."""
@@ -152,6 +164,8 @@ class RemoteShards(ShardFiles):
         """The piece from the cache, fetched if it is not there."""
         key, whole = self._key(piece), self._is_whole(piece)
         start = 0 if whole else self.layout.data_offset(piece.first)
+        if piece in self._as_found:
+            return OpenFile(self._open_as_found(piece), start, self.where(piece.shard))
         try:
             fill = self._fill_whole if whole else self._fill_window
             handle = self._cache.open(key, lambda to: fill(piece, to), self._size_of(piece))
@@ -165,8 +179,12 @@ class RemoteShards(ShardFiles):
                 self._cache.discard(f"{key}-as-found")
             with self._counting:
                 self._fetched_again.add(piece)
-            handle = self._cache.open(f"{key}-as-found", lambda to: self._fill_as_found(piece, to))
+                self._as_found.add(piece)
+            handle = self._open_as_found(piece)
         return OpenFile(handle, start, self.where(piece.shard))
+
+    def _open_as_found(self, piece: Piece) -> FileIO:
+        return self._cache.open(f"{self._key(piece)}-as-found", lambda to: self._fill_as_found(piece, to))
 
     def _fill_whole(self, piece: Piece, to: BinaryIO) -> None:
         self._count()
