@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import pytest
@@ -190,7 +191,8 @@ def test_rounds_bound_what_a_rank_works_on() -> None:
     assert [len(now.own) for now in unit.rounds] == [1] * 5
 
 
-@pytest.mark.parametrize("start", [0, 5])
-def test_parts_that_make_no_whole_are_refused(start: int) -> None:
-    with pytest.raises(HeadraceError, match=rf"elements \[\({start}, {start + 12}\)\] of a \[4, 6\], not each element"):
-        MatrixUnit([torch.zeros(24)], [Piece("a", (4, 6), start, 12)], ALONE)
+@pytest.mark.parametrize("held", [[(0, 12)], [(5, 24)], [(0, 10), (12, 24)], [(0, 14), (12, 24)]])
+def test_parts_that_make_no_whole_are_refused(held: list[tuple[int, int]]) -> None:
+    pieces = [Piece("a", (4, 6), start, stop - start, 0, start) for start, stop in held]
+    with pytest.raises(HeadraceError, match=re.escape(f"elements {held} of a [4, 6], not each element once")):
+        MatrixUnit([torch.zeros(24)], pieces, ALONE)
