@@ -14,13 +14,13 @@ import numpy as np
 from pydantic import Field, model_validator
 
 from .errors import DataError, UserError
-from .layout import nearest_divisors
+from .layout import MANIFEST_FILE, nearest_divisors
 from .manifest import HELDOUT, TRAIN
 from .mixture import Phase
 from .order import Order, OrderSource
 from .reader import TokenSource
 from .settings import Settings
-from .storage import StorageSettings, open_store
+from .storage import StorageSettings, check_answers, open_store
 from .windows import Windows
 
 
@@ -141,9 +141,11 @@ def open_stream(settings: StreamSettings, seed: int, share: tuple[int, int] = (0
     Raises:
         UserError: a data set is missing, ``seq_len`` does not divide its blocks, or the node's cache is too small for
             the order.
+        StorageError: a server does not answer.
         DataError: a data set is damaged and ``on_damage`` is ``stop``.
     """
     names = tuple(settings.sources)
+    check_answers((settings.sources[name].path for name in names), MANIFEST_FILE, settings)
     sources = tuple(open_split(settings, name, TRAIN, share) for name in names)
     order = Order(
         seed,

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import publish_bytes
+from ..storage import impatient
 from ..tokenizer import Tokenizer
 from .claims import Share, claim
 from .parts import make_cleaner
@@ -27,8 +28,10 @@ def input_stamps(settings: PrepareSettings) -> Stamps:
 
     Raises:
         UserError: input is missing or unreadable.
+        StorageError: a server does not answer.
     """
-    return {name: source.stamp(settings.storage) for name, source in settings.sources.items()}
+    with impatient(settings.storage) as storage:
+        return {name: source.stamp(storage) for name, source in settings.sources.items()}
 
 
 def text_versions() -> dict[str, str]:

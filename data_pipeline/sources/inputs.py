@@ -7,7 +7,7 @@ import io
 import os
 import re
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from typing import BinaryIO, Final
 from urllib.parse import urlsplit, urlunsplit
@@ -92,6 +92,11 @@ def input_sizes(names: Sequence[str], storage: StorageSettings) -> list[int]:
                 root, file = (parts["root"], parts["name"]) if parts else (name, "")
                 store = stores[root] if root in stores else stores.setdefault(root, open_store(root, storage))
                 sizes.append(threads.submit(store.size, file))
+        asked = [size for size in sizes if not isinstance(size, int)]
+        done = wait(asked, return_when=FIRST_EXCEPTION).done
+        if failures := [failure for size in asked if size in done and (failure := size.exception())]:
+            threads.shutdown(cancel_futures=True)  # or a server that is down would be asked for every file in turn
+            raise failures[0]
         return [size if isinstance(size, int) else size.result() for size in sizes]
 
 

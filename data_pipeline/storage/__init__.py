@@ -9,5 +9,7 @@ from .settings import AccessSettings as AccessSettings
 from .settings import CacheSettings as CacheSettings
 from .settings import RemoteSettings as RemoteSettings
 from .settings import StorageSettings as StorageSettings
+from .start import check_answers as check_answers
+from .start import impatient as impatient
 from .store import Store as Store
 from .store import open_store as open_store

@@ -29,6 +29,12 @@ class RemoteSettings(Settings):
         description="Longest time spent on one byte range, retries included, and longest silence of a `pipe:` "
         "command, before the read fails.",
     )
+    start_seconds: float = Field(
+        20.0,
+        gt=0,
+        description="Longest time that the start of a command waits for a storage to answer for the first time; never "
+        "more than deadline_seconds.",
+    )
     attempts: int = Field(100, ge=1, description="Most attempts for one byte range.")
     first_backoff_seconds: float = Field(
         0.1, ge=0, description="Upper end of the random wait before the first retry; doubles with every further one."
