@@ -4,16 +4,17 @@
 
 muP's claim (Yang et al. 2022, arXiv 2203.03466, figure 1): the loss after a fixed number of steps has its minimum at
 the same learning rate for every width, and a wider model is never worse; in the standard parametrisation the best rate
-falls as the width grows. The narrowest width is the base shape, where both are one model. A head has 16 features at
-every width, so that their number grows; the decay, the schedule, the batch and the depth stay.
+falls as the width grows. The narrowest width is the base shape, where both are one model. A head has as many features
+at every width, so that the number of heads grows; the decay, the schedule, the batch and the depth stay.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,6 @@ from numpy.typing import NDArray
 from .common import Curve, Interval, Plot, Run, Study, interval, put_section, shown, table, write_plots
 from .common.runs import ROOT, prepare_data
 
-HEAD_DIM = 16
 STANDARD, MUP = "standard", "muP"
 
 
@@ -34,8 +34,21 @@ class Size:
     rates: tuple[float, ...]
     """Powers of two."""
     seeds: int
-    training: dict[str, Any]
-    """Overrides of ``studies/base.yaml``."""
+    head_dim: int = 16
+    overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Of ``studies/base.yaml``."""
+
+    def shape(self, width: int) -> dict[str, int]:
+        """The model's widths, all in proportion."""
+        return {"hidden_size": width, "heads": width // self.head_dim, "intermediate_size": width * 11 // 4}
+
+    @property
+    def steps(self) -> int:
+        return int(self.overrides.get("training.steps", 150))
+
+    @property
+    def layers(self) -> int:
+        return int(self.overrides.get("model.layers", 2))
 
 
 def powers(first: int, last: int) -> tuple[float, ...]:
@@ -43,17 +56,20 @@ def powers(first: int, last: int) -> tuple[float, ...]:
 
 
 SIZES = {
-    # about 50 minutes on 2 quiet cores
-    "default": Size((32, 64, 128, 256), powers(-11, -4), 3, {}),
+    "default": Size((32, 64, 128, 256), powers(-10, -3), 3),
     "short": Size(
-        (32, 64), powers(-9, -6), 2, {"training.steps": 30, "schedule.warmup_steps": 5, "evaluation.every_steps": 30}
+        (32, 64),
+        powers(-9, -6),
+        2,
+        overrides={"training.steps": 30, "schedule.warmup_steps": 5, "evaluation.every_steps": 30},
     ),
     # for one GPU
     "large": Size(
         (128, 256, 512, 1024, 2048),
         powers(-13, -5),
         5,
-        {
+        head_dim=64,
+        overrides={
             "training.steps": 1000,
             "training.global_batch": 64,
             "training.micro_batch": 64,
@@ -75,9 +91,9 @@ def runs(size: Size) -> list[Run]:
         Run(
             {"width": width, "parametrisation": name, "lr": rate, "seed": seed},
             {
-                **size.training,
-                **shape(width),
-                **({"model.mup.base": base_shape(base)} if name == MUP else {}),
+                **size.overrides,
+                **{f"model.{key}": value for key, value in size.shape(width).items()},
+                **({"model.mup.base": size.shape(base)} if name == MUP else {}),
                 "optimizer.lr": rate,
                 "run.seed": seed,
             },
@@ -89,20 +105,17 @@ def runs(size: Size) -> list[Run]:
     ]
 
 
-def shape(width: int) -> dict[str, Any]:
-    return {f"model.{key}": value for key, value in base_shape(width).items()}
-
-
-def base_shape(width: int) -> dict[str, int]:
-    return {"hidden_size": width, "heads": width // HEAD_DIM, "intermediate_size": width * 11 // 4}
-
-
-def losses(results: Sequence[dict[str, Any]], width: int, name: str, rate: float) -> list[float]:
-    """The held-out loss of every seed, infinite where the run diverged; the base width is both parametrisations'."""
+def chosen(results: Sequence[dict[str, Any]], width: int, name: str, rate: float) -> list[dict[str, Any]]:
+    """The runs of these, by seed; those of the base width are both parametrisations'."""
     base = min(each["width"] for each in results)
     name = STANDARD if width == base else name
     found = [each for each in results if (each["width"], each["parametrisation"], each["lr"]) == (width, name, rate)]
-    return [each.get("heldout_loss", math.inf) for each in sorted(found, key=lambda each: each["seed"])]
+    return sorted(found, key=lambda each: int(each["seed"]))
+
+
+def losses(results: Sequence[dict[str, Any]], width: int, name: str, rate: float) -> list[float]:
+    """The held-out loss of every seed, infinite where the run diverged."""
+    return [each.get("heldout_loss", math.inf) for each in chosen(results, width, name, rate)]
 
 
 def best_rate(rates: Sequence[float], values: NDArray[np.float64]) -> float:
@@ -127,6 +140,9 @@ class Summary:
     """Loss at the best rate of the grid, of each width."""
     carried: dict[int, Interval]
     """Loss at the rate that was best for the base width."""
+    wider_is_better: float
+    """At that rate: share of all pairs of neighbouring widths and parts of the run (but the first part) in which the
+    training loss of the wider model, a mean over the seeds, is not above that of the narrower one."""
     slope: Interval
     """Of log2 of the best rate against log2 of the width: 0 where it transfers."""
 
@@ -138,11 +154,14 @@ def summarise(results: Sequence[dict[str, Any]], size: Size, name: str) -> Summa
     best = {w: [best_rate(size.rates, grid[w][:, seed]) for seed in range(size.seeds)] for w in size.widths}
     base_place = int(np.argmin(grid[size.widths[0]].mean(axis=1)))
     logs = np.log2(size.widths)
+    rate = size.rates[base_place]
+    curves = [np.mean([each["curve"][1:] for each in chosen(results, w, name, rate)], axis=0) for w in size.widths]
     slopes = [float(np.polyfit(logs, [best[w][seed] for w in size.widths], 1)[0]) for seed in range(size.seeds)]
     return Summary(
         best={w: interval(best[w]) for w in size.widths},
         lowest={w: interval(list(grid[w][int(np.argmin(grid[w].mean(axis=1)))])) for w in size.widths},
         carried={w: interval(list(grid[w][base_place])) for w in size.widths},
+        wider_is_better=float(np.mean([wide <= narrow for narrow, wide in itertools.pairwise(curves)])),
         slope=interval(slopes),
     )
 
@@ -168,12 +187,16 @@ def report(results: Sequence[dict[str, Any]], size: Size) -> tuple[str, list[Plo
     columns = ("log2 of the best rate", "loss there", "loss at the base width's best rate")
     header = ["width", *(f"{name}: {column}" for name in (STANDARD, MUP) for column in columns)]
     slopes = " and ".join(f"{shown(summaries[name].slope, 2)} ({name})" for name in (STANDARD, MUP))
+    better = " and ".join(f"{100 * summaries[name].wider_is_better:.0f} % ({name})" for name in (STANDARD, MUP))
     text = f"""## Learning rate against width, with and without muP
 
-Held-out loss, nats per token, after {steps(size)} steps of a decoder of {layers(size)} blocks on the text of Python's
+Held-out loss, nats per token, after {size.steps} steps of a decoder of {size.layers} blocks on the text of Python's
 standard library; {size.seeds} seeds, rates in steps of two from 2^{math.log2(size.rates[0]):.0f} to
 2^{math.log2(size.rates[-1]):.0f}; the best rate is that of a parabola through the best three. The slope of its
 logarithm against that of the width is {slopes}; the paper expects 0 with muP.
+
+Wider is better, the paper says: at the base width's best rate, the training loss of a model is not above that of the
+next narrower one in {better} of all parts of the runs.
 
 {table(header, rows)}
 """
@@ -192,14 +215,6 @@ logarithm against that of the width is {slopes}; the paper expects 0 with muP.
     }
     plots = [Plot(name, "learning rate", "held-out loss, nats per token", curves[name], log_x=True) for name in curves]
     return text, plots
-
-
-def steps(size: Size) -> int:
-    return int(size.training.get("training.steps", 200))
-
-
-def layers(size: Size) -> int:
-    return int(size.training.get("model.layers", 2))
 
 
 def main() -> None:
@@ -222,6 +237,7 @@ def main() -> None:
             f"lr_transfer{'_large' if arguments.large else ''}",
             text,
             "python -m studies.lr_transfer" + (" --large" if arguments.large else ""),
+            {each["commit"] for each in results},
         )
 
 

@@ -6,7 +6,7 @@ import os
 import platform
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -27,16 +27,17 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)
 
 
-def put_section(name: str, text: str, command: str, page: Path = PAGE) -> None:
+def put_section(name: str, text: str, command: str, commits: Collection[str] = (), page: Path = PAGE) -> None:
     """Put ``text`` between the markers of ``name``, or at the end of the page where it has none yet.
 
     Args:
         text: Markdown that begins with its heading.
-        command: as typed, without its launcher's path; it is named with commit, machine and versions.
+        command: as typed; it is named with commit, machine and versions.
+        commits: those at which runs were measured; now's where nothing was kept from before.
     """
     begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
     measured = (
-        f"`{command}`, commit {commit()}; {os.cpu_count()} cores ({platform.machine()})"
+        f"`{command}`, commit {', '.join(sorted(commits)) or commit()}; {os.cpu_count()} cores ({platform.machine()})"
         f"{', ' + torch.cuda.get_device_name() if torch.cuda.is_available() else ''}, Python "
         f"{sys.version.split()[0]}, torch {torch.__version__}"
     )

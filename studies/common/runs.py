@@ -64,7 +64,7 @@ class Study:
         return RESULTS / f"{self.name}.jsonl"
 
     def results(self) -> list[dict[str, Any]]:
-        """What is known of the runs, in their order: the labels, and what :func:`outcome` says."""
+        """What is known of the runs, in their order: labels, what :func:`outcome` says, and the ``commit``."""
         known = self._known()
         keys = {run.name: key_of(run, self._config(run)) for run in self.runs}
         return [{**run.labels, **known[keys[run.name]]} for run in self.runs if keys[run.name] in known]
@@ -118,7 +118,7 @@ class Study:
         if not self.results_file.exists():
             return {}
         lines = (json.loads(text) for text in self.results_file.read_text().splitlines())
-        return {line["key"]: line["result"] for line in lines}
+        return {line["key"]: {**line["result"], "commit": line["commit"]} for line in lines}
 
     def _config(self, run: Run) -> Config:
         return load_config(BASE, self._arguments(run))

@@ -31,10 +31,10 @@ def test_intervals_are_students() -> None:
 
 def test_a_section_replaces_its_earlier_self_and_nothing_else(tmp_path: Path) -> None:
     page = tmp_path / "studies.md"
-    docs.put_section("one", "## One\n\nfirst", "python -m studies.one", page)
-    docs.put_section("two", "## Two", "python -m studies.two", page)
+    docs.put_section("one", "## One\n\nfirst", "python -m studies.one", page=page)
+    docs.put_section("two", "## Two", "python -m studies.two", {"bbb", "aaa"}, page)
     other = page.read_text().partition("<!-- two: begin -->")[2]
-    docs.put_section("one", "## One\n\nsecond \\1", "python -m studies.one", page)
+    docs.put_section("one", "## One\n\nsecond \\1", "python -m studies.one", page=page)
     content = page.read_text()
     assert content.startswith("# Studies")
     assert "first" not in content
@@ -43,6 +43,7 @@ def test_a_section_replaces_its_earlier_self_and_nothing_else(tmp_path: Path) ->
     )
     assert content.partition("<!-- two: begin -->")[2] == other
     assert "`python -m studies.one`, commit " in content
+    assert "`python -m studies.two`, commit aaa, bbb; " in content
 
 
 def test_tables_and_plots(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import pytest
 
 from pretrain.config import load_config
 from studies.common.runs import BASE
-from studies.lr_transfer import MUP, SIZES, STANDARD, Size, best_rate, report, runs, shape, summarise
+from studies.lr_transfer import MUP, SIZES, STANDARD, Size, best_rate, report, runs, summarise
 
-SIZE = Size((32, 64, 128), tuple(2.0**p for p in range(-10, -3)), 3, {})
+SIZE = Size((32, 64, 128), tuple(2.0**p for p in range(-10, -3)), 3)
 
 
 def results(size: Size, optimum: dict[str, float]) -> list[dict[str, Any]]:
@@ -23,7 +23,9 @@ def results(size: Size, optimum: dict[str, float]) -> list[dict[str, Any]]:
         doublings = math.log2(labels["width"] / size.widths[0])
         at = -7.3 + optimum[labels["parametrisation"]] * doublings + 0.1 * labels["seed"]
         loss = 4.0 - 0.2 * doublings + 0.05 * (math.log2(labels["lr"]) - at) ** 2
-        found.append({**labels, "heldout_loss": loss})
+        # in the standard parametrisation the widest model begins badly: 2 of its 4 parts after the first
+        bad = labels["width"] == 128 and labels["parametrisation"] == STANDARD
+        found.append({**labels, "heldout_loss": loss, "curve": [9, *[9.0 if bad else loss] * 2, loss, loss]})
     return found
 
 
@@ -45,6 +47,7 @@ def test_slopes_of_the_best_rate() -> None:
     assert standard.best[32] == mup.best[32]
     assert mup.carried[128] == mup.lowest[128]
     assert standard.carried[128].mean > standard.lowest[128].mean + 0.1
+    assert (standard.wider_is_better, mup.wider_is_better) == (0.75, 1.0)
     text, plots = report(found, SIZE)
     assert "-1.00 ± 0.00 (standard) and 0.00 ± 0.00 (muP)" in text.replace("-0.00", "0.00")
     assert [len(plot.curves) for plot in plots] == [3, 3]
@@ -69,8 +72,8 @@ def test_every_run_of_the_study_is_a_configuration(name: str) -> None:
         )
         width, mup = run.labels["width"], config.model.mup
         assert (config.model.hidden_size, config.optimizer.lr) == (width, run.labels["lr"])
-        assert config.model.effective_head_dim == 16
+        assert config.model.effective_head_dim == size.head_dim
         assert (mup is not None) == (run.labels["parametrisation"] == MUP)
         if mup:
             assert mup.base.hidden_size == base < width
-    assert shape(64) == {"model.hidden_size": 64, "model.heads": 4, "model.intermediate_size": 176}
+    assert (config.total_steps, config.model.layers) == (size.steps, size.layers)
