@@ -77,7 +77,8 @@ class MatrixUnit:
         ranks: this process among those that hold pieces; updates are computed on its device.
         dtype: of matrices and updates on their way.
         spread: where each rank holds all, it computes a share of the updates for the others too; else all of them.
-        round_elements: a round has no more elements of its owner's matrices, unless it is one matrix.
+        round_elements: in a round no rank works on more elements of matrices, unless it is one matrix, or, where all
+            hold all, all ranks together.
 
     Raises:
         HeadraceError: the pieces don't make up whole matrices.
@@ -102,7 +103,9 @@ class MatrixUnit:
         if not spread and _all_hold_all(held):
             held, here = [held[here]], 0
         parts = _by_matrix(held)
-        self.rounds = _rounds(parts, _owners(parts, len(held)), here, len(held), round_elements)
+        # what all ranks get of all others has to fit too
+        limit = round_elements // ranks.world_size if self._is_replicated else round_elements
+        self.rounds = _rounds(parts, _owners(parts, len(held)), here, len(held), limit)
 
     def gather(self, now: Round, read: Callable[[Piece], Tensor]) -> dict[str, Tensor]:
         """The matrices [m, n] that this rank owns in a round. Collective.

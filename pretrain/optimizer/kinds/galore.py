@@ -109,22 +109,25 @@ class GaLore(MatrixWise):
         found = {}
         for name, gradient in matrices.items():
             states = self.state[homes[name]].setdefault("matrices", {})
-            found[name] = self._update(gradient.to(homes[name].device), states.setdefault(name, {"step": 0}))
+            found[name] = self._update(gradient, states.setdefault(name, {"step": 0}), homes[name].device)
         return found
 
-    def _update(self, gradient: Tensor, state: dict[str, Any]) -> Tensor:
-        settings = self._settings
+    def _update(self, gradient: Tensor, state: dict[str, Any], home: torch.device) -> Tensor:
+        """The state lies on ``home``, which may be the host; the arithmetic is done where the gradient lies."""
+        settings, here = self._settings, gradient.device
         is_tall = gradient.shape[0] >= gradient.shape[1]
         if state["step"] % settings.gap == 0:
-            state["basis"] = leading_vectors(gradient, settings.rank)
-        basis: Tensor = state["basis"]
+            state["basis"] = leading_vectors(gradient, settings.rank).to(home)
+        basis: Tensor = state["basis"].to(here)
         projected = gradient @ basis if is_tall else basis.mT @ gradient
+        if not state["step"]:
+            state["mean"], state["square"] = (torch.zeros_like(projected, device=home) for _ in range(2))
         state["step"] += 1
         (first, second), step = settings.betas, state["step"]
-        mean = state.setdefault("mean", torch.zeros_like(projected)).lerp_(projected, 1.0 - first)
-        square = state.setdefault("square", torch.zeros_like(projected))
-        square.mul_(second).addcmul_(projected, projected, value=1.0 - second)
-        update: Tensor = mean / (1.0 - first**step) / ((square / (1.0 - second**step)).sqrt_() + settings.eps)
+        mean: Tensor = state["mean"].to(here).lerp_(projected, 1.0 - first)
+        square: Tensor = state["square"].to(here).mul_(second).addcmul_(projected, projected, value=1.0 - second)
+        state["mean"], state["square"] = mean.to(home), square.to(home)
+        update = mean / (1.0 - first**step) / ((square / (1.0 - second**step)).sqrt_() + settings.eps)
         return update @ basis.mT if is_tall else basis @ update
 
     def factor(self, shape: tuple[int, int]) -> float:
@@ -144,5 +147,5 @@ def leading_vectors(gradient: Tensor, rank: int) -> Tensor:
         return gradient.new_full((min(gradient.shape), rank), float("nan"))
     left, _, right = torch.linalg.svd(gradient, full_matrices=False)
     vectors: Tensor = right.mT[:, :rank] if gradient.shape[0] >= gradient.shape[1] else left[:, :rank]
-    # the layout in memory decides the last bit of a product, and has to be the same after a resume
-    return vectors.contiguous()
+    # a copy: the part of a tensor would keep all singular vectors in memory and in checkpoints
+    return vectors.clone(memory_format=torch.contiguous_format)
