@@ -127,7 +127,7 @@ class GaLore(MatrixWise):
         mean: Tensor = state["mean"].to(here).lerp_(projected, 1.0 - first)
         square: Tensor = state["square"].to(here).mul_(second).addcmul_(projected, projected, value=1.0 - second)
         state["mean"], state["square"] = mean.to(home), square.to(home)
-        update = mean / (1.0 - first**step) / ((square / (1.0 - second**step)).sqrt_() + settings.eps)
+        update: Tensor = mean / (1.0 - first**step) / ((square / (1.0 - second**step)).sqrt_() + settings.eps)
         return update @ basis.mT if is_tall else basis @ update
 
     def factor(self, shape: tuple[int, int]) -> float:
