@@ -184,6 +184,8 @@ def test_what_the_folder_says(root: Path, tmp_path: Path) -> None:
     config = transformers.AutoConfig.from_pretrained(tmp_path / "out")
     assert (config.bos_token_id, config.eos_token_id, config.pad_token_id) == (None, 2, 3)
     assert (config.vocab_size, config.max_position_embeddings) == (384, 128)
+    plain = json.loads((tmp_path / "out/config.json").read_text())  # either is enough for transformers 5
+    assert plain["rope_theta"] == plain["rope_parameters"]["rope_theta"] == 10_000.0
     generation = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
     assert (generation.bos_token_id, generation.eos_token_id, generation.pad_token_id) == (None, 2, 3)
     assert (tmp_path / "out/tokenizer.model").read_bytes() == TOKENIZER.model
@@ -198,6 +200,8 @@ def test_an_empty_folder_may_be_filled_and_no_other(root: Path, tmp_path: Path) 
     for taken in ("empty", "file"):
         with pytest.raises(UserError, match=f"{taken} exists already"):
             export_checkpoint(checkpoint(root, "plain"), tmp_path / taken)
+        with pytest.raises(UserError, match="exists already"), published(tmp_path / taken):
+            pytest.fail("before any work")
     assert len(list((tmp_path / "empty").iterdir())) == 6
 
 
