@@ -178,8 +178,12 @@ def test_no_rank_gets_more_than_its_share() -> None:
 
     counts = []
     for rank in range(4):
-        unit = MatrixUnit([torch.zeros(4, 4)] * 7, pieces, Four(rank, 4, torch.device("cpu")))
+        ranks = Four(rank, 4, torch.device("cpu"))
+        unit = MatrixUnit([torch.zeros(4, 4)] * 7, pieces, ranks)
         counts.append(sum(len(now.own) for now in unit.rounds))
+        # and what all ranks get of a round is bounded, not what each gives
+        bounded = MatrixUnit([torch.zeros(4, 4)] * 7, pieces, ranks, round_elements=64)
+        assert [len(now.own) for now in bounded.rounds] == [1, int(rank < 3)]
     assert sorted(counts) == [1, 2, 2, 2]
 
 
