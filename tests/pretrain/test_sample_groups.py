@@ -227,7 +227,11 @@ def test_a_loss_that_is_not_finite_poisons_nothing(group: str, micro_steps: int,
     assert [(found.position, found.source, found.rank, found.row) for found in statistics.dropped] == [(BAD, 1, 0, BAD)]
     weights = found_weights(statistics)
     assert weights[BAD] == 0
+    squares = np.log(np.exp(logits_of(1).double().numpy()).sum(-1)) ** 2
+    counted = (squares * batch_of(1, np.arange(GLOBAL_BATCH)).loss_mask.numpy())[others].sum()
     shares = counts if average == "token" else counts > 0
+    expected = (weights * shares * losses)[others].sum() / shares.sum() + z_loss * counted / counts.sum()
+    assert statistics.objective == pytest.approx(expected)
     groups = np.split(np.arange(GLOBAL_BATCH), micro_steps if group == "micro_step" else 1)
     for members in groups:
         assert (weights * shares)[members].sum() == pytest.approx(shares[members].sum(), rel=1e-6)
@@ -244,10 +248,14 @@ def test_a_step_without_any_finite_loss_has_no_loss() -> None:
         assert outcome.gradient.abs().max() == 0
 
 
-def test_a_uniform_objective_is_not_finite_either() -> None:
+@pytest.mark.parametrize("given", [{"strategy": "uniform"}, *({"group": g, "start_step": 9} for g in GROUPS)])
+def test_where_nothing_is_reweighted_nothing_is_dropped(given: dict[str, Any]) -> None:
     logits = logits_of(1)
     logits[BAD, 0, 3:9] = math.nan
-    assert math.isnan(take_step(build_settings(ObjectiveSettings, {}, "test"), 4, logits=logits).statistics.loss)
+    chosen = {"strategy": "linupper", **given}
+    outcome = take_step(build_settings(ObjectiveSettings, {"reweighting": chosen}, "test"), 4, logits=logits)
+    assert math.isnan(outcome.statistics.loss)
+    assert outcome.statistics.dropped == ()
 
 
 class NoHostRead(TorchDispatchMode):

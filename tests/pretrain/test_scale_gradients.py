@@ -66,7 +66,7 @@ def compare() -> list[tuple[str, bool, float, float]]:
 def test_a_factor_of_the_gradient_is_one_of_the_loss() -> None:
     for name, equal, norm, apart in run_on_ranks(compare, 2)[0]:
         assert equal, name
-        # bf16 gradients of stage 0 are rounded once more
-        limit = 2**-8 if "'zero_stage': 0} bf16" in name else 1e-6
-        assert norm < limit, name
-        assert apart < limit, name
+        # bf16 gradients of stage 0 are rounded once more, each for itself: the norm hardly notices
+        rounded = "'zero_stage': 0} bf16" in name
+        assert norm < (2e-4 if rounded else 1e-6), name
+        assert apart < (2**-8 if rounded else 1e-6), name
