@@ -56,7 +56,7 @@ def powers(first: int, last: int) -> tuple[float, ...]:
 
 
 SIZES = {
-    "default": Size((32, 64, 128, 256), powers(-10, -3), 3),
+    "default": Size((32, 64, 128, 256), powers(-9, -4), 5),
     "short": Size(
         (32, 64),
         powers(-9, -6),
@@ -66,7 +66,7 @@ SIZES = {
     # for one GPU
     "large": Size(
         (128, 256, 512, 1024, 2048),
-        powers(-13, -5),
+        powers(-12, -5),
         5,
         head_dim=64,
         overrides={
@@ -193,7 +193,8 @@ def report(results: Sequence[dict[str, Any]], size: Size) -> tuple[str, list[Plo
 Held-out loss, nats per token, after {size.steps} steps of a decoder of {size.layers} blocks on the text of Python's
 standard library; {size.seeds} seeds, rates in steps of two from 2^{math.log2(size.rates[0]):.0f} to
 2^{math.log2(size.rates[-1]):.0f}; the best rate is that of a parabola through the best three. The slope of its
-logarithm against that of the width is {slopes}; the paper expects 0 with muP.
+logarithm against that of the width is {slopes}; the paper expects 0 with muP. The standard parametrisation has one
+`init_std` for all widths.
 
 Wider is better, the paper says: at the base width's best rate, the training loss of a model is not above that of the
 next narrower one in {better} of all parts of the runs.
