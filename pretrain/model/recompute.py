@@ -22,9 +22,9 @@ ActivationCheckpointing = Literal["none", "full", "low_rank"]
 
 def run_block(block: nn.Module, how: ActivationCheckpointing, *inputs: Any) -> Tensor:
     """``block(*inputs)``, to be recomputed in the backward pass as ``how`` says. Nothing in a block may be random."""
-    if how == "none" or not torch.is_grad_enabled():
+    if how == "none":
         output: Tensor = block(*inputs)
-    else:
+    else:  # without gradients, the same
         contexts = _keep_products if how == "low_rank" else noop_context_fn
         output = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
     return output
@@ -54,7 +54,7 @@ def _keep_products() -> tuple[AbstractContextManager[None], AbstractContextManag
     def keeping() -> Iterator[None]:
         def make(x: Tensor, weight: Tensor) -> Tensor:
             kept.append(x.matmul(weight.t()))
-            return kept[-1].detach()
+            return kept[-1].detach()  # the other becomes part of the graph, which would then keep itself alive
 
         with _using(make):
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from typing import Any
 
 import pytest
@@ -117,6 +118,25 @@ def test_only_the_inner_features_are_kept_besides_the_inputs_of_the_blocks() -> 
     assert none > 2 * kept
     some = RULES["beside other layers"]
     assert kept_bytes("low_rank", some) - kept_bytes("full", some) == 2 * LAYERS * ROWS * LENGTH * RANK * 4
+
+
+@pytest.mark.parametrize("how", CHOICES)
+def test_a_forward_pass_without_a_backward_pass_leaves_nothing(how: str) -> None:
+    model = decoder(how, [COLA])
+    with Storages() as storages:
+        made = logits(model)
+    before = storages.alive()
+    kept = made.untyped_storage().nbytes()
+    del made
+    gc.collect()
+    assert before > kept + storages.alive()
+    assert storages.alive() == own_bytes(model, storages)
+
+
+def own_bytes(model: Decoder, storages: Storages) -> int:
+    """Of the model's weights, views of which are made in a forward pass."""
+    weights = {parameter.untyped_storage()._cdata for parameter in model.parameters()}
+    return sum(size for storage, (_, size) in storages.made.items() if storage in weights)
 
 
 def test_without_gradients_nothing_is_kept_and_an_error_leaves_nothing_behind() -> None:
