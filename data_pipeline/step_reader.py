@@ -93,7 +93,7 @@ class StepReader:
             steps = steps.part(0, 1)  # the disk may have failed in a later one, which must not hold up this one
             rows, damaged = self._read(steps)
         quick = time.perf_counter() - began < _SECONDS_AT_ONCE
-        self._at_once = min(2 * len(rows), _BYTES_AT_ONCE // rows[0].nbytes) if quick else len(rows) // 2
+        self._at_once = min(4 * len(rows), _BYTES_AT_ONCE // rows[0].nbytes) if quick else len(rows) // 2
         if damaged and self._on_damage == "stop":
             first = min(damaged)
             if not (whole := first // steps.sequences):

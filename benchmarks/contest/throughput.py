@@ -61,7 +61,9 @@ def measure_throughput(corpus: Corpus, folder: Path, rounds: int, seconds: float
         ``rows``: per contender, variant and whether boundaries were looked for: tokens per second of CPU time (all
         threads of the process) and of wall-clock time (on one core), as medians over the rounds with the extremes.
     """
-    running = [_start(contender, corpus, folder) for contender in CONTENDERS]
+    dataset = folder / "dataset"
+    _copy(corpus.dataset, dataset)
+    running = [_start(contender, corpus, dataset, folder) for contender in CONTENDERS]
     try:
         checks = {(one.contender.label, name): _check(one, name, corpus) for one in running for name in _variants(one)}
         for number in range(rounds):
@@ -93,10 +95,20 @@ def _variants(one: _Running) -> tuple[str, ...]:
     return one.contender.variants
 
 
-def _start(contender: Contender, corpus: Corpus, folder: Path) -> _Running:
+def _copy(source: Path, target: Path) -> None:
+    """Copy a data set, each file in one piece: what has lain in the page cache for long, or was written piece by piece,
+    is read more slowly than what was just written, as the peers' formats are."""
+    for path in source.rglob("*"):
+        if path.is_file():
+            copy = target / path.relative_to(source)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            copy.write_bytes(path.read_bytes())
+
+
+def _start(contender: Contender, corpus: Corpus, dataset: Path, folder: Path) -> _Running:
     python = Path(sys.executable) if contender.environment is None else interpreter(contender.environment)
     own = folder / contender.label.replace(" ", "_").replace(",", "")
-    data = own if contender.dataset is None else corpus.dataset / contender.dataset
+    data = own if contender.dataset is None else dataset / contender.dataset
     log = folder / f"{own.name}.log"
     process = WorkerProcess(python, contender.module, data, SEQ_LEN, corpus.eos_id, log)
     version = process.ask("hello")["version"]

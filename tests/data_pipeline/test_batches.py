@@ -12,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data_pipeline.batches import Batch, make_batch
+from data_pipeline.batches import Batch, BatchMaker, make_batch
 
 EOS = 2
 
@@ -57,6 +57,36 @@ def test_a_batch_is_what_a_loop_over_its_tokens_gives(rows: list[list[int]]) -> 
     assert batch.single_document == all(document[-1] == 0 for document in documents)
     assert batch.document_ends.tolist() == np.flatnonzero(~np.array(masks).reshape(-1)).tolist()
     assert batch.label_counts.tolist() == [sum(mask) for mask in masks]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    rows=rows_of_tokens.filter(lambda rows: len(rows) > 1),
+    repeats=st.integers(1, 6),
+    together=st.integers(1, 3),
+    holes=st.sets(st.integers(0, 29)),
+)
+def test_batches_made_together_are_those_made_one_by_one(
+    rows: list[list[int]], repeats: int, together: int, holes: set[int]
+) -> None:
+    size = len(rows)
+    tokens = np.tile(np.array(rows, np.uint16), (repeats * together, 1))
+    tokens = np.random.default_rng(0).permutation(tokens)
+    count = len(tokens)
+    ids = np.arange(count) + 7
+    ids[[row for row in holes if row < count]] = -1
+    tokens[ids < 0] = EOS
+    sources, positions = np.arange(count) % 3, np.arange(count) + 100
+    made = list(BatchMaker(tokens, EOS, sources, ids, positions, size).each(together))
+    assert [len(batches) for batches in made] == [together] * repeats
+    for number, batch in enumerate(batch for batches in made for batch in batches):
+        part = slice(number * size, (number + 1) * size)
+        alone = make_batch(tokens[part], EOS, sources[part], ids[part], positions[part])
+        for name in ("rows", "tokens", "labels", "ids", "source_ids", "sample_ids", "run_positions", "label_counts"):
+            assert torch.equal(getattr(batch, name), getattr(alone, name)), name
+        assert batch.document_ends.tolist() == alone.document_ends.tolist()
+        inside = [EOS in row[:-2] for row in tokens[part].tolist()]
+        assert batch.single_document == (not any(i and k >= 0 for i, k in zip(inside, ids[part], strict=True)))
 
 
 def test_a_hand_written_row() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import ahead
+from data_pipeline import ahead, step_reader
 from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.layout import shard_path
@@ -386,6 +386,7 @@ def test_a_failing_disk_holds_up_its_own_step_only(
 ) -> None:
     """Steps are read several at once: one that the disk fails in later must not take those before it along. The error
     of the disk is made, for a real one can't be."""
+    monkeypatch.setattr(step_reader, "_SECONDS_AT_ONCE", 60)
     expected = run_steps(order, sources)
     bad = {int(sample) for sample in expected[7].micro_batches[0].sample_ids if sample < sources[0].sequences}
     bad -= {int(sample) for step in expected[:7] for sample in step.micro_batches[0].sample_ids}
