@@ -61,6 +61,7 @@ class Manifest(Settings):
     sources: dict[str, dict[str, Any]] = Field(description="Per source: domain and counts.")
     rejected: tuple[RejectedFile, ...] = Field(default=(), description="What was left out, in name order.")
     settings: dict[str, Any] = Field(description="The settings that decide the content.")
+    versions: dict[str, str] = Field(default_factory=dict, description="Of headrace and of what it made tokens with.")
 
     @property
     def layout(self) -> BlockLayout:
@@ -70,7 +71,7 @@ class Manifest(Settings):
     @property
     def identity(self) -> str:
         """Hex SHA-256 over everything a training run can see (the module's docstring says what that is)."""
-        unseen = {"shards", "sources", "rejected", "settings"}
+        unseen = {"shards", "sources", "rejected", "settings", "versions"}
         digest = hashlib.sha256(_canonical(self.model_dump(mode="json", exclude=unseen)))
         self.shards.update_digest(digest)
         return digest.hexdigest()

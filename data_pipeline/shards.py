@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -34,6 +35,7 @@ UTF-8 bytes, the hex hash of its text, its domain, where it came from, and what 
 object, or empty)."""
 
 _ROW_GROUP = 1 << 16
+_GROUP_CHARACTERS = 1 << 28
 
 
 @dataclass(frozen=True)
@@ -161,16 +163,35 @@ def misplaced_document(
 
 
 def _write_documents(path: Path, domain: str, content: ShardContent) -> None:
+    sizes = np.array(
+        [len(url) + len(about) for url, about in zip(content.urls, content.metadata, strict=True)], np.int64
+    )
     with publish(path) as handle, pq.ParquetWriter(handle, DOCUMENT_SCHEMA, compression="zstd") as writer:
-        for first in range(0, len(content.ids), _ROW_GROUP):
-            rows = slice(first, first + _ROW_GROUP)
+        for rows in _row_groups(sizes):
             counts = [
                 numbers(column[rows], pa.uint64()) for column in (content.starts, content.lengths, content.text_bytes)
             ]
             domains = [domain.encode()] * len(content.ids[rows])
-            texts = [_utf8(content.ids[rows]), domains, _utf8(content.urls[rows]), _utf8(content.metadata[rows])]
-            columns = [*counts, *map(strings, texts)]
+            columns_of_text = [
+                _utf8(content.ids[rows]),
+                domains,
+                _utf8(content.urls[rows]),
+                _utf8(content.metadata[rows]),
+            ]
+            columns = [*counts, *map(strings, columns_of_text)]
             writer.write_batch(pa.record_batch(columns, schema=DOCUMENT_SCHEMA))
+
+
+def _row_groups(sizes: npt.NDArray[np.int64]) -> Iterator[slice]:
+    """Neighbouring rows, so many at once as a column of strings can hold. ``sizes``: [rows] characters of each, at most
+    4 bytes in UTF-8."""
+    ends = np.cumsum(sizes)
+    first = 0
+    while first < len(sizes):
+        most = int(np.searchsorted(ends, (ends[first - 1] if first else 0) + _GROUP_CHARACTERS, side="right"))
+        last = max(first + 1, min(most, first + _ROW_GROUP))
+        yield slice(first, last)
+        first = last
 
 
 def _utf8(texts: list[str]) -> list[bytes]:

@@ -150,5 +150,5 @@ def _sum(parts: Sequence[Rejected]) -> Rejected:
 
 
 def _stages(rejected: Rejected) -> str:
-    counted = [f"{rejected_documents({stage: reasons})} by {stage}" for stage, reasons in rejected.items()]
+    counted = [f"{rejected_documents({stage: reasons})} by {stage}" for stage, reasons in sorted(rejected.items())]
     return f" ({', '.join(counted)})" if counted else ""

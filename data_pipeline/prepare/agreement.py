@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import sys
 import unicodedata
 from pathlib import Path
 from typing import Any
@@ -27,9 +28,14 @@ def input_stamps(settings: PrepareSettings) -> Stamps:
     """The stamps of all sources as their input is now.
 
     Raises:
-        UserError: input is missing or unreadable.
+        UserError: input is missing or unreadable; file names do not mean the same here as elsewhere.
         StorageError: a server does not answer.
     """
+    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+        raise UserError(
+            f"file names are read as {encoding} under this locale, so that what a data set holds would hang on it. Set "
+            "PYTHONUTF8=1, or a UTF-8 locale (LC_ALL=C.UTF-8), and start again."
+        )
     with impatient(settings.storage) as storage:
         return {name: source.stamp(storage) for name, source in settings.sources.items()}
 

@@ -7,6 +7,7 @@ N` does a share of the first pass that is not complete, and `--merge` publishes 
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import shutil
@@ -31,6 +32,7 @@ from .agreement import (
     check_evaluation_texts,
     input_stamps,
     obtain_tokenizer,
+    text_versions,
 )
 from .claims import Claimed, Item, Share, claim
 from .compare import CompareJob, compare, dropped_totals, plan_comparisons
@@ -334,6 +336,7 @@ def _manifest(
         sources=sources,
         rejected=tuple(rejected),
         settings=settings.content,
+        versions={"headrace": importlib.metadata.version("headrace"), **text_versions()},
     )
 
 
@@ -343,6 +346,6 @@ def _disk_errors(output: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise UserError(
-            f"{output}: {error.strerror or error} ({error.filename or 'while writing'}). Mend that and start the same "
-            "command again: it continues."
+            f"{output}: {error.strerror or f'not all was written, as on a full disk ({error})'} "
+            f"({error.filename or 'while writing'}). Mend that and start the same command again: it continues."
         ) from error

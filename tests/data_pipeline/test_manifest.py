@@ -71,7 +71,8 @@ def test_identity_covers_content_and_nothing_else(dataset: Path) -> None:
     for other in others:
         assert with_shard(**other).identity != one_shard.identity, other
     assert manifest.with_shards(manifest.shards[:3]).identity != manifest.identity
-    assert manifest.model_copy(update={"settings": {"seed": 1}, "sources": {"x": {}}}).identity == manifest.identity
+    unseen = {"settings": {"seed": 1}, "sources": {"x": {}}, "versions": {"headrace": "99"}}
+    assert manifest.model_copy(update=unseen).identity == manifest.identity
     for field, value in (("block_tokens", 77), ("vocab_size", 77), ("eos_id", 77), ("tokenizer_sha256", "0")):
         assert manifest.model_copy(update={field: value}).identity != manifest.identity
 

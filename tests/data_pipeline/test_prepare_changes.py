@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -116,8 +118,45 @@ def test_tasks_with_other_libraries_are_refused(plain: dict[str, Any], monkeypat
         with pytest.raises(UserError, match=r"was begun with something else: unicode was '[0-9.]+', now it is '99\.0"):
             prepare_share(build(plain), Share(1, 2))
     made = run(plain)
+    assert made.versions.keys() == {"headrace", "sentencepiece", "unicode"}
     monkeypatch.setattr(data_pipeline.prepare.agreement.unicodedata, "unidata_version", "99.0.0")
     assert run(plain) == made
+
+
+ENVIRONMENTS: list[dict[str, str]] = [
+    {"PYTHONHASHSEED": "1", "LC_ALL": "C", "OMP_NUM_THREADS": "1", "TZ": "Asia/Tokyo"},
+    {"PYTHONHASHSEED": "2", "LC_ALL": "tr_TR.UTF-8", "LANG": "tr_TR.UTF-8", "OMP_NUM_THREADS": "3"},
+]
+
+
+def test_the_bytes_do_not_hang_on_the_environment(plain: dict[str, Any], tmp_path: Path) -> None:
+    """Hash seed, locale, time zone, threads; with a trained tokenizer, cleaning, names and texts of many letters."""
+    texts = [f"\u0130stanbul \u0131\u015f\u0131k {text}" for text in make_texts(40, 3)]
+    write_jsonl(tmp_path / "\u00e4 \u4e2d.jsonl", [*texts, *texts[:9], *(f"{text} more" for text in texts[:9])])
+    changes = {
+        "sources": {"all": {**plain["sources"]["first"], "files": [str(tmp_path / "*.jsonl")]}},
+        "tokenizer": {"train": {"model_type": "unigram", "vocab_size": 330}},
+        "cleaning": {"normalise": {}, "exact_duplicates": True, "near_duplicates": {"permutations": 16, "bands": 4}},
+    }
+    run(plain, **changes)
+    expected = hashes(tmp_path / "set")
+    config = tmp_path / "config.yaml"
+    for number, environment in enumerate(ENVIRONMENTS):
+        output = tmp_path / f"set{number}"
+        config.write_text(json.dumps({**plain, **changes, "output": str(output), "processes": 1 + number}))
+        command = [sys.executable, "-m", "data_pipeline", "prepare", str(config)]
+        subprocess.run(command, check=True, capture_output=True, env={**os.environ, **environment})
+        assert hashes(output) == expected, environment
+
+
+def test_file_names_that_mean_something_else_here_are_refused(plain: dict[str, Any], tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(json.dumps(plain))
+    command = [sys.executable, "-m", "data_pipeline", "prepare", str(tmp_path / "config.yaml")]
+    environment = {**os.environ, "LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 2
+    assert "file names are read as ascii under this locale" in done.stderr
+    assert "Set PYTHONUTF8=1" in done.stderr
 
 
 @pytest.mark.parametrize("lost", ["shards/000001.tar", "shards/000002.docs.parquet", "rejected/000000.parquet"])

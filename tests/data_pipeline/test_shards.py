@@ -13,6 +13,7 @@ import pytest
 import webdataset
 from crc32c import crc32c
 
+import data_pipeline.shards
 from data_pipeline.errors import DataError
 from data_pipeline.layout import (
     INDEX_DTYPE,
@@ -109,6 +110,30 @@ def test_the_document_table(tmp_path: Path) -> None:
         "metadata": ["", '{"row": 1}', '{"row": 2}', '{"row": 3}'],
     }
     assert pq.read_table(documents_path(tmp_path, "000000")).to_pydict() == expected
+
+
+def test_a_column_of_the_document_table_never_holds_more_than_it_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A string column ends at 2 GiB; web pages kept as metadata come to more in a shard. Rows and order stay."""
+    assert data_pipeline.shards._GROUP_CHARACTERS * 4 < 2**31
+    write_shard(tmp_path / "whole", "000000", "d", "train", BlockLayout(8, "uint16"), EOS, LONG)
+    monkeypatch.setattr(data_pipeline.shards, "_GROUP_CHARACTERS", 50)
+    monkeypatch.setattr(data_pipeline.shards, "_ROW_GROUP", 7)
+    write_shard(tmp_path / "cut", "000000", "d", "train", BlockLayout(8, "uint16"), EOS, LONG)
+    whole, cut = (pq.ParquetFile(documents_path(tmp_path / name, "000000")) for name in ("whole", "cut"))
+    assert cut.read().equals(whole.read())
+    groups = [cut.read_row_group(group).to_pylist() for group in range(cut.num_row_groups)]
+    assert max(map(len, groups)) == 7
+    assert sum(len(group) == 1 for group in groups) >= 1, "a row that is too long for itself stands alone"
+    assert all(len(group) == 1 or sum(len(r["url"] + r["metadata"]) for r in group) <= 50 for group in groups)
+
+
+LONG = replace(
+    content([[number] for number in range(3, 40)]),
+    metadata=["x" * (number * number % 67 if number > 15 else 0) for number in range(37)],
+    urls=["u" * (number % 4) for number in range(37)],
+)
 
 
 def test_eos_inside_a_document_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,126 @@
+"""What parameterizations of the linear layers cost beside a dense model: parameters, memory, time of a step; one run.
+
+    python benchmarks/parameterizations.py            # everything: results/parameterizations.*
+    python benchmarks/parameterizations.py --short    # a trial in a minute: two blocks, short sequences; saves nothing
+
+The models are configs/llama_{60m,130m}*.yaml, each in processes of its own, through the engine at ZeRO 0; GaLore is the
+dense model with another optimizer. In place of the papers' 512 sequences of 256 tokens in bf16 a step has 4 of them in
+fp32, so that it fits into 24 GB and two cores; --rows changes that. Every way of recompute that a model allows is
+measured with the same weights.
+
+Memory is taken in a process for each model and way of recompute: the high-water mark of the resident set over two steps
+(the kernel's, reset after the first step), above what the process had before the model was made; and, counted at the
+dispatcher, the bytes that are alive between forward and backward pass besides weights and logits. Time is taken from
+one process for each model, all alive, which take turns step by step, so that whatever else the machine does falls on
+all of them alike; ratios are of medians. Beside it stands what the papers claim, and `pretrain plan`'s numbers at 1B.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+import torch
+from parameterizations_process import KINDS, Process, Trial, configuration, recomputes
+from parameterizations_report import render
+
+from pretrain.costs import memory, parts
+from pretrain.model import count_parameters
+
+RESULTS = Path(__file__).parent / "results"
+WARM_UP = 2
+"""Turns that are not counted: they allocate, and the first one holds GaLore's singular value decompositions."""
+
+
+def measure_memory(trial: Trial) -> dict[str, dict[str, Any]]:
+    """Of each model and way of recompute, in a fresh process each."""
+    found: dict[str, dict[str, Any]] = {}
+    for kind in KINDS:
+        found[kind] = {}
+        for how in recomputes(trial, kind):
+            with Process(trial, kind) as process:
+                found[kind][how] = process.ask("memory", how)
+            print(
+                f"{trial.size} {kind}, recompute {how}: {found[kind][how]['peak_bytes'] / 2**20:,.0f} MiB", flush=True
+            )
+    return found
+
+
+def measure_time(trial: Trial, turns: int) -> dict[str, dict[str, Any]]:
+    """Of each model and way of recompute: median seconds of forward and backward pass and of the update."""
+    processes = {kind: Process(trial, kind) for kind in KINDS}
+    cases = [(kind, how) for kind in KINDS for how in recomputes(trial, kind)]
+    seconds: dict[tuple[str, str], list[dict[str, float]]] = {case: [] for case in cases}
+    first = {}
+    for turn in range(WARM_UP + turns):
+        for kind, how in cases:
+            taken = processes[kind].ask("step", how)
+            if turn >= WARM_UP:
+                seconds[kind, how].append(taken)
+            else:
+                first.setdefault(kind, taken["update"])
+        print(f"{trial.size}: turn {turn + 1} of {WARM_UP + turns}", flush=True)
+    for process in processes.values():
+        process.end()
+    found: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
+    for (kind, how), taken in seconds.items():
+        found[kind][how] = {key: statistics.median(each[key] for each in taken) for key in ("passes", "update")}
+        found[kind][how]["first_update"] = first[kind]
+    return found
+
+
+def planned(size: str) -> dict[str, dict[str, Any]]:
+    """What ``pretrain plan`` says of each model as it is shipped."""
+    found = {}
+    for kind in KINDS:
+        config = configuration(size, kind)
+        vocabulary = config.model.resolve_vocab_size(32000)
+        found[kind] = {
+            "parameters": count_parameters(config.model, vocabulary).total,
+            "flops_per_token": sum(part.flops_per_token for part in parts(config, vocabulary)),
+            **memory(config, vocabulary, 1),
+        }
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--short", action="store_true", help="a trial: small, few turns, saves nothing")
+    parser.add_argument("--turns", type=int, default=8, help="measured steps of each model")
+    parser.add_argument("--rows", type=int, default=4, help="sequences of 256 tokens in a step")
+    arguments = parser.parse_args()
+    turns = 2 if arguments.short else arguments.turns
+    trials = (
+        [Trial("60m", rows=2, length=64, layers=2)]
+        if arguments.short
+        else [Trial(size, rows=arguments.rows, length=256) for size in ("60m", "130m")]
+    )
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True, check=False)
+    result = {
+        "measured": {
+            trial.size: {**trial._asdict(), "memory": measure_memory(trial), "time": measure_time(trial, turns)}
+            for trial in trials
+        },
+        "planned": {size: planned(size) for size in ("60m", "130m", "1b")},
+        "turns": turns,
+        "machine": f"{platform.processor() or platform.machine()}, {os.environ['OMP_NUM_THREADS']} threads, fp32",
+        "torch": torch.__version__,
+        "commit": commit.stdout.strip(),
+    }
+    text = render(result)
+    print(text)
+    if not arguments.short:
+        (RESULTS / "parameterizations.json").write_text(json.dumps(result, indent=1) + "\n")
+        (RESULTS / "parameterizations.md").write_text(text)
+
+
+if __name__ == "__main__":
+    main()
