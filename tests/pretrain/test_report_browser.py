@@ -48,12 +48,13 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("width", [400, 1280])
 def test_every_plot_draws_and_nothing_overflows(browser: Chromium, page: Path, width: int, scheme: str) -> None:
     browser.show(page, width, scheme)
-    assert browser.wait_for(READY) == "10"
+    assert browser.wait_for(READY) == "12"
     plots = browser.evaluate(DRAWN)
     curves = {
         f"plot-{name}": 1 for name in ("learning_rate", "grad_norm", "objective", "ess", "throughput", "data_wait")
     }
-    expected = {"plot-loss": 3, "plot-heldout": 2, "plot-domains": 2, "plot-weights": 0, **curves}
+    by_domain = {"plot-heldout": 2, "plot-domains": 2, "plot-weight_shares": 4}
+    expected = {"plot-loss": 3, "plot-weights": 0, "plot-loss_range": 2, **by_domain, **curves}
     assert {name: plot["lines"] for name, plot in plots.items()} == expected
     assert {name: plot["dots"] for name, plot in plots.items() if plot["dots"]} == {"plot-loss": 6, "plot-heldout": 12}
     assert [name for name, plot in plots.items() if plot["heat"]] == ["plot-weights"]
@@ -141,7 +142,7 @@ def test_the_page_prints_in_light_on_a_white_page(browser: Chromium, page: Path)
           setTimeout(() => resolve([printed, stroke, width(document.getElementById("plot-ess"))]), 500);
         })"""
     )
-    assert sheets == [[660] * 10, "rgb(37, 99, 176)", pytest.approx(593, abs=20)]
+    assert sheets == [[660] * 12, "rgb(37, 99, 176)", pytest.approx(593, abs=20)]
     assert browser.problems == []
 
 

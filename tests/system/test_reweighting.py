@@ -68,8 +68,12 @@ def explained(message: str, number: int) -> dict[str, Any]:
     command = shlex.split(message.split("`")[1])
     assert command[0] == "pretrain-data"
     done = subprocess.run(
-        [sys.executable, "-m", "data_pipeline", *command[1:], "--json"], capture_output=True, text=True, check=True
+        [sys.executable, "-X", "faulthandler", "-m", "data_pipeline", *command[1:], "--json"],
+        capture_output=True,
+        text=True,
+        check=False,
     )
+    assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(rows) == number
     row: dict[str, Any] = rows[0]
