@@ -10,16 +10,20 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, UserError
 from pretrain.config import load_config
 from pretrain.monitor import read_attempts
+
+
+_SAME_LOOK_SECONDS = 5
+"""The agent ends the ranks that are left by SIGTERM, and after 30 s by SIGKILL: those failures come later."""
 
 
 def launch_local(path: Path, overrides: Sequence[str], ranks: int) -> int:
@@ -53,7 +57,7 @@ def launch_local(path: Path, overrides: Sequence[str], ranks: int) -> int:
         code = EXIT_DONE
     except ChildFailedError as error:
         # before a run folder is there to record a reason, the first rank to fail is all that tells it
-        rank, first = min(error.failures.items(), key=lambda failure: failure[1].timestamp)
+        rank, first = _first_failure(error.failures)
         code = max(first.exitcode, EXIT_CRASH)
         if first.exitcode < 0:
             name = signal.Signals(-first.exitcode).name
@@ -74,3 +78,16 @@ def launch_local(path: Path, overrides: Sequence[str], ranks: int) -> int:
         # last, after what the other ranks had to say about the one that broke the connection
         print(f"error: the run ended ({attempts[-1].ended}): {attempts[-1].message}", file=sys.stderr, flush=True)
     return code if recorded is None else recorded
+
+
+def _first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
+    """The rank that failed first. One that was killed leaves no time of its own but when the agent found it, often
+    together with those that lost it, which do: it goes before them."""
+    began = min(failure.timestamp for failure in failures.values())
+
+    def order(found: tuple[int, ProcessFailure]) -> tuple[int, int]:
+        failure = found[1]
+        ended_by_agent = failure.exitcode == -signal.SIGTERM or failure.timestamp > began + _SAME_LOOK_SECONDS
+        return (2 if ended_by_agent else 0 if failure.exitcode < 0 else 1), failure.timestamp
+
+    return min(failures.items(), key=order)
