@@ -21,7 +21,6 @@ from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, UserError
 from pretrain.config import load_config
 from pretrain.monitor import read_attempts
 
-
 _SAME_LOOK_SECONDS = 5
 """The agent ends the ranks that are left by SIGTERM, and after 30 s by SIGKILL: those failures come later."""
 
