@@ -150,5 +150,10 @@ def _sum(parts: Sequence[Rejected]) -> Rejected:
 
 
 def _stages(rejected: Rejected) -> str:
-    counted = [f"{rejected_documents({stage: reasons})} by {stage}" for stage, reasons in sorted(rejected.items())]
-    return f" ({', '.join(counted)})" if counted else ""
+    counted = [
+        f"{one['documents']:,} by {stage}: {reason}"
+        for stage, reasons in sorted(rejected.items())
+        for reason, one in sorted(reasons.items(), key=lambda item: (-item[1]["documents"], item[0]))
+    ]
+    more = f" and {len(counted) - 5} more reasons" if len(counted) > 5 else ""
+    return f" ({', '.join(counted[:5])}{more})" if counted else ""

@@ -14,7 +14,7 @@ from typing import Any
 
 from ..errors import UserError
 from ..files import publish_json
-from ..layout import MANIFEST_FILE, SHARD_FOLDER, TOKENIZER_FILE
+from ..layout import MANIFEST_FILE, REJECTED_FOLDER, SHARD_FOLDER, SHARD_TABLE_FILE, TOKENIZER_FILE
 from .claims import PATIENCE_SECONDS, Share, claim
 
 
@@ -68,6 +68,17 @@ class Workspace:
     def claims(self) -> Path:
         """Locks on what is being written at the moment."""
         return self.work / "claims"
+
+    def leftovers(self) -> Iterator[Path]:
+        """Temporary files of killed starts; what else lies in the folder belongs to somebody else."""
+        for place, pattern in (
+            (self.folder, f".{TOKENIZER_FILE}.*.tmp"),
+            (self.folder, f".{MANIFEST_FILE}.*.tmp"),
+            (self.folder, f".{SHARD_TABLE_FILE}.*.tmp"),
+            *((folder, ".*.tmp") for folder in (self.folder / SHARD_FOLDER, self.folder / REJECTED_FOLDER)),
+            (self.work, "**/.*.tmp"),
+        ):
+            yield from place.glob(pattern)
 
     @property
     def tokenizer(self) -> Path:
@@ -123,7 +134,7 @@ def open_workspace(folder: Path, share: Share | None = None) -> Iterator[Workspa
         ) from error
     try:
         if _locked(lock, fcntl.LOCK_EX, patience=0):
-            for leftover in folder.rglob(".*.tmp"):
+            for leftover in workspace.leftovers():
                 leftover.unlink()
         elif share is None:
             raise UserError(f"another process is preparing {folder}. Wait for it, or give another `output` folder.")

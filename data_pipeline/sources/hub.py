@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, Literal
 
+import pyarrow as pa
 from pydantic import Field
 
 from ..errors import DataError, UserError
@@ -73,7 +74,7 @@ class DatasetsSource(Source):
                 url = checked_text(row[self.url_field], self.url_field, place)
         except RecordError as error:
             return Rejected.of(url, error)
-        kept = {field: json_ready(row[field]) for field in self.metadata_fields}
+        kept = {field: json_ready(row[field], field) for field in self.metadata_fields}
         return Document(text, url, kept or None)
 
     def _open(self) -> Any:
@@ -101,7 +102,8 @@ def _datasets() -> ModuleType:
 
 def _library_errors() -> tuple[type[Exception], ...]:
     """What the library raises for a wrong name, a missing file or a bad record."""
-    return (OSError, ValueError, _datasets().exceptions.DatasetsError)
+    # Arrow's own are not all ValueErrors; times that Python has not (years beyond 9999) overflow
+    return (OSError, ValueError, OverflowError, pa.ArrowException, _datasets().exceptions.DatasetsError)
 
 
 def _one_line(error: Exception) -> str:

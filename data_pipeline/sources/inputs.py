@@ -17,14 +17,24 @@ import braceexpand
 from ..errors import DataError, UserError
 from ..storage import StorageSettings, Store, open_input, open_store
 from ..storage.store import PIPE, scheme
-from .unpacking import DAMAGE, SUFFIXES, name_unpacked, packing_of_content, packing_of_name, unpacked
+from .unpacking import (
+    DAMAGE,
+    SUFFIXES,
+    foreign_packing,
+    name_unpacked,
+    packing_of_content,
+    packing_of_name,
+    unpacked,
+)
 
 DEFAULT_STORAGE: Final = StorageSettings()
 
 _BUFFER_BYTES: Final = 1 << 20
+_HEAD_BYTES: Final = 16
 _KINDS: Final = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".tar": "webdataset", ".arrow": "datasets",
 }  # fmt: skip
+_OTHER_BACKSLASH: Final = re.compile(r"\\(?![{},])")
 _ADDRESS_OF_A_FILE: Final = re.compile(r"(?P<root>[^?#]*/)(?P<name>[^/?#%]+)")
 
 
@@ -130,10 +140,14 @@ def open_input_file(name: str, storage: StorageSettings, recognise: bool = False
     """
     with _open(name, storage) as stream:
         packing = None if name.startswith(PIPE) else packing_of_name(name)  # `pipe:zcat a.gz` prints no gzip
-        head = stream.peek(4)[:4]
+        head = stream.peek(_HEAD_BYTES)[:_HEAD_BYTES]
         found = packing_of_content(head)
-        if not head and (packing or recognise):
+        if not head and (packing or recognise or name.startswith(PIPE)):
             raise empty_input(name)
+        if foreign := foreign_packing(head):
+            raise DataError(
+                f"{shown_name(name)}: is packed with {foreign}, which is not read. Pack it with zstd or gzip."
+            )
         if packing is not None and found != packing:
             raise DataError(f"{shown_name(name)}: is not packed with {packing}, as its name says. Fetch it again.")
         if packing is None and found is not None and not (recognise or is_remote(name)):
@@ -186,7 +200,8 @@ def _expand_braces(pattern: str, owner: str) -> list[str]:
     if "{" not in pattern:
         return [pattern]
     try:
-        return list(braceexpand.braceexpand(pattern))
+        # a backslash only stands for the braces and commas of the pattern: in a command it may be anybody's else
+        return list(braceexpand.braceexpand(_OTHER_BACKSLASH.sub(r"\\\\", pattern)))
     except ValueError as error:
         raise UserError(
             f"input {pattern!r} ({owner}): {error}. Write `{{000..127}}` or `{{a,b}}`, and `\\{{` for a brace itself."

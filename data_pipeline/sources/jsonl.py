@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Iterator
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ from ..storage import StorageSettings
 from .base import Document, FileSource, Part, Rejected, Span, cut_files
 from .inputs import DEFAULT_STORAGE, open_input_file, shown_name
 from .lines import byte_place, line_place, read_lines
-from .records import RecordError, checked_object, checked_text, decode_json
+from .records import RecordError, checked_object, checked_text, decode_json, parse_json
 
 
 class JsonlSource(FileSource):
@@ -72,12 +71,12 @@ class JsonlSource(FileSource):
         try:
             record = orjson.loads(line)
         except orjson.JSONDecodeError:
-            record = json.loads(line.decode("utf-8"))
+            record = parse_json(line.decode("utf-8"))
             str(record[self.text_field]).encode()
             return record
         if all(_agreed(record[field]) for field in self.metadata_fields if field in record):
             return record
-        return json.loads(line)
+        return parse_json(line.decode("utf-8"))
 
     def _rejected(self, span: Span, offset: int, line: bytes, storage: StorageSettings) -> Rejected:
         """Why a line is no document; a slow path, so that the fast one stays short.

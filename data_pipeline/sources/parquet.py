@@ -14,7 +14,7 @@ from ..errors import DataError, UserError
 from ..storage import StorageSettings
 from .base import Document, FileSource, Part, Rejected, Span
 from .inputs import DEFAULT_STORAGE, empty_input, is_remote
-from .records import RecordError, checked_text, json_ready, not_utf8
+from .records import RecordError, checked_text, json_ready, no_value, not_utf8
 
 _BATCH_ROWS = 1024
 
@@ -67,35 +67,46 @@ class ParquetSource(FileSource):
                         yield self._record(span.path, row, values)
                         row += 1
             except (pa.ArrowException, OSError) as error:
-                raise DataError(f"{span.path}, after row {row}: {error}. Fetch the file again.") from error
+                raise DataError(
+                    f"{span.path}, after row {row}: {str(error).rstrip('.')}. Fetch the file again."
+                ) from error
 
     @property
     def _columns(self) -> list[str]:
         return list(dict.fromkeys([self.text_column, *filter(None, [self.url_column]), *self.metadata_columns]))
 
-    def _record(self, path: str, row: int, values: dict[str, Any] | UnicodeDecodeError) -> Document | Rejected:
+    def _record(self, path: str, row: int, values: dict[str, Any] | ValueError | OverflowError) -> Document | Rejected:
         place, url = f"{path}, row {row}", f"{path}#row={row}"
         try:
             if isinstance(values, UnicodeDecodeError):
                 raise not_utf8(values, place)
+            if isinstance(values, Exception):
+                raise no_value(values, place)
             text = checked_text(values[self.text_column], self.text_column, place)
             if self.url_column is not None:
                 url = checked_text(values[self.url_column], self.url_column, place)
         except RecordError as error:
             return Rejected.of(url, error)
-        kept = {column: json_ready(values[column]) for column in self.metadata_columns}
+        kept = {column: json_ready(values[column], column) for column in self.metadata_columns}
         return Document(text, url, kept or None)
 
     def _open(self, path: str) -> Any:
         if os.path.isfile(path) and os.path.getsize(path) == 0:
             raise empty_input(path)
         try:
-            file = pq.ParquetFile(path)
+            file = pq.ParquetFile(path, page_checksum_verification=True)
         except (pa.ArrowException, OSError) as error:
-            raise UserError(f"{path} can't be read as parquet: {error}. Mend `files` or fetch it again.") from error
+            problem = str(error).rstrip(".")
+            raise UserError(f"{path} can't be read as parquet: {problem}. Mend `files` or fetch it again.") from error
+        names = file.schema_arrow.names
         for column in self._columns:
-            if column not in file.schema_arrow.names:
-                known = ", ".join(file.schema_arrow.names)
+            if names.count(column) > 1:
+                raise UserError(
+                    f"{path} has {names.count(column)} columns named {column!r}, of which nobody can tell which is "
+                    "meant. Write it again with names of their own."
+                )
+            if column not in names:
+                known = ", ".join(names)
                 raise UserError(
                     f"{path} has no column {column!r}; its columns: {known}. Set text_column, url_column or "
                     "metadata_columns."
@@ -103,13 +114,16 @@ class ParquetSource(FileSource):
         return file
 
 
-def _rows(batch: Any) -> Iterator[dict[str, Any] | UnicodeDecodeError]:
-    """The rows of a record batch. Nobody checks strings when a file is written: a row that is not UTF-8 is an error."""
+def _rows(batch: Any) -> Iterator[dict[str, Any] | ValueError | OverflowError]:
+    """The rows of a record batch. Nobody checks values when a file is written: in place of a row with a string that is
+    not UTF-8, or a time that Python has not (years beyond 9999), stands the error."""
     try:
-        yield from batch.to_pylist()
-    except UnicodeDecodeError:
+        rows = batch.to_pylist()
+    except (ValueError, OverflowError):
         for row in range(batch.num_rows):
             try:
                 yield from batch.slice(row, 1).to_pylist()
-            except UnicodeDecodeError as error:
+            except (ValueError, OverflowError) as error:
                 yield error
+    else:
+        yield from rows

@@ -4,11 +4,21 @@ from __future__ import annotations
 
 import json
 import math
+import re
+from datetime import date, time, timedelta
+from decimal import Decimal
 from typing import Any, Final
+from uuid import UUID
 
-from ..errors import DataError
+from ..errors import DataError, UserError
 
 NOT_UTF8: Final = "not UTF-8"
+
+DEEPEST_JSON: Final = 500
+"""Arrays and objects inside each other that JSON may have. Python's own bound is what its stack has left, which hangs
+on where it is called from: without this one, a record would be taken by one process and refused by another."""
+
+_STRING: Final = re.compile(r'"[^"\\]*(?:\\.[^"\\]*)*"?', re.DOTALL)
 
 
 class RecordError(DataError):
@@ -26,6 +36,11 @@ def not_utf8(error: UnicodeDecodeError, place: str) -> RecordError:
         f"{place}: not UTF-8 (byte {error.start} of the record is 0x{error.object[error.start]:02x}). "
         "Convert the file, or leave it out.",
     )
+
+
+def no_value(error: Exception, place: str) -> RecordError:
+    """The error for a table's row with a value that Python can't hold; ``place`` says where it stands."""
+    return RecordError("no readable value", f"{place}: holds a value that can't be read ({error}). Mend the row.")
 
 
 def decode_utf8(content: bytes, place: str) -> str:
@@ -48,11 +63,31 @@ def decode_json(content: bytes, place: str) -> Any:
     """
     text = decode_utf8(content, place)
     try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:
+        return parse_json(text)
+    except ValueError as error:
         raise RecordError(
             "not JSON", f"{place}: not valid JSON ({error}): {text.strip()[:60]!r}. Mend or remove the record."
         ) from error
+
+
+def parse_json(text: str) -> Any:
+    """The value of ``text`` as the standard library reads it, everywhere the same.
+
+    Raises:
+        ValueError: not JSON, or nested deeper than ``DEEPEST_JSON``.
+    """
+    if text.count("[") + text.count("{") > DEEPEST_JSON and _depth(text) > DEEPEST_JSON:
+        raise ValueError(f"nested deeper than {DEEPEST_JSON}")
+    return json.loads(text)
+
+
+def _depth(text: str) -> int:
+    """How many brackets are open at once, at most."""
+    depth = deepest = 0
+    for bracket in re.findall(r"[\[\]{}]", _STRING.sub("", text)):
+        depth += 1 if bracket in "[{" else -1
+        deepest = max(deepest, depth)
+    return deepest
 
 
 def checked_text(value: Any, field: str, place: str) -> str:
@@ -97,11 +132,21 @@ def checked_object(value: Any, fields: tuple[str, ...], place: str) -> dict[str,
     return value
 
 
-def json_ready(value: Any) -> Any:
-    """``value`` as JSON can hold it: dates, decimals and the like as their text, bytes as text with escapes."""
+def json_ready(value: Any, field: str) -> Any:
+    """``value`` of ``field`` as JSON can hold it: dates, decimals and the like as their text, bytes as text with
+    escapes.
+
+    Raises:
+        UserError: an object of a library (an image), whose text would name its place in memory.
+    """
     if value is None or isinstance(value, str | int | float):
         return value
-    return json.loads(json.dumps(value, default=_as_text))
+    try:
+        return json.loads(json.dumps(value, default=_as_text))
+    except TypeError as error:
+        raise UserError(
+            f"{field!r} holds {error}, which can't be kept beside a document. Take it out of the metadata to keep."
+        ) from error
 
 
 def strict_json(value: Any) -> bytes:
@@ -122,4 +167,8 @@ def _finite(value: Any) -> Any:
 
 
 def _as_text(value: Any) -> str:
-    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    if isinstance(value, date | time | timedelta | Decimal | UUID):
+        return str(value)
+    raise TypeError(type(value).__name__)

@@ -21,6 +21,15 @@ _SUFFIXES: Final[dict[str, Packing]] = {".gz": "gzip", ".tgz": "gzip", ".zst": "
 SUFFIXES: Final[dict[Packing, str]] = {"gzip": ".gz", "zstd": ".zst"}
 """What the names of packed files should end in."""
 
+_FOREIGN: Final = {
+    b"\xfd7zXZ\x00": "xz",
+    **{b"BZh%d1AY&SY" % level: "bzip2" for level in range(1, 10)},
+    b"\x04\x22\x4d\x18": "lz4",
+    b"PK\x03\x04": "zip",
+    b"7z\xbc\xaf\x27\x1c": "7z",
+}
+"""The first bytes of packings that are not read, none of them the beginning of a text, JSON or tar."""
+
 _BUFFER_BYTES: Final = 1 << 20
 _LARGEST_WINDOW: Final = 1 << 31
 """What `zstd --long=31`, the most there is, asks of a reader; memory is only taken for what a frame really says."""
@@ -48,6 +57,11 @@ def packing_of_content(head: bytes) -> Packing | None:
     if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] <= 0x5F):
         return "zstd"
     return None
+
+
+def foreign_packing(head: bytes) -> str | None:
+    """The packing of a stream that begins with ``head`` (at least 6 bytes), if it is one that is not read here."""
+    return next((name for start, name in _FOREIGN.items() if head.startswith(start)), None)
 
 
 def unpacked(stream: BinaryIO, packing: Packing) -> BinaryIO:

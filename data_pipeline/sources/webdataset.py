@@ -7,7 +7,7 @@ import gzip
 from collections.abc import Collection, Iterator
 from typing import Any, Final, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from ..errors import UserError
 from ..storage import StorageSettings
@@ -45,6 +45,16 @@ class WebDatasetSource(FileSource):
         description="Fields that a sample may lack. Any other that the archive's first sample has must be in all of "
         "its samples.",
     )
+
+    @field_validator("text_extension", "metadata_fields", "optional_fields")
+    @classmethod
+    def _as_fields_are_named(cls, value: str | tuple[str, ...] | None) -> str | tuple[str, ...] | None:
+        for name in (value,) if isinstance(value, str) else value or ():
+            if (named := name.lstrip(".").lower()) != name:
+                raise ValueError(
+                    f"no field is named {name!r}: names are in lower case, without a dot before: {named!r}"
+                )
+        return value
 
     def parts(self, part_bytes: int, storage: StorageSettings = DEFAULT_STORAGE) -> list[Part]:
         """One part per tar."""

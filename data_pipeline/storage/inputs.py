@@ -14,6 +14,7 @@ from .settings import StorageSettings
 from .store import PIPE, open_store, scheme
 
 _BUFFER = 2**20
+_HEAD_BYTES = 16
 
 
 def open_input(url: str, settings: StorageSettings | None = None) -> io.BufferedReader:
@@ -54,11 +55,34 @@ def _command(url: str, settings: StorageSettings) -> Generator[bytes, None, None
         raise failed(url, "", done, error) from error
 
 
+def _with_whole_head(pieces: Iterator[bytes]) -> Generator[bytes, None, None]:
+    """``pieces``, the first of at least ``_HEAD_BYTES``, if there are so many: they tell how a file is packed,
+    and a command may print them one by one."""
+    head = b""
+    try:
+        for piece in pieces:
+            if len(head) < _HEAD_BYTES:
+                head += piece
+                if len(head) < _HEAD_BYTES:
+                    continue
+                piece = head
+            yield piece
+    except StorageError:
+        if 0 < len(head) < _HEAD_BYTES:
+            yield head
+        raise
+    finally:
+        if isinstance(pieces, Generator):
+            pieces.close()
+    if 0 < len(head) < _HEAD_BYTES:
+        yield head
+
+
 class _Raw(io.RawIOBase):
     """Pieces of bytes as a raw stream; a failure is raised again by every later read."""
 
     def __init__(self, pieces: Iterator[bytes]) -> None:
-        self._pieces = pieces
+        self._pieces = _with_whole_head(pieces)
         self._rest = memoryview(b"")
         self._failure: StorageError | None = None
 
@@ -80,7 +104,7 @@ class _Raw(io.RawIOBase):
         return taken
 
     def close(self) -> None:
-        if not self.closed and isinstance(self._pieces, Generator):
+        if not self.closed:
             self._pieces.close()
         super().close()
 

@@ -435,7 +435,9 @@ def test_changed_evaluation_texts_are_another_data_set(
 
 def test_a_source_of_which_nothing_stays_is_told(plain: dict[str, Any], tmp_path: Path) -> None:
     cleaning = {"quality": {"min_words": 1000}}
-    with pytest.raises(UserError, match=r"source 'first' holds no document but .* \(\d+ by quality\)\. Take it out"):
+    with pytest.raises(
+        UserError, match=r"source 'first' holds no document but .* \(\d+ by quality: min_words\)\. Take it out"
+    ):
         prepare(settings(plain, output=str(tmp_path / "set"), cleaning=cleaning))
 
 

@@ -280,10 +280,15 @@ def test_left_over_files_go_when_nobody_else_is_there(settings: PrepareSettings)
     with open_workspace(folder, Share(0, 2)):
         other = folder / "shards" / ".000000.tar.host.1.tmp"
         other.write_bytes(b"being written by another task")
+        foreign = [folder / ".notes.txt.tmp", folder / "mine" / ".draft.tmp"]
+        for path in foreign:
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(b"nobody else's business")
         with open_workspace(folder, Share(1, 2)):
             assert other.exists()
     with open_workspace(folder, Share(1, 2)):
         assert not other.exists()
+        assert all(path.exists() for path in foreign)
 
 
 @pytest.mark.parametrize(("task", "tasks"), [(2, 2), (-1, 2), (0, 0)])

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.sources import Document, JsonlSource
+from data_pipeline.sources.records import DEEPEST_JSON
 
 NUMBERS = ["0", "-0", "-0.0", "1e5", "1E+2", "1e22", "5e-324", "2e-324", "1e999", "-1e999", "NaN", "-Infinity"]
 NUMBERS += ["01", "1.", ".5", "+1", "123456789012345678901.5", "9007199254740993.0"]
@@ -103,3 +104,25 @@ def test_records_are_those_of_the_standard_library(tmp_path: Path, pairs: list[t
 )  # fmt: skip
 def test_corners_are_those_of_the_standard_library(tmp_path: Path, line: bytes) -> None:
     assert as_headrace_reads(tmp_path / "a.jsonl", line) == as_json_reads(line)
+
+
+@pytest.mark.parametrize("value", ["[", '{"a":', '{"a": NaN, "b": ['])
+def test_how_deep_json_may_be_nested_hangs_on_nothing_else(tmp_path: Path, value: str) -> None:
+    """Python's own bound is what is left of its stack: less in a process that was called from further down."""
+
+    def at_depth(frames: int, line: bytes) -> tuple[str, str] | None:
+        return at_depth(frames - 1, line) if frames else as_headrace_reads(tmp_path / "a.jsonl", line)
+
+    def nested(depth: int) -> bytes:
+        levels = (
+            -(-depth // value.count("[")) if value.count("{") == 0 else depth // (value.count("{") + value.count("["))
+        )
+        closed = "".join({"[": "]", "{": "}"}[sign] for sign in reversed(value) if sign in "[{")
+        return f'{{"text": "a", "score": {value * levels}1{closed * levels}}}'.encode()
+
+    for depth, read in ((DEEPEST_JSON - 1, True), (DEEPEST_JSON + 1, False), (940, False), (3000, False)):
+        line = nested(depth)
+        assert (as_headrace_reads(tmp_path / "a.jsonl", line) is not None) == read, depth
+        assert (at_depth(250, line) is not None) == read, depth
+    brackets = json.dumps({"text": "[{" * 3000 + '"\\', "score": [["[" * 600]]})
+    assert as_headrace_reads(tmp_path / "a.jsonl", brackets.encode()) == as_json_reads(brackets.encode())

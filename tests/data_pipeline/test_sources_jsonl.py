@@ -45,7 +45,7 @@ def test_a_last_line_without_line_end_is_a_record(tmp_path: Path) -> None:
         (b'{"text": "cut', r"not valid JSON \(Unterminated string"),
         (b"", r"a blank line, which is no record"),
         (b" \t\r", r"a blank line, which is no record"),
-        (b"[" * 100_000, r"not valid JSON \(maximum recursion depth"),
+        (b"[" * 100_000, r"not valid JSON \(nested deeper than 500"),
         (b"[1, 2]", r"holds list, not a JSON object"),
         (b'{"txt": "a", "b": 1}', r"has no field 'text'; its fields: b, txt\. Set text_field"),
         (b'{"text": 5}', r"field 'text' holds int, not a string"),

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +14,7 @@ import pytest
 import zstandard
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources import TextSource
+from data_pipeline.sources import TextSource, WebDatasetSource
 from tests.data_pipeline.read_sources import TEXTS, jsonl, read, texts
 
 if TYPE_CHECKING:
@@ -120,6 +122,24 @@ def test_a_packed_file_whose_name_hides_it_is_an_error_and_no_bad_record(
     path.write_bytes(pack(b'{"text": "one"}\n' * 100))
     with pytest.raises(DataError, match=rf"a\.jsonl: is packed with \w+, and its name does not .* in \.{advice}"):
         read(jsonl(path, on_bad_record="drop"), 1)
+
+
+@pytest.mark.parametrize(
+    ("pack", "name"),
+    [(lzma.compress, "xz"), (bz2.compress, "bzip2"), (lambda content: b"PK\x03\x04" + content, "zip")],
+)
+def test_a_packing_that_is_not_read_is_an_error_and_no_bad_record(
+    tmp_path: Path, pack: Callable[[bytes], bytes], name: str
+) -> None:
+    """Its few broken lines could be dropped, with all that the file holds."""
+    path = tmp_path / "a.jsonl.packed"
+    path.write_bytes(pack(b'{"text": "one"}\n' * 100))
+    told = rf"a\.jsonl\.packed: is packed with {name}, which is not read\. Pack it with zstd or gzip"
+    for source in (jsonl(path), TextSource(kind="text", domain="d", files=(str(path),))):
+        with pytest.raises(DataError, match=told):
+            read(source.model_copy(update={"on_bad_record": "drop"}), 1)
+    with pytest.raises(DataError, match=told):
+        read(WebDatasetSource(kind="webdataset", domain="d", files=(str(path),)), 1)
 
 
 def test_a_disk_that_fails_while_reading_is_said_of_the_input(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,6 +16,7 @@ import pytest
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.sources import AnySource, Document, JsonlSource, TextSource, WebDatasetSource
+from data_pipeline.sources.inputs import find_inputs
 from data_pipeline.storage import MissingFileError, RemoteSettings, StorageError, StorageSettings
 
 FAST = StorageSettings(
@@ -259,6 +260,35 @@ def test_what_a_command_unpacks_is_not_unpacked_again(tmp_path: Path) -> None:
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(tar_of(TEXTS)))
     for command in ("zcat", "cat"):
         assert [text for text, _ in read(webdataset(f"pipe:{command} {tmp_path}/a.tar.gz"))] == TEXTS
+
+
+def test_backslashes_of_a_command_are_its_own() -> None:
+    """Only those before a brace or a comma belong to the pattern."""
+    command = r"""pipe:printf '\{"text": "%s\\n\u00e9"\}\n' {one,two}"""
+    expected = [rf"""pipe:printf '{{"text": "%s\\n\u00e9"}}\n' {word}""" for word in ("one", "two")]
+    assert find_inputs([command], "test", FAST) == expected
+    source = JsonlSource(kind="jsonl", domain="d", files=(command,))
+    assert [text for text, _ in read(source)] == ["one\n\u00e9", "two\n\u00e9"]
+
+
+def test_a_command_that_prints_nothing_is_told() -> None:
+    for source in (
+        JsonlSource(kind="jsonl", domain="d", files=("pipe:true",)),
+        TextSource(kind="text", domain="d", files=("pipe:true",)),
+        WebDatasetSource(kind="webdataset", domain="d", files=("pipe:true",)),
+    ):
+        with pytest.raises(DataError, match=r"pipe:true: is empty \(0 bytes\)"):
+            read(source)
+
+
+def test_what_a_command_prints_byte_by_byte_is_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(gzip.compress(b'{"text": "one"}\n'))
+    slowly = f"head -c1 {tmp_path}/a; sleep 0.2; tail -c+2 {tmp_path}/a"
+    source = JsonlSource(kind="jsonl", domain="d", files=(f"pipe:{slowly}",))
+    assert [text for text, _ in read(source)] == ["one"]
+    failing = source.model_copy(update={"files": ("pipe:printf '{}'; exit 3",), "on_bad_record": "drop"})
+    with pytest.raises(StorageError, match="ended with exit status 3"):
+        read(failing)
 
 
 def test_a_star_in_an_address_is_explained() -> None:

@@ -11,6 +11,7 @@ import pytest
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.sources import DatasetsSource, ParquetSource
+from data_pipeline.sources.records import json_ready
 from tests.data_pipeline.read_sources import TEXTS, metadata, read, texts, write_jsonl
 
 
@@ -128,3 +129,56 @@ def test_an_empty_parquet_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").touch()
     with pytest.raises(DataError, match=r"a\.parquet: is empty \(0 bytes\)\. Fetch it again, or take it out"):
         ParquetSource(kind="parquet", domain="d", files=(str(tmp_path / "a.parquet"),)).parts(1)
+
+
+def test_a_time_that_python_has_not_is_a_bad_record(tmp_path: Path) -> None:
+    """Arrow holds years beyond 9999; Python's dates overflow there."""
+    path = tmp_path / "a.parquet"
+    times = pa.array([1, 1 << 61, 2], pa.timestamp("us"))
+    spans = pa.array([1, 1 << 61, 2], pa.duration("s"))
+    pq.write_table(pa.table({"text": ["a", "b", "c"], "at": times, "for": spans}), path)
+    for column in ("at", "for"):
+        source = ParquetSource(kind="parquet", domain="d", files=(str(path),), metadata_columns=(column,))
+        with pytest.raises(
+            DataError, match=r"a\.parquet, row 1: holds a value that can't be read \(.*\)\. Mend the row"
+        ):
+            read(source, 1)
+        dropping = source.model_copy(update={"on_bad_record": "drop"})
+        assert texts(read(dropping, 1)) == ["a", "(no readable value)", "c"]
+    assert texts(read(ParquetSource(kind="parquet", domain="d", files=(str(path),)), 1)) == ["a", "b", "c"]
+
+
+def test_a_flipped_bit_is_seen_where_pages_have_checksums(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    rows = pa.table({"text": [f"word {number}" for number in range(1000)]})
+    pq.write_table(rows, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    content = bytearray(path.read_bytes())
+    content[content.index(b"word 500") + 5] ^= 1
+    path.write_bytes(content)
+    source = ParquetSource(kind="parquet", domain="d", files=(str(path),), on_bad_record="drop")
+    with pytest.raises(DataError, match=r"a\.parquet, after row \d+: .*checksum.*\. Fetch the file again"):
+        read(source, 1 << 30)
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"]), path)
+    with pytest.raises(UserError, match=r"a\.parquet has 2 columns named 'text', of which nobody can tell"):
+        ParquetSource(kind="parquet", domain="d", files=(str(path),)).parts(1)
+
+
+def test_objects_without_a_text_of_their_own_are_no_metadata(tmp_path: Path) -> None:
+    """The text of an image object of a library is its place in memory: another one in every process."""
+    stamp = {"day": [datetime.date(2020, 2, 29), datetime.timedelta(days=1)]}
+    assert json_ready(stamp, "f") == {"day": ["2020-02-29", "1 day, 0:00:00"]}
+    with pytest.raises(UserError, match=r"'picture' holds object, which can't be kept beside a document\. Take it out"):
+        json_ready({"a": object()}, "picture")
+
+
+def test_a_time_that_python_has_not_is_told_by_datasets_too(tmp_path: Path) -> None:
+    pytest.importorskip("datasets")
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["a", "b"], "at": pa.array([1, 1 << 61], pa.timestamp("us"))}), path)
+    source = DatasetsSource(kind="datasets", domain="d", path="parquet", data_files=(str(path),))
+    with pytest.raises(DataError, match=r"parquet \(train\), shard 0, after row 0: OverflowError"):
+        read(source, 1)

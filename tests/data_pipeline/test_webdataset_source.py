@@ -4,6 +4,7 @@ import codecs
 import gzip
 import io
 import json
+import re
 import subprocess
 import tarfile
 from collections.abc import Iterable, Sequence
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import webdataset as wds
 import zstandard
+from pydantic import ValidationError
 
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.sources import Document, Rejected, WebDatasetSource
@@ -224,3 +226,11 @@ def test_an_empty_archive_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.tar").touch()
     with pytest.raises(DataError, match=r"a\.tar: is empty \(0 bytes\)\. Fetch it again, or take it out of `files`"):
         read(source(tmp_path / "a.tar"))
+
+
+@pytest.mark.parametrize("key", ["text_extension", "metadata_fields", "optional_fields"])
+@pytest.mark.parametrize("name", [".md", "MD"])
+def test_names_that_no_field_can_have_are_refused(key: str, name: str) -> None:
+    plain = {"kind": "webdataset", "domain": "d", "files": ("a.tar",)}
+    with pytest.raises(ValidationError, match=rf"no field is named '{re.escape(name)}': .* before: 'md'"):
+        WebDatasetSource.model_validate({**plain, key: name if key == "text_extension" else (name,)})
