@@ -38,7 +38,7 @@ def step_metrics(statistics: StepStatistics, names: Sequence[str]) -> dict[str, 
 
 def _weight_metrics(step: StepWeights, names: Sequence[str]) -> dict[str, MetricValue]:
     weights = step.weights.double().cpu().numpy()
-    losses, counts, sources, _ = (column.cpu().numpy() for column in step.samples)
+    losses, counts, sources, *_ = (column.cpu().numpy() for column in step.samples)
     valid = step.samples.valid.cpu().numpy()
     sizes = np.square(weights.sum(axis=1)) / np.maximum(np.square(weights).sum(axis=1), 1e-300) / weights.shape[1]
     fields: dict[str, MetricValue] = {

@@ -1,6 +1,6 @@
 """The objective: what an optimizer step minimises, over one denominator."""
 
-from .base import StrategySettings
+from .base import ProbabilitySettings, StrategySettings
 from .groups import Dropped, LossRange, StepWeights
 from .objective import Objective, StepStatistics
 from .settings import ObjectiveSettings, ReweightingSettings
@@ -11,6 +11,7 @@ __all__ = [
     "LossRange",
     "Objective",
     "ObjectiveSettings",
+    "ProbabilitySettings",
     "ReweightingSettings",
     "StepStatistics",
     "StepWeights",

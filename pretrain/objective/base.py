@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from torch import Tensor
 
@@ -20,6 +20,16 @@ class StrategySettings(Settings):
     """Which strategy."""
     has_temperature: ClassVar[bool] = True
     """Whether ``temperature`` has a meaning for it; where it has none, giving one is refused."""
+    has_range: ClassVar[bool] = True
+    """Whether the importance of a loss depends on the range of its group; where it does not, one pass over the global
+    batch needs nothing of the step before, and is exact from the first step on."""
+
+    @property
+    def weighs_tokens(self) -> bool:
+        """Each token has an importance of its own, by its own loss: :meth:`log_importances` is given losses of tokens.
+        A sequence's importance is then the mean of its tokens', among which its weight is shared in proportion. Only
+        without a range."""
+        return False
 
     @property
     def neutral(self) -> bool:
@@ -39,13 +49,28 @@ class StrategySettings(Settings):
         Losses outside the range, which there are only where it is another step's, count as its nearer end.
 
         Args:
-            losses: [M] float64, nats, mean over each sequence's labels; not finite for samples whose result is unused.
-            lowest, highest: scalars, the range of the finite losses.
-            temperature: r.
+            losses: float64, nats, of any shape: means over each sequence's labels, or of tokens; not finite for samples
+                whose result is unused.
+            lowest, highest: scalars, the range of the finite losses; without meaning where there is no range.
+            temperature: r; without meaning where there is none.
 
         Returns:
-            [M] float64; the larger, the more a sample counts.
+            float64, of the shape of ``losses``; the larger, the more a sample counts. Finite where the loss is.
         """
         # the difference first: for nearly equal losses two quotients of the size of 1e6 would cancel
         h = (2.0 * losses - (highest + lowest)) / (highest - lowest).clamp(min=1e-6)
         return self.score(h.clamp(-1.0, 1.0)) / temperature
+
+
+class ProbabilitySettings(StrategySettings):
+    """Base of the strategies that weigh by p = exp(-loss) alone: without a range, and without a temperature."""
+
+    of: Literal["sequence", "token"] = "sequence"
+    """Whose p. ``sequence``: of the mean loss, so that p is the geometric mean of its tokens' probabilities and they
+    all weigh the same. ``token``: each token's own; a sequence then weighs the mean of its tokens."""
+    has_temperature: ClassVar[bool] = False
+    has_range: ClassVar[bool] = False
+
+    @property
+    def weighs_tokens(self) -> bool:
+        return self.of == "token"

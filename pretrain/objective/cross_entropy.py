@@ -1,4 +1,4 @@
-"""Per-sequence cross-entropy sums, and the log-partition that the z-loss needs."""
+"""Cross-entropy by token and by sequence, and the log-partition that the z-loss needs."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-def sequence_cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
-    """Sum over each sequence's labels of −log p(label), in fp32.
+def token_cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+    """−log p(label) of every token, in fp32.
 
     Args:
         logits: [b, T, V], any floating dtype.
@@ -16,12 +16,17 @@ def sequence_cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor) ->
         loss_mask: [b, T] bool.
 
     Returns:
-        [b] fp32, nats; 0 for a sequence without labels.
+        [b, T] fp32, nats; 0 where the mask is off.
     """
     batch, length, vocabulary = logits.shape
     targets = labels.masked_fill(~loss_mask, -100).view(-1)
     losses = F.cross_entropy(logits.float().view(-1, vocabulary), targets, reduction="none", ignore_index=-100)
-    return losses.view(batch, length).sum(dim=1)
+    return losses.view(batch, length)
+
+
+def sequence_cross_entropy(logits: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+    """Sum over each sequence's labels of −log p(label), [b] fp32, nats; arguments as :func:`token_cross_entropy`'s."""
+    return token_cross_entropy(logits, labels, loss_mask).sum(dim=1)
 
 
 def sequence_squared_log_partition(logits: Tensor, loss_mask: Tensor) -> Tensor:

@@ -22,7 +22,8 @@ from .settings import ReweightingSettings
 
 FARTHEST = 60.0
 """One pass: how far, in nats, an importance may be from the mean of the step before; gradients are accumulated on that
-scale, and must neither overflow nor vanish. Only r below 1/60 can make the importances differ that much."""
+scale, and must neither overflow nor vanish. Only r below 1/60 can make the importances differ that much, or a sample
+that a strategy without temperature would leave out anyway."""
 
 
 @dataclass(frozen=True)
@@ -154,12 +155,13 @@ class GlobalBatchWeigher(Weigher):
 class OnePassWeigher(Weigher):
     """The whole optimizer step is one group, weighed before all its losses are known: one gather a step.
 
-    An importance follows from a sample's own loss, because the range is that of the step before. The normaliser needs
-    all samples: with one micro-step it is known before the backward pass; with several, gradients are accumulated on
-    the scale of the step before and multiplied by :meth:`gradient_factor` in the end.
+    An importance follows from a sample's own loss: the range is that of the step before, or the strategy needs none.
+    The normaliser needs all samples: with one micro-step it is known before the backward pass; with several, gradients
+    are accumulated on the scale of the step before and multiplied by :meth:`gradient_factor` in the end.
 
     Args:
-        previous: of the optimizer step before; None: there is none, and all samples weigh the same.
+        previous: of the optimizer step before; None: there is none, and all samples weigh the same where the strategy
+            needs a range.
     """
 
     def __init__(
@@ -208,11 +210,12 @@ class OnePassWeigher(Weigher):
     def _logs(self, samples: Samples) -> Tensor:
         """Importances relative to the step before, whose mean is 0 here."""
         strategy, previous = self._settings.strategy, self._previous
-        if previous is None:
+        if previous is None and strategy.has_range:
             return log_importances(samples, strategy, math.inf)
-        within = samples.losses.new_full((), previous.lowest), samples.losses.new_full((), previous.highest)
+        known = previous or LossRange(0.0, 0.0, 0.0)
+        within = samples.losses.new_full((), known.lowest), samples.losses.new_full((), known.highest)
         logs = log_importances(samples, strategy, self._temperature, within)
-        near = (logs - previous.log_mean_importance).clamp(-FARTHEST, FARTHEST)
+        near = (logs - known.log_mean_importance).clamp(-FARTHEST, FARTHEST)
         return torch.where(samples.valid, near, -math.inf)
 
 

@@ -12,9 +12,9 @@ from torch import Tensor
 from data_pipeline import Batch
 from pretrain.distributed import Distributed
 
-from .cross_entropy import only_gradient_of, sequence_cross_entropy, sequence_squared_log_partition
+from .cross_entropy import only_gradient_of, sequence_squared_log_partition, token_cross_entropy
 from .groups import Dropped, LossRange, OnePassWeigher, StepWeights, Weigher, make_weigher
-from .reweighting import Samples
+from .reweighting import Samples, token_weights
 from .settings import ObjectiveSettings
 from .terms import Term, engine_loss
 
@@ -70,7 +70,8 @@ class Objective:
 
         Σ_i u_i c_i l_i / Σ_i c_i  +  z_loss * Σ_it (log Z_it)² / Σ_i n_i
 
-    with both sums over all sequences of the optimizer step. A step is ``begin_step``, where ``scores_first`` a
+    with both sums over all sequences of the optimizer step. Where the strategy weighs tokens, l_i in the first sum is
+    the mean of v_it l_it with v of mean 1 (``token_weights``). A step is ``begin_step``, where ``scores_first`` a
     ``score`` of every micro-batch, a ``micro_step`` of every micro-batch, ``gradient_factor``, ``end_step``.
 
     Args:
@@ -135,8 +136,8 @@ class Objective:
         """
         weigher = self._current().weigher
         assert weigher is not None
-        losses = sequence_cross_entropy(logits, batch.labels, batch.loss_mask)
-        weigher.score(self._samples(losses, batch.loss_mask.sum(dim=1), batch))
+        own, _ = self._samples(token_cross_entropy(logits, batch.labels, batch.loss_mask), batch)
+        weigher.score(own)
 
     def micro_step(self, logits: Tensor, batch: Batch) -> Tensor:
         """The loss to hand to the engine for one micro-batch.
@@ -149,18 +150,22 @@ class Objective:
         """
         step, settings = self._current(), self._settings
         by_token = settings.average == "token"
-        losses = sequence_cross_entropy(logits, batch.labels, batch.loss_mask)
+        of_tokens = token_cross_entropy(logits, batch.labels, batch.loss_mask)
+        losses = of_tokens.sum(dim=1)
         squares = sequence_squared_log_partition(logits, batch.loss_mask) if settings.z_loss else None
         labels = batch.loss_mask.sum(dim=1)
-        weights = (labels > 0).float()
+        weights, weighed = (labels > 0).float(), losses
         if step.weigher is not None:
-            weights = step.weigher.weigh(self._samples(losses.detach(), labels, batch))
+            own, within = self._samples(of_tokens.detach(), batch)
+            weights = step.weigher.weigh(own)
+            if step.weigher.active and within is not None:
+                weighed = (within * of_tokens).sum(dim=1)
         if step.weigher is not None and step.weigher.active:
             dropped = ~losses.detach().isfinite()
             only_gradient_of(logits, batch.loss_mask & ~dropped[:, None])
-            losses, labels = losses.masked_fill(dropped, 0.0), labels.masked_fill(dropped, 0)
+            losses, weighed, labels = (each.masked_fill(dropped, 0) for each in (losses, weighed, labels))
             squares = None if squares is None else squares.masked_fill(dropped, 0.0)
-        numerators = losses if by_token else losses / labels.clamp(min=1)
+        numerators = weighed if by_token else weighed / labels.clamp(min=1)
         terms = [Term((weights * numerators).sum(), step.denominators[0])]
         if squares is not None:
             terms.append(Term(squares.sum(), step.denominators[1], settings.z_loss))
@@ -172,11 +177,18 @@ class Objective:
         step.labels += labels.double() @ by_source
         return loss
 
-    def _samples(self, losses: Tensor, labels: Tensor, batch: Batch) -> Samples:
-        """This rank's samples of a micro-batch, from the sums of their losses [b] and their labels [b]."""
-        counts = labels if self._settings.average == "token" else labels > 0
-        means = losses / labels.clamp(min=1)
-        return Samples(means.double(), counts.double(), batch.source_ids.double(), batch.run_positions.double())
+    def _samples(self, losses: Tensor, batch: Batch) -> tuple[Samples, Tensor | None]:
+        """This rank's samples of a micro-batch, from the losses of its tokens [b, T] without gradient; and where the
+        strategy weighs tokens, how each sequence's weight is shared among them, [b, T]."""
+        strategy, labels = self._settings.reweighting.strategy, batch.loss_mask.sum(dim=1)
+        counts = (labels if self._settings.average == "token" else labels > 0).double()
+        means = (losses.sum(dim=1) / labels.clamp(min=1)).double()
+        within, importances = None, torch.zeros_like(means)
+        if strategy.weighs_tokens:
+            temperature = self._settings.reweighting.temperature
+            within, importances = token_weights(losses, batch.loss_mask, strategy, temperature)
+        known = means, counts, batch.source_ids.double(), batch.run_positions.double(), importances
+        return Samples(*known), within
 
     def gradient_factor(self) -> Tensor | None:
         """What the gradients that the step has accumulated have to be multiplied by before they are used, a scalar on

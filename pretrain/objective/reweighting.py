@@ -30,6 +30,8 @@ class Samples(NamedTuple):
     """Index of the source."""
     positions: Tensor
     """Position in the run."""
+    log_importances: Tensor
+    """Logarithm of the mean importance of a sequence's tokens, where the strategy weighs tokens; else unused."""
 
     @property
     def valid(self) -> Tensor:
@@ -58,9 +60,30 @@ def log_importances(
     """
     if math.isinf(temperature):
         logs = torch.zeros_like(samples.losses)
+    elif strategy.weighs_tokens:
+        logs = samples.log_importances
     else:
         logs = strategy.log_importances(samples.losses, *(within or samples.loss_range()), temperature)
     return torch.where(samples.valid, logs, -math.inf)
+
+
+def token_weights(
+    losses: Tensor, labelled: Tensor, strategy: StrategySettings, temperature: float
+) -> tuple[Tensor, Tensor]:
+    """How the weight of each sequence is shared among its tokens, and the sequences' own importances.
+
+    Args:
+        losses: [b, T], nats, without gradient; labelled: [b, T] bool.
+
+    Returns:
+        [b, T] fp32, whose mean over a sequence's labels is 1, 0 elsewhere; and [b] float64, the logarithm of the mean
+        importance of its tokens, without meaning where it has no label.
+    """
+    nothing = losses.new_zeros((), dtype=torch.float64)
+    logs = strategy.log_importances(losses.double(), nothing, nothing, temperature)
+    logs = torch.where(labelled, logs, -math.inf)
+    means = logs.logsumexp(dim=1) - labelled.sum(dim=1).clamp(min=1).double().log()
+    return torch.where(labelled, (logs - means[:, None]).exp(), 0.0).float(), means
 
 
 def relative_weights(logs: Tensor, samples: Samples, cap: float | None = None) -> Tensor:

@@ -77,7 +77,8 @@ class ReweightingSettings(Settings):
     @model_validator(mode="after")
     def _check(self) -> ReweightingSettings:
         given = sorted(name for name in self.model_fields_set - {"strategy"} if getattr(self, name) != _DEFAULTS[name])
-        if self.strategy.neutral and given:
+        # a strategy that one of its own settings makes neutral may be a point of a sweep
+        if self.strategy.neutral and given and set(type(self.strategy).model_fields) == {"kind"}:
             raise ValueError(f"{' and '.join(given)} has no meaning with strategy {self.strategy.kind}; leave it out")
         if not self.strategy.has_temperature and (unused := [n for n in given if n in ("temperature", "warmup")]):
             raise ValueError(f"{' and '.join(unused)} has no meaning with strategy {self.strategy.kind}; leave it out")

@@ -43,7 +43,8 @@ def settings(**given: Any) -> ReweightingSettings:
 def samples(losses: Any, counts: Any = 5) -> Samples:
     column = torch.as_tensor(losses, dtype=torch.float64)
     counts = torch.as_tensor(counts, dtype=torch.float64).expand(len(column))
-    return Samples(column, counts, torch.zeros_like(column), torch.arange(len(column), dtype=torch.float64))
+    nothing = torch.zeros_like(column)
+    return Samples(column, counts, nothing, torch.arange(len(column), dtype=torch.float64), nothing)
 
 
 def weights(losses: Any, counts: Any = 5, **given: Any) -> Tensor:

@@ -322,7 +322,7 @@ def golden_rows() -> dict[str, list[list[float]]]:
     losses = torch.tensor([[2.0, 3.0], [4.0, 6.0]], dtype=torch.float64)[ranks.rank]
 
     def samples(values: Tensor) -> Samples:
-        return Samples(values, torch.full_like(values, 7.0), values * 0, values * 0)
+        return Samples(values, torch.full_like(values, 7.0), *[values * 0] * 3)
 
     found = {}
     for group, micro_steps in itertools.product(GROUPS, (1, 2)):

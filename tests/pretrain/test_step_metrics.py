@@ -20,7 +20,8 @@ from .steps import GLOBAL_BATCH, LENGTH, VOCABULARY, batch_of
 def statistics(*groups: list[float], **columns: list[float]) -> StepStatistics:
     """With these relative weights; of samples of loss 1, of 10 labels and of source 0, where not told otherwise."""
     plain = torch.ones(len(groups), len(groups[0]) if groups else 0)
-    defaults = {"losses": plain, "counts": 10 * plain, "sources": 0 * plain, "positions": 0 * plain}
+    defaults = {"losses": plain, "counts": 10 * plain}
+    defaults |= dict.fromkeys(("sources", "positions", "log_importances"), 0 * plain)
     given = {name: torch.tensor([values]).view(plain.shape) for name, values in columns.items()}
     samples = Samples(**{name: column.double() for name, column in {**defaults, **given}.items()})
     return StepStatistics(
