@@ -168,10 +168,10 @@ def _absence(reading: Reading, run: Path, document: str) -> UserError:
             continue
         if next(_search(reading, name, heldout, document), None):
             return UserError(f"document {document} is held out in source {name!r}: {run} never trains on it.")
-    for name, source in zip(reading.names, reading.sources, strict=True):
+    for source in reading.sources:
         if left_out := _left_out(reading.stretch.stream, source.root, source.manifest.rejected, document):
             return UserError(
-                f"document {document} is not in source {name!r}: it was left out when the data set was prepared, "
+                f"document {document} is in no source of {run}: it was left out when the data set was prepared, "
                 f"{left_out}"
             )
     return UserError(

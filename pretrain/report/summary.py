@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import statistics
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from itertools import groupby
 from operator import attrgetter
@@ -20,6 +21,9 @@ INCIDENTS = 200
 """Incidents listed at most; the newest ones."""
 
 ABSENT = "–"
+
+_BLOCK = re.compile(r"(?P<shard>shard .+), block (?P<block>\d+ at byte \d+): (?P<reason>.+)")
+"""A damaged block as :attr:`data_pipeline.damage.Damage.place` names it."""
 
 
 @dataclass(frozen=True)
@@ -172,7 +176,7 @@ def versions(run: Run) -> list[tuple[str, str]]:
 
 @dataclass(frozen=True)
 class Incident:
-    """An event of the run; for a damaged block, all the steps that met it."""
+    """An event of the run; for damage of a shard, all the blocks and steps that it was met in."""
 
     first_step: int
     last_step: int
@@ -181,22 +185,50 @@ class Incident:
     details: str
 
 
+@dataclass
+class _Damage:
+    """Damage of one kind that one shard has shown so far."""
+
+    first_step: int
+    blocks: dict[str, None] = field(default_factory=dict)
+    steps: set[int] = field(default_factory=set)
+    holes: int = 0
+
+    def told(self, shard: str, reason: str) -> str:
+        if len(self.blocks) == 1:
+            where = f"{shard}, block {next(iter(self.blocks))}"
+        else:
+            where = f"{shard}, {len(self.blocks):,} blocks, the first met {next(iter(self.blocks))}"
+        return f"{where}: {reason}; {self.counted}"
+
+    @property
+    def counted(self) -> str:
+        sequences = f"{self.holes:,} sequence{'s' if self.holes != 1 else ''}"
+        return sequences + (f" in {len(self.steps):,} steps" if len(self.steps) > 1 else "")
+
+
 def incidents(run: Run) -> list[Incident]:
     """The incidents in the order in which each was met last."""
     found: dict[Any, Incident] = {}
-    met: dict[str, list[int]] = {}
+    met: dict[tuple[str, str], _Damage] = {}
     for number, line in enumerate(run.events):
         rest = {key: value for key, value in line.items() if key not in ("event", "step", "time", "message")}
         message, first = str(line.get("message") or ""), line["step"]
         details = [message] if message else []
         key: Any = number
         if line["event"] == "damage" and message and isinstance(holes := rest.pop("holes", None), int):
-            key = message
-            if before := found.pop(key, None):
-                first = before.first_step
-            met.setdefault(message, []).append(holes)
-            steps = f" in {len(met[message]):,} steps" if len(met[message]) > 1 else ""
-            details.append(f"{sum(met[message]):,} sequences{steps}")
+            block = _BLOCK.fullmatch(message)
+            key = (block["shard"], block["reason"]) if block else (message, "")
+            damage = met.setdefault(key, _Damage(first))
+            damage.steps.add(line["step"])
+            damage.holes += holes
+            first = damage.first_step
+            if block:
+                damage.blocks[block["block"]] = None
+                details = [damage.told(*key)]
+            else:
+                details.append(damage.counted)
+            found.pop(key, None)
         details += [f"{name} {json.dumps(value, ensure_ascii=False)}" for name, value in rest.items()]
         kind = str(line["event"]).replace("_", " ")
         found[key] = Incident(first, line["step"], line.get("time"), kind, "; ".join(details) or ABSENT)

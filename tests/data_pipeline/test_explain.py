@@ -203,7 +203,7 @@ def test_a_document_left_out_by_prepare_is_told_with_its_reason(folder: Path, tm
     short, repeated = (f"{tmp_path}/first.jsonl#byte={len(b''.join(lines[:row]))}" for row in (-2, -1))
     listed = rf"\. {tmp_path}/set/rejected/00000\d\.parquet lists it\."
     for name in (short, hashlib.blake2b(b"too short", digest_size=16).hexdigest()):
-        told = rf"document {name} is not in source 's': it was left out when the data set was prepared, by quality: "
+        told = rf"{name} is in no source of {tmp_path}: it was left out when the data set was prepared, by quality: "
         with pytest.raises(UserError, match=told + r"min_words \(2 < 3\)" + listed):
             when_seen(tmp_path, name)
     first = f"{tmp_path}/first.jsonl#byte={len(b''.join(lines[:5]))}"

@@ -323,9 +323,10 @@ def test_only_the_newest_incidents_are_listed_and_the_page_says_so(tmp_path: Pat
     assert "Incidents, the last 200 of 300" in words(write_report(folder).read_text())
 
 
-def test_damage_is_listed_once_a_block(tmp_path: Path) -> None:
-    """A block is met by many steps; the holes of its row are those of all its lines."""
+def test_damage_is_listed_once_a_shard(tmp_path: Path) -> None:
+    """A shard is met by many steps, in many blocks; the holes of its row are those of all its lines."""
     places = [f"shard 00000{shard} of source 'web', block {block} at byte 640: checksum" for shard, block in BLOCKS]
+    places.append("shard 000000 of source 'web', block 9 at byte 700: missing")
     lines = [
         {"event": "damage", "step": 10 * step + number, "message": place, "holes": step, "time": 1e9 + step}
         for step in (1, 2, 3)
@@ -333,17 +334,28 @@ def test_damage_is_listed_once_a_block(tmp_path: Path) -> None:
     ]
     once = {"event": "damage", "step": 12, "message": "holes of the run that /a is of", "holes": 1200}
     other = {"event": "data_change", "step": 25, "message": "accepted: seed"}
-    folder = write_lines(tmp_path / "run", *sorted([*lines, once, other], key=lambda line: int(str(line["step"]))))
+    single = {"event": "damage", "step": 29, "message": places[0].replace("web", "books"), "holes": 1}
+    folder = write_lines(
+        tmp_path / "run", *sorted([*lines, once, other, single], key=lambda line: int(str(line["step"])))
+    )
     rows = [[cell.text for cell in row] for row in incident_rows(incidents(read_run(folder)))]
+    of_two = "shard 000000 of source 'web', 2 blocks, the first met 3 at byte 640: checksum; 12 sequences in 6 steps"
     assert rows == [
         ["12", "–", "damage", "holes of the run that /a is of; 1,200 sequences"],
         ["25", "–", "data change", "accepted: seed"],
+        ["29", "–", "damage", "shard 000000 of source 'books', block 3 at byte 640: checksum; 1 sequence"],
+        ["10 to 31", "2001-09-09 01:46:43", "damage", of_two],
         *(
-            [f"{10 + number} to {30 + number}", "2001-09-09 01:46:43", "damage", f"{place}; 6 sequences in 3 steps"]
-            for number, place in enumerate(places)
+            [
+                f"{10 + number} to {30 + number}",
+                "2001-09-09 01:46:43",
+                "damage",
+                f"{places[number]}; 6 sequences in 3 steps",
+            ]
+            for number in (2, 3)
         ),
     ]
-    assert "of 5" not in words(write_report(folder).read_text())
+    assert "of 6" not in words(write_report(folder).read_text())
 
 
 BLOCKS = [(0, 3), (0, 4), (1, 3)]
