@@ -17,7 +17,9 @@ import webdataset as wds
 
 from data_pipeline.errors import DataError
 from data_pipeline.sources import Document, WebDatasetSource
+from data_pipeline.storage import RemoteSettings, StorageSettings
 from data_pipeline.tars import BadSample, Member, Sample, TarError, group_samples, walk_tar
+from tests.http_server import Faults, HttpServer
 
 SAMPLES = 100
 MEMBERS = 1024  # bytes of each member: a header and one block
@@ -161,6 +163,30 @@ def test_what_plain_webdataset_loses_is_an_error_with_its_byte(tmp_path: Path, d
             with pytest.raises(DataError, match=re.escape(str(files[0])) + ", " + message):
                 list(ours.read(parts[0]))
         assert len(list(ours.read(parts[1]))) == 100
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("way", ["http", "http without ranges", "pipe"])
+def test_damage_is_the_same_error_on_every_way(tmp_path: Path, way: str, packed: bool) -> None:
+    """An answer or a command that is complete is no reason to take what it brings for whole."""
+    storage = StorageSettings(remote=RemoteSettings(attempts=2, first_backoff_seconds=0, range_bytes=40_000))
+    with HttpServer(tmp_path, Faults(ranges=way == "http")) as server:
+        for number, (damage, (break_it, _, message)) in enumerate(DAMAGES.items()):
+            path = tmp_path / (f"{number}.tar.gz" if packed else f"{number}.tar")
+            archive = break_it(make_tar(0))
+            path.write_bytes(gzip.compress(archive, 1) if packed else archive)
+            name = f"pipe:cat {path}" if way == "pipe" else f"{server.url}/{path.name}"
+            for on_bad_record in ("stop", "drop"):
+                ours = WebDatasetSource(
+                    kind="webdataset", domain="d", files=(name,), text_extension="txt", on_bad_record=on_bad_record
+                )
+                records = ours.read(ours.parts(1, storage)[0], storage)
+                if damage == "bit flipped in a payload" and on_bad_record == "drop":
+                    kept = [isinstance(record, Document) for record in records]
+                    assert (len(kept), kept.index(False), sum(kept)) == (100, 50, 99)
+                else:
+                    with pytest.raises(DataError, match=re.escape(name) + ", " + message):
+                        list(records)
 
 
 def test_a_flip_in_a_payload_is_noticed_only_where_something_checks_it(tmp_path: Path) -> None:

@@ -51,6 +51,16 @@ def test_the_yaml_blocks_fit_their_schemas(tmp_path: Path) -> None:
     assert config.data.sources["books"].max_epochs == 4
 
 
+def test_every_test_that_the_architecture_names_exists() -> None:
+    rows = [line for line in (ROOT / "docs/architecture.md").read_text().splitlines() if "`tests/" in line]
+    assert len(rows) >= 9
+    for row in rows:
+        folder = Path()
+        for name in re.findall(r"`((?:tests/[\w/]+/)?test_[\w*]+\.py)`", row):
+            folder = ROOT / Path(name).parent if "/" in name else folder
+            assert list(folder.glob(Path(name).name)), f"{name} of {row}"
+
+
 def test_every_named_file_exists() -> None:
     for name in re.findall(r"`((?:configs|tests|docs|benchmarks)/[\w./]+)`", README) + re.findall(
         r"\]\(([^)]+)\)", README
