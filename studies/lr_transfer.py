@@ -1,6 +1,6 @@
 """Does the best learning rate stay where it is when the model gets wider? With muP and without, on real text.
 
-    python -m studies.lr_transfer [--short | --large] [--at-once N]
+    python -m studies.lr_transfer [--short | --large] [--at-once N] [--report]
 
 muP's claim (Yang et al. 2022, arXiv 2203.03466, figure 1): the loss after a fixed number of steps has its minimum at
 the same learning rate for every width, and a wider model is never worse; in the standard parametrisation the best rate
@@ -10,7 +10,6 @@ at every width, so that the number of heads grows; the decay, the schedule, the 
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 from collections.abc import Mapping, Sequence
@@ -20,8 +19,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .common import Curve, Interval, Plot, Run, Study, interval, put_section, shown, table, write_plots
-from .common.runs import ROOT, prepare_data
+from .common import Curve, Interval, Plot, Run, interval, shown, table
+from .common.command import Do, Results, study_command
+from .common.runs import prepare_data, whole_seeds
 
 STANDARD, MUP = "standard", "muP"
 
@@ -56,7 +56,7 @@ def powers(first: int, last: int) -> tuple[float, ...]:
 
 
 SIZES = {
-    "default": Size((32, 64, 128, 256), powers(-9, -4), 5),
+    "default": Size((32, 64, 128), powers(-9, -4), 3),
     "short": Size(
         (32, 64),
         powers(-9, -6),
@@ -85,7 +85,7 @@ SIZES = {
 
 
 def runs(size: Size) -> list[Run]:
-    """All runs, the widest first: the last to end should be short ones. At the base width there is one model."""
+    """All runs, seed by seed: a study that is stopped has whole seeds. At the base width there is one model."""
     base = size.widths[0]
     return [
         Run(
@@ -98,10 +98,10 @@ def runs(size: Size) -> list[Run]:
                 "run.seed": seed,
             },
         )
+        for seed in range(1, size.seeds + 1)
         for width in reversed(size.widths)
         for name in ((STANDARD, MUP) if width != base else (STANDARD,))
         for rate in size.rates
-        for seed in range(1, size.seeds + 1)
     ]
 
 
@@ -151,12 +151,12 @@ def summarise(results: Sequence[dict[str, Any]], size: Size, name: str) -> Summa
     grid = {
         width: np.array([losses(results, width, name, rate) for rate in size.rates]) for width in size.widths
     }  # [rates, seeds]
-    best = {w: [best_rate(size.rates, grid[w][:, seed]) for seed in range(size.seeds)] for w in size.widths}
+    best = {w: [best_rate(size.rates, of_seed) for of_seed in grid[w].T] for w in size.widths}
     base_place = int(np.argmin(grid[size.widths[0]].mean(axis=1)))
     logs = np.log2(size.widths)
     rate = size.rates[base_place]
     curves = [np.mean([each["curve"][1:] for each in chosen(results, w, name, rate)], axis=0) for w in size.widths]
-    slopes = [float(np.polyfit(logs, [best[w][seed] for w in size.widths], 1)[0]) for seed in range(size.seeds)]
+    slopes = [float(np.polyfit(logs, found, 1)[0]) for found in zip(*(best[w] for w in size.widths), strict=True)]
     return Summary(
         best={w: interval(best[w]) for w in size.widths},
         lowest={w: interval(list(grid[w][int(np.argmin(grid[w].mean(axis=1)))])) for w in size.widths},
@@ -188,10 +188,11 @@ def report(results: Sequence[dict[str, Any]], size: Size) -> tuple[str, list[Plo
     header = ["width", *(f"{name}: {column}" for name in (STANDARD, MUP) for column in columns)]
     slopes = " and ".join(f"{shown(summaries[name].slope, 2)} ({name})" for name in (STANDARD, MUP))
     better = " and ".join(f"{100 * summaries[name].wider_is_better:.0f} % ({name})" for name in (STANDARD, MUP))
+    seeds = len({each["seed"] for each in results})
     text = f"""## Learning rate against width, with and without muP
 
 Held-out loss, nats per token, after {size.steps} steps of a decoder of {size.layers} blocks on the text of Python's
-standard library; {size.seeds} seeds, rates in steps of two from 2^{math.log2(size.rates[0]):.0f} to
+standard library; {seeds} seeds, rates in steps of two from 2^{math.log2(size.rates[0]):.0f} to
 2^{math.log2(size.rates[-1]):.0f}; the best rate is that of a parabola through the best three. The slope of its
 logarithm against that of the width is {slopes}; the paper expects 0 with muP. The standard parametrisation has one
 `init_std` for all widths.
@@ -218,28 +219,13 @@ next narrower one in {better} of all parts of the runs.
     return text, plots
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", action="store_true", help="a trial of minutes; docs/studies.md stays as it is")
-    parser.add_argument("--large", action="store_true", help="the setting for a GPU")
-    parser.add_argument("--at-once", type=int, default=2, help="runs at a time")
-    arguments = parser.parse_args()
-    name = "short" if arguments.short else "large" if arguments.large else "default"
-    size = SIZES[name]
+def collect(size: Size, do: Do) -> tuple[Results, str]:
     prepare_data()
-    results = Study("lr_transfer", runs(size)).do(arguments.at_once)
-    text, plots = report(results, size)
-    print(text)
-    page = ROOT / f"runs/studies/lr_transfer_{name}.html"
-    write_plots(page, plots)
-    print(f"plots: {page}")
-    if not arguments.short:
-        put_section(
-            f"lr_transfer{'_large' if arguments.large else ''}",
-            text,
-            "python -m studies.lr_transfer" + (" --large" if arguments.large else ""),
-            {each["commit"] for each in results},
-        )
+    return whole_seeds(runs(size), do(runs(size)))
+
+
+def main() -> None:
+    study_command("lr_transfer", __doc__, SIZES, collect, report)
 
 
 if __name__ == "__main__":

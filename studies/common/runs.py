@@ -17,6 +17,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -29,6 +30,8 @@ from data_pipeline.errors import UserError
 from data_pipeline.manifest import read_manifest
 from pretrain.config import Config, load_config
 from pretrain.monitor import read_attempts, read_metrics
+
+from .worker import train_in_process
 
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "studies/results"
@@ -79,7 +82,7 @@ class Study:
         configs = [(run, self._config(run)) for run in self.runs]
         missing = [(run, config) for run, config in configs if key_of(run, config) not in known]
         print(f"{self.name}: {len(self.runs) - len(missing)} of {len(self.runs)} runs are known", flush=True)
-        threads = max(1, (os.cpu_count() or 1) // at_once)
+        threads = int(os.environ.get("OMP_NUM_THREADS") or max(1, (os.cpu_count() or 1) // at_once))
         started = time.monotonic()
         with ThreadPoolExecutor(at_once) as pool:
             waiting = [pool.submit(self._do_one, run, config, threads) for run, config in missing]
@@ -95,13 +98,13 @@ class Study:
         return self.results()
 
     def _do_one(self, run: Run, config: Config, threads: int) -> dict[str, Any]:
-        command = [sys.executable, "-m", "pretrain", "train", str(BASE), *self._arguments(run)]
-        environment = {**os.environ, "OMP_NUM_THREADS": str(threads)}
-        ended = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
         folder = ROOT / config.run_folder
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        log = folder.with_suffix(".log")
+        code = train_in_process(BASE, self._arguments(run), ROOT, log, threads)
         attempts = read_attempts(folder) if folder.is_dir() else []
-        if ended.returncode and not (attempts and attempts[-1].reason == "non_finite"):
-            raise UserError(f"the run {run.name} failed. {ended.stderr.strip()[-2000:]}")
+        if code and not (attempts and attempts[-1].reason == "non_finite"):
+            raise UserError(f"the run {run.name} failed. {log.read_text().strip()[-2000:]}")
         line = {
             "key": key_of(run, config),
             "run": run.name,
@@ -112,6 +115,7 @@ class Study:
         with _APPENDING, self.results_file.open("a") as file:
             file.write(json.dumps(line) + "\n")
         shutil.rmtree(folder)
+        log.unlink()
         return line
 
     def _known(self) -> dict[str, dict[str, Any]]:
@@ -138,7 +142,8 @@ def key_of(run: Run, config: Config) -> str:
 def outcome(folder: Path, steps: int) -> dict[str, Any]:
     """What a study keeps of a run folder: ``heldout_loss`` and ``train_loss`` (the mean of the last tenth of the steps)
     at the end, nats per token, both missing where the run diverged; ``curve``, the training loss in twenty parts; every
-    ``evaluations`` line; ``seconds`` of all steps.
+    ``evaluations`` line; ``shares`` of the weight that reweighting gave to each source, a mean over the steps that have
+    one; ``seconds`` of all steps.
     """
     lines = read_metrics(folder)
     trained = [line for line in lines if "objective" in line]
@@ -148,6 +153,7 @@ def outcome(folder: Path, steps: int) -> dict[str, Any]:
     kept: dict[str, Any] = {
         "curve": _parts(losses, CURVE_POINTS),
         "evaluations": [{k: v for k, v in line.items() if k not in clock} for line in evaluations],
+        "shares": _shares(trained),
         "seconds": sum(line["step_seconds"] for line in trained),
     }
     if not trained or trained[-1]["step"] < steps:
@@ -155,6 +161,17 @@ def outcome(folder: Path, steps: int) -> dict[str, Any]:
     if evaluations:
         kept["heldout_loss"] = evaluations[-1]["loss"]
     return {**kept, "train_loss": _mean(losses[-max(1, len(losses) // 10) :])}
+
+
+def _shares(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """For each source the mean of the shares in ``lines``; empty where none has any."""
+    prefix = "weights/share/"
+    shares: dict[str, list[float]] = {}
+    for line in lines:
+        for key, value in line.items():
+            if key.startswith(prefix):
+                shares.setdefault(key.removeprefix(prefix), []).append(value)
+    return {source: _mean(values) for source, values in shares.items()}
 
 
 def _parts(values: Sequence[float], parts: int) -> list[float]:
@@ -170,10 +187,27 @@ def _mean(values: Iterable[float]) -> float:
     return sum(values) / len(values)
 
 
-def prepare_data() -> None:
-    """Make the data of the studies, if it is not there: seconds."""
-    if not (ROOT / "data/studies/manifest.json").exists():
-        subprocess.run([sys.executable, "-m", "data_pipeline", "prepare", str(DATA)], cwd=ROOT, check=True)
+def whole_seeds(runs: Sequence[Run], results: Sequence[dict[str, Any]]) -> tuple[list[dict[str, Any]], str]:
+    """The results of the seeds whose runs are all known, and a sentence that names the others, empty where none is.
+
+    Raises:
+        UserError: of no seed every run is known.
+    """
+    wanted = Counter(run.labels["seed"] for run in runs)
+    known = Counter(each["seed"] for each in results)
+    whole = {seed for seed, count in wanted.items() if known[seed] == count}
+    if not whole:
+        raise UserError("there is nothing to report: of no seed every run is done. Run the study without --report.")
+    told = [f"{seed} ({known[seed]} of {wanted[seed]} runs are known)" for seed in sorted(wanted.keys() - whole)]
+    missing = f"Missing, and in no figure: seed {', '.join(told)}." if told else ""
+    return [each for each in results if each["seed"] in whole], missing
+
+
+def prepare_data(settings: Path = DATA) -> None:
+    """Make the data set that ``settings`` describe, if it is not there: a minute."""
+    output = yaml.safe_load(settings.read_text())["output"]
+    if not (ROOT / output / "manifest.json").exists():
+        subprocess.run([sys.executable, "-m", "data_pipeline", "prepare", str(settings)], cwd=ROOT, check=True)
 
 
 def commit() -> str:
