@@ -156,6 +156,8 @@ def _explain(schema: type[BaseModel], problem: Any) -> str:
     if kind in _NO_MAPPING:
         example = f", for example {spelled[-1]}: {_example(annotation)}" if key else ""
         return f"{where} = {value!r}: expected a mapping of settings{example}"
+    if kind == "tuple_type":
+        return f"{where} = {value!r}: expected a list, for example {spelled[-1]}: {_list_of(value)}"
     hint = ""
     if kind == "literal_error":
         choices = [choice.strip("'") for choice in problem["ctx"]["expected"].replace(" or ", ", ").split(", ")]
@@ -231,6 +233,12 @@ def _example(annotation: Any) -> str:
         needed = (name for name, field in option.model_fields.items() if field.is_required())
         return f"{{{', '.join(f'{name}: ...' for name in needed)}}}"
     return "..."
+
+
+def _list_of(value: Any) -> str:
+    """What was meant, where a list was: ``value`` as its one item, in YAML."""
+    inner = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=10_000)
+    return f"[{inner.removesuffix('...' + chr(10)).strip()}]"
 
 
 def _is_settings(annotation: Any) -> TypeGuard[type[BaseModel]]:

@@ -58,7 +58,7 @@ def _group_size(config: Config, world_size: int) -> int:
 def _check_group(config: Config, world_size: int) -> None:
     """Refuse reweighting that could do nothing, or would be wrong."""
     objective, reweighting = config.objective, config.objective.reweighting
-    if reweighting.strategy.neutral:
+    if reweighting.off:
         return
     if _group_size(config, world_size) == 1:
         what, mend = (

@@ -55,10 +55,7 @@ def shares_figure(run: Run) -> Figure | None:
             steps, values = run.column(key)
             values = [100 * value for value in values]
             if len(values) >= SMOOTHED_FROM:
-                values, note = (
-                    smooth(values, half_life(len(values))),
-                    "Dotted: with uniform weights. Smoothed as above.",
-                )
+                values, smoothed = smooth(values, half_life(len(values))), " Smoothed as above."
             label = name if dash == "solid" else f"{name}, uniform"
             traces += [curve(label, steps, values, colour(place), dash=dash)] if values else []
     layout = {"yaxis": {"title": {"text": "% of the weight"}, "rangemode": "tozero", "ticksuffix": "%"}}

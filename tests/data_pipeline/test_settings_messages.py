@@ -46,6 +46,10 @@ def refusal(**changed: object) -> str:
         ),
         ({"cleaning": ["c4"]}, "'cleaning' = ['c4']: expected a mapping of settings, for example cleaning: {}"),
         (
+            {"sources": {"a": {"kind": "jsonl", "domain": "web", "files": "a: b.jsonl"}}},
+            "'sources.a.files' = 'a: b.jsonl': expected a list, for example files: ['a: b.jsonl']",
+        ),
+        (
             {"tokenizer": {"train": 32000}},
             "'tokenizer.train' = 32000: expected a mapping of settings, for example train: {vocab_size: ...}",
         ),
@@ -60,8 +64,8 @@ def test_keys_stand_as_the_file_spells_them(name: str) -> None:
     """pydantic puts the kind between a source's name and its key; a source may be named like a kind or a setting."""
     source = {"kind": "jsonl", "domian": "web", "files": 5}
     assert refusal(sources={name: source}) == (
-        f"here: 'sources.{name}.domain' is missing and has no default; 'sources.{name}.files' = 5: input should be a "
-        f"valid tuple; unknown key 'sources.{name}.domian' (value 'web'); did you mean 'domain'?"
+        f"here: 'sources.{name}.domain' is missing and has no default; 'sources.{name}.files' = 5: expected a list, "
+        f"for example files: [5]; unknown key 'sources.{name}.domian' (value 'web'); did you mean 'domain'?"
     )
 
 

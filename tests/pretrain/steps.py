@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from pretrain.config import Config
 from pretrain.distributed import Distributed
 from pretrain.model import Decoder, initialize_
 from pretrain.optimizer import AdamWSettings
+
+if TYPE_CHECKING:
+    from pretrain.objective import LossRange, StepStatistics
 
 VOCABULARY, LENGTH, EOS, GLOBAL_BATCH, STEPS = 64, 24, 2, 8, 3
 RATES = (1e-3, 7e-4, 3e-4)
@@ -85,42 +89,78 @@ class Given:
         return self._values[name]
 
 
+class EngineRun:
+    """Optimizer steps of the engine, one at a time, as the trainer makes them.
+
+    Args:
+        config: of the run.
+        ranks: this process among its peers.
+        initial: values that are taken in place of the drawn ones.
+        empty: a checkpoint is loaded next.
+    """
+
+    def __init__(
+        self, config: Config, ranks: Distributed, initial: Mapping[str, Tensor] | None = None, empty: bool = False
+    ) -> None:
+        from pretrain.engine import Engine
+        from pretrain.objective import Objective
+
+        # an earlier engine, collected in the middle of an import of DeepSpeed's, would break Python 3.11's import lock
+        gc.collect()
+        self.config, self.ranks = config, ranks
+        self.engine = Engine(config, VOCABULARY, ranks, Given(initial) if initial else None, empty)
+        self.objective = Objective(config.objective, 2, ranks)
+        self.loss_range: LossRange | None = None
+        """Of the step before; part of a run's state."""
+
+    def backward(self, step: int) -> None:
+        """Forward and backward passes of a step: the gradient is reduced and final."""
+        batches = micro_batches(step, self.ranks, self.config.training.micro_batch, self.config.batch_plan.batch(step))
+        self.engine.update_buffers(step)
+        self.engine.begin_step(len(batches))
+        self.objective.begin_step(step, batches, self.loss_range)
+        if self.objective.scores_first:
+            self.engine.evaluating(True)
+            with torch.no_grad():
+                for batch in batches:
+                    self.objective.score(self.engine.forward(batch), batch)
+            self.engine.evaluating(False)
+        for batch in batches:
+            self.engine.backward(self.objective.micro_step(self.engine.forward(batch), batch))
+        if (factor := self.objective.gradient_factor()) is not None:
+            self.engine.scale_gradients(factor)
+
+    def update(self, step: int) -> tuple[float, StepStatistics]:
+        """The update after :meth:`backward`: the gradient's norm, and what the step was."""
+        norm = float(self.engine.step(RATES[step % len(RATES)]))
+        statistics = self.objective.end_step()
+        self.loss_range = statistics.loss_range
+        return norm, statistics
+
+    def step(self, step: int) -> tuple[float, float, float]:
+        """A whole step: its loss, objective and gradient norm."""
+        self.backward(step)
+        norm, statistics = self.update(step)
+        return statistics.loss, statistics.objective, norm
+
+
 def run_engine(config: Config, ranks: Distributed, initial: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
     """STEPS optimizer steps; the reduced gradient of the first and the parameters after the last, whole, fp32.
 
     ``initial`` values are taken in place of the drawn ones.
     """
-    from pretrain.engine import Engine
-    from pretrain.objective import Objective
-
-    engine = Engine(config, VOCABULARY, ranks, Given(initial) if initial else None)
-    objective = Objective(config.objective, 2, ranks)
+    run = EngineRun(config, ranks, initial)
     seen: dict[str, Any] = {"losses": [], "objectives": [], "norms": [], "holes": []}
-    loss_range = None
     for step in range(STEPS):
-        batches = micro_batches(step, ranks, config.training.micro_batch, config.batch_plan.batch(step))
-        engine.update_buffers(step)
-        engine.begin_step(len(batches))
-        objective.begin_step(step, batches, loss_range)
-        if objective.scores_first:
-            engine.evaluating(True)
-            with torch.no_grad():
-                for batch in batches:
-                    objective.score(engine.forward(batch), batch)
-            engine.evaluating(False)
-        for batch in batches:
-            engine.backward(objective.micro_step(engine.forward(batch), batch))
-        if (factor := objective.gradient_factor()) is not None:
-            engine.scale_gradients(factor)
+        run.backward(step)
         if step == 0:
-            seen["gradients"] = engine.full_gradients()
-        seen["norms"].append(float(engine.step(RATES[step])))
-        statistics = objective.end_step()
-        loss_range = statistics.loss_range
+            seen["gradients"] = run.engine.full_gradients()
+        norm, statistics = run.update(step)
+        seen["norms"].append(norm)
         seen["losses"].append(statistics.loss)
         seen["objectives"].append(statistics.objective)
         seen["holes"].append(statistics.holes)
-    seen["parameters"] = engine.full_parameters()
+    seen["parameters"] = run.engine.full_parameters()
     return seen
 
 

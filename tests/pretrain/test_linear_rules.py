@@ -41,10 +41,20 @@ def test_a_rule_chooses_by_name_and_block() -> None:
         assert method_of(other, made).kind == "dense"
 
 
+def test_a_single_block_may_be_a_number() -> None:
+    """YAML makes one of ``layers: 1``."""
+    made = settings({"kind": "dense", "layers": 1})
+    assert made.linear[0].layer_range == (1, 1)
+    assert made == settings({"kind": "dense", "layers": "1"})
+    assert "'linear.0.layers' = True: input should be a valid string" in refusal({"kind": "dense", "layers": True})
+    assert "'linear.0.layers' = '-1'" in refusal({"kind": "dense", "layers": -1})
+
+
 def test_rules_that_can_not_be_meant_are_refused() -> None:
     assert "'mlp.*' matches no layer of a block" in refusal({"kind": "dense", "modules": ["mlp.*"]})
     assert "did you mean 'feed_forward.up'?" in refusal({"kind": "dense", "modules": ["feedforward.up"]})
     assert "layers '2-3' goes beyond the last block" in refusal({"kind": "dense", "layers": "2-3"})
+    assert "linear.0 (dense): modules is empty" in refusal({"kind": "dense", "modules": []})
     assert "ends before it begins" in refusal({"kind": "dense", "layers": "2-1"})
     twice = refusal({"kind": "dense", "layers": "1"}, {"kind": "dense", "modules": ["attention.key"]})
     assert "blocks.1.attention.key is matched by linear.0 (dense) already" in twice

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 import tempfile
 from pathlib import Path
@@ -24,7 +23,7 @@ from pretrain.optimizer.matrix_wise import MatrixWise
 from tests.ranks import run_on_ranks
 
 from .methods.optimizers import plain_galore, plain_muon, plain_orthogonalize
-from .steps import RATES, VOCABULARY, micro_batches, relative_difference, tiny_config
+from .steps import RATES, VOCABULARY, EngineRun, relative_difference, tiny_config
 
 PLAIN = {"muon": plain_muon, "galore": plain_galore}
 OPTIMIZERS: dict[str, dict[str, Any]] = {
@@ -45,31 +44,6 @@ def configured(kind: str, stage: int, precision: str, offload: str = "none") -> 
     return tiny_config(model=ODD, optimizer=OPTIMIZERS[kind], training=training, engine=engine)
 
 
-class Run:
-    """Steps of an engine, one at a time."""
-
-    def __init__(self, config: Config, ranks: Distributed, empty: bool = False) -> None:
-        from pretrain.engine import Engine
-        from pretrain.objective import Objective
-
-        # an earlier engine, collected in the middle of an import of DeepSpeed's, would break Python 3.11's import lock
-        gc.collect()
-        self.config, self.ranks = config, ranks
-        self.engine = Engine(config, VOCABULARY, ranks, empty=empty)
-        self.objective = Objective(config.objective, 2, ranks)
-
-    def backward(self, step: int) -> None:
-        batches = micro_batches(step, self.ranks, 2)
-        self.engine.begin_step(len(batches))
-        self.objective.begin_step(step, batches)
-        for batch in batches:
-            self.engine.backward(self.objective.micro_step(self.engine.forward(batch), batch))
-
-    def step(self, step: int) -> float:
-        self.backward(step)
-        return float(self.engine.step(RATES[step % 3]))
-
-
 def cases() -> list[tuple[str, int, str, str]]:
     return [
         (kind, stage, precision, offload)
@@ -87,7 +61,7 @@ def against_plain() -> list[tuple[Any, list[float], list[float]]]:
 
     ranks, found = start(60), []
     for case in cases():
-        run = Run(configured(*case), ranks)
+        run = EngineRun(configured(*case), ranks)
         masters = run.engine.full_parameters()
         update = PLAIN[case[0]](masters, run.config)
         apart, norms = [], []
@@ -99,7 +73,7 @@ def against_plain() -> list[tuple[Any, list[float], list[float]]]:
             for name, p in masters.items():
                 p.grad = gradients[name] * min(1.0, run.config.optimizer.clip_norm / (float(norm) + 1e-6))
             update(RATES[step % 3])
-            norms.append(float(run.engine.step(RATES[step % 3])) / float(norm) - 1)
+            norms.append(run.update(step)[0] / float(norm) - 1)
             after = run.engine.full_parameters()
             added = [{name: p[name] - before[name] for name in before} for p in (after, masters)]
             apart.append(relative_difference(*added))
@@ -135,7 +109,7 @@ def other_layouts() -> list[float]:
     for kind, stage, zero in LAYOUTS:
         config = configured(kind, stage, "fp32")
         engine = config.engine.model_copy(update={"deepspeed": {"zero_optimization": zero}})
-        usual, other = (Run(each, ranks) for each in (config, config.model_copy(update={"engine": engine})))
+        usual, other = (EngineRun(each, ranks) for each in (config, config.model_copy(update={"engine": engine})))
         for step in range(3):
             usual.step(step)
             other.step(step)
@@ -158,7 +132,7 @@ def resumed() -> list[tuple[Any, bool, bool]]:
     for case in cases():
         if case[3] == "cpu":
             continue
-        straight = Run(configured(*case), ranks)
+        straight = EngineRun(configured(*case), ranks)
         for step in range(2):
             straight.step(step)
         with tempfile.TemporaryDirectory() as folder:
@@ -167,7 +141,7 @@ def resumed() -> list[tuple[Any, bool, bool]]:
             saved = straight.engine.full_parameters()
             for step in range(2, 5):
                 straight.step(step)
-            again = Run(configured(*case), ranks, empty=True)
+            again = EngineRun(configured(*case), ranks, empty=True)
             again.engine.load(path)
             ranks.barrier()
         for step in range(2, 5):
@@ -328,7 +302,7 @@ def moved_weights() -> list[str]:
     ranks, found = start(60), []
     for stage in (1, 2, 3):
         for precision in ("fp32", "bf16"):
-            engine = Run(configured("muon", stage, precision), ranks).engine
+            engine = EngineRun(configured("muon", stage, precision), ranks).engine
             optimizer = engine._engine.basic_optimizer
             wrapper = engine._optimizer
             (number,) = (i for i, group in enumerate(optimizer.param_groups) if group["matrix"])
@@ -358,7 +332,7 @@ def sizes() -> list[tuple[str, int, int]]:
     for kind, settings in {**OPTIMIZERS, "adamw": {"kind": "adamw"}}.items():
         linear = ({"kind": "lost", "rank": 16, "column_fraction": 0.5, "modules": ("attention.query",)},)
         config = tiny_config(optimizer=settings, model={"linear": linear})
-        run = Run(config, ranks)
+        run = EngineRun(config, ranks)
         run.step(0)
         state = run.engine._optimizer.state
         kept = sum(tensor.numel() for tensors in state.values() for tensor in _tensors(tensors) if tensor.dim())
@@ -387,8 +361,18 @@ def test_the_size_of_the_state_is_known_before() -> None:
             r"galore does not go with engine.zero_stage 3: the gradient of blocks.0.attention.query.weight \[32, 32\]",
         ),
         ({"rank": 17}, 1, r"rank 17 is more than the smaller side of blocks.0.attention.key.weight \[16, 32\]. Lower"),
-        ({"rank": 4, "modules": ("attention.*", "mlp.*")}, 1, r"modules 'mlp.\*' matches no layer of a block; known"),
-        ({"rank": 4, "modules": ("attention_norm",)}, 1, r"\['attention_norm'\] matches no matrix"),
+        (
+            {"rank": 4, "modules": ("attention.*", "mlp.*")},
+            1,
+            r"modules 'mlp.\*' matches no matrix of a block; known here: attention.query, attention.key, "
+            r"attention.value, attention.output, feed_forward.gate, feed_forward.up, feed_forward.down$",
+        ),
+        (
+            {"rank": 4, "modules": ("attention.key", "attention_norm")},
+            1,
+            r"'attention_norm' matches no matrix",
+        ),
+        ({"rank": 4, "modules": ()}, 1, r"modules \[\] matches no matrix"),
     ],
 )
 def test_galore_is_refused_where_it_can_not_be(settings: dict[str, Any], stage: int, message: str) -> None:

@@ -18,6 +18,7 @@ from pretrain.monitor import WEIGHT_BINS, AttemptsLog, MetricsLog, weight_histog
 from pretrain.report import write_report
 from pretrain.report.figures import Figure, make_figures
 from pretrain.report.page import render
+from pretrain.report.plot import SMOOTHED_FROM
 from pretrain.report.run import read_run
 from pretrain.report.series import smooth, sum_columns, thin
 from pretrain.report.summary import attempt_rows, heldout_rows, incident_rows, incidents, state, tiles, versions
@@ -198,6 +199,14 @@ def test_weight_by_domain_stands_beside_what_uniform_weights_would_give(tmp_path
     assert (drawn["code"]["y"], drawn["code, uniform"]["y"], drawn["docs"]["x"]) == ([75.0], [50.0], [1])
     assert drawn["code"]["line"]["color"] == drawn["code, uniform"]["line"]["color"]
     assert (drawn["code"]["line"]["dash"], drawn["code, uniform"]["line"]["dash"]) == ("solid", "dot")
+
+
+def test_smoothed_shares_say_so(tmp_path: Path) -> None:
+    share = {"domain_loss/code": 3.0, "weights/share/code": 0.75, "weights/uniform_share/code": 0.5}
+    for lines, smoothed in ((2, False), (SMOOTHED_FROM, True)):
+        folder = write_lines(tmp_path / str(lines), *({"step": step + 1, **share} for step in range(lines)))
+        note = next(each.note for each in make_figures(read_run(folder)) if each.id == "weight_shares")
+        assert note == f"Dotted: with uniform weights.{' Smoothed as above.' if smoothed else ''}"
 
 
 def test_loss_range_temperature_scoring_and_dropped_samples_are_shown(tmp_path: Path) -> None:

@@ -385,6 +385,8 @@ def test_groups_of_one_and_ends_never_reached_are_refused() -> None:
     one = {"strategy": "linupper", "group": "global_batch"}
     assert "training.global_batch = 1" in refusal(reweighting=one, global_batch=1, micro_batch=1)
     assert "micro_batch x ranks = 1" in refusal(reweighting={"group": "micro_step"}, micro_batch=1)
+    # what is off weighs nothing, whatever the group
+    assert "nowhere" in refusal(reweighting={**one, "temperature": math.inf}, global_batch=1, micro_batch=1)
     assert "start_step = 3 is not before the run's end at 3" in refusal(reweighting={"start_step": 3})
     warmup = {"temperature": 9.0, "steps": 2}
     assert "would never be reached" in refusal(reweighting={"warmup": warmup, "start_step": 1})

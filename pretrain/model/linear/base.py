@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from typing import TYPE_CHECKING, Annotated, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 from torch import nn
 
 from data_pipeline.settings import Settings
@@ -47,6 +47,11 @@ class LinearSettings(Settings):
     """Shell patterns of names inside a block, as ``attention.query`` or ``feed_forward.*``: the layers it is for."""
     layers: Annotated[str, Field(pattern=r"^\d+(-\d+)?$")] | None = None
     """Blocks, from 0: ``3``, or ``0-7`` with both ends; ``null``: all."""
+
+    @field_validator("layers", mode="before")
+    @classmethod
+    def _one_block(cls, value: Any) -> Any:
+        return str(value) if type(value) is int else value  # what YAML makes of a single block
 
     @model_validator(mode="after")
     def _check_layers(self) -> LinearSettings:

@@ -46,6 +46,8 @@ def check_rules(settings: ModelSettings) -> None:
                 f"{where}: layers {rule.layers!r} goes beyond the last block; the model has {settings.layers}, from 0 "
                 f"to {settings.layers - 1}"
             )
+        if not rule.modules:
+            raise ValueError(f"{where}: modules is empty, so that the rule is for no layer; leave one of them out")
         for pattern in rule.modules:
             found = [name for name in shapes if fnmatchcase(name, pattern)]
             if not found:

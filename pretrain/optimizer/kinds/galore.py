@@ -52,10 +52,11 @@ class GaLoreSettings(AdamSettings):
 
     def check(self, config: Config, shapes: Mapping[str, Sequence[int]]) -> None:
         chosen = {name: shape for name, shape in shapes.items() if self.is_matrix(name, shape)}
-        layers = {found[2].rpartition(".")[0] for name in shapes if (found := LAYER_NAME.fullmatch(name))}
+        found = (LAYER_NAME.fullmatch(name) for name, shape in shapes.items() if len(shape) == 2)
+        layers = dict.fromkeys(each[2].rpartition(".")[0] for each in found if each)  # in the model's order
         for pattern in self.modules:
             if not any(fnmatchcase(layer, pattern) for layer in layers):
-                raise UserError(f"optimizer.modules {pattern!r} matches no layer of a block{nearest(pattern, layers)}")
+                raise UserError(f"optimizer.modules {pattern!r} matches no matrix of a block{nearest(pattern, layers)}")
         if not chosen:
             raise UserError(
                 f"optimizer.modules {list(self.modules)} matches no matrix, so that galore would be adamw. Choose "
