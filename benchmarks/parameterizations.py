@@ -5,14 +5,15 @@
 
 The models are configs/llama_{60m,130m}*.yaml, each in processes of its own, through the engine at ZeRO 0; GaLore is the
 dense model with another optimizer. In place of the papers' 512 sequences of 256 tokens in bf16 a step has 4 of them in
-fp32, so that it fits into 24 GB and two cores; --rows changes that. Every way of recompute that a model allows is
+fp32, so that it fits into 24 GB and one core; --rows changes that. Every way of recompute that a model allows is
 measured with the same weights.
 
 Memory is taken in a process for each model and way of recompute: the high-water mark of the resident set over two steps
 (the kernel's, reset after the first step), above what the process had before the model was made; and, counted at the
-dispatcher, the bytes that are alive between forward and backward pass besides weights and logits. Time is taken from
-one process for each model, all alive, which take turns step by step, so that whatever else the machine does falls on
-all of them alike; ratios are of medians. Beside it stands what the papers claim, and `pretrain plan`'s numbers at 1B.
+dispatcher, the bytes that are alive between forward and backward pass besides weights and logits. Time is CPU time of
+one thread, which other programs on the machine disturb less than the clock; it is taken from one process for each
+model, all alive, which take turns step by step, so that what disturbs falls on all of them alike; ratios are of
+medians. Beside it stands what the papers claim, and `pretrain plan`'s numbers at 1B.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 from parameterizations_process import KINDS, Process, Trial, configuration, recomputes
@@ -36,8 +37,8 @@ from pretrain.costs import memory, parts
 from pretrain.model import count_parameters
 
 RESULTS = Path(__file__).parent / "results"
-WARM_UP = 2
-"""Turns that are not counted: they allocate, and the first one holds GaLore's singular value decompositions."""
+WARM_UP = 1
+"""Turns that are not counted: the first one allocates, and holds GaLore's singular value decompositions."""
 
 
 def measure_memory(trial: Trial) -> dict[str, dict[str, Any]]:
@@ -55,7 +56,7 @@ def measure_memory(trial: Trial) -> dict[str, dict[str, Any]]:
 
 
 def measure_time(trial: Trial, turns: int) -> dict[str, dict[str, Any]]:
-    """Of each model and way of recompute: median seconds of forward and backward pass and of the update."""
+    """Of each model and way of recompute: median CPU seconds of forward and backward pass and of the update."""
     processes = {kind: Process(trial, kind) for kind in KINDS}
     cases = [(kind, how) for kind in KINDS for how in recomputes(trial, kind)]
     seconds: dict[tuple[str, str], list[dict[str, float]]] = {case: [] for case in cases}
@@ -111,7 +112,7 @@ def main() -> None:
         },
         "planned": {size: planned(size) for size in ("60m", "130m", "1b")},
         "turns": turns,
-        "machine": f"{platform.processor() or platform.machine()}, {os.environ['OMP_NUM_THREADS']} threads, fp32",
+        "machine": f"{platform.processor() or platform.machine()}, threads: {os.environ['OMP_NUM_THREADS']}, fp32",
         "torch": torch.__version__,
         "commit": commit.stdout.strip(),
     }

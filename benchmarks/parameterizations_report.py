@@ -79,7 +79,7 @@ def _measured(size: str, measured: Result) -> Iterator[str]:
     )
     yield from _table((*heads, "step", "forward and backward", "update", f"step of {WHOLE_BATCH:,} tokens"), rows)
     yield ""
-    yield f"The dense step took {sum(dense):.2f} s, {dense[1]:.2f} s of it the update."
+    yield f"The dense step took {sum(dense):.2f} CPU seconds, {dense[1]:.2f} s of it the update."
 
 
 def _parts(taken: dict[str, float]) -> tuple[float, float]:
