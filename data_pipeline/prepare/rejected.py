@@ -180,7 +180,8 @@ def _duplicates(job: RejectedJob) -> Rejects:
 
 
 def _dropped_texts(run: RunFiles, job: RejectedJob, tokenizer: Tokenizer) -> Iterator[tuple[int, int, int, int, str]]:
-    """Row, stage, number of the kept document, bytes and text of what the run drops in the job's range of keys."""
+    """Row, stage, number of the kept document, bytes and the text's beginning of what the run drops in the job's range
+    of keys."""
     table, drops = run.table(), read_drops(run.path)
     tokens = np.memmap(f"{run.path}.tokens", tokenizer.dtype, mode="r")
     for begin, end in ((0, run.train), (run.train, run.documents)):
@@ -189,4 +190,4 @@ def _dropped_texts(run: RunFiles, job: RejectedJob, tokenizer: Tokenizer) -> Ite
         for row, stage, kept in drops[(drops["row"] >= first) & (drops["row"] < last)].tolist():
             start, length = int(table[row]["start"]), int(table[row]["length"])
             text = tokenizer.decode(tokens[start : start + length - 1]) if job.characters else ""
-            yield row, stage, kept, int(table[row]["text_bytes"]), text
+            yield row, stage, kept, int(table[row]["text_bytes"]), text[: job.characters]  # all rows are held at once

@@ -251,6 +251,16 @@ def test_the_position_counts_steps_taken_not_steps_made(order: Order, sources: l
         assert loader.position == 0
         loader.next_step()
         assert loader.position == BATCH
+        wait_until_ready(loader, 4)
+        saved = loader.position
+    # saved again before anything was taken: the same state, and the same stream from there
+    with make_loader(order, sources, start_step=1, start_position=saved, prefetch=4) as resumed:
+        wait_until_ready(resumed, 4)
+        assert resumed.position == saved
+        again = resumed.position
+    rest = run_steps(order, sources, start_step=1, start_position=again)
+    for step, expected in zip(rest, run_steps(order, sources)[1:], strict=True):
+        assert step.micro_batches[0].sample_ids.tolist() == expected.micro_batches[0].sample_ids.tolist()
 
 
 @pytest.mark.parametrize("prefetch", [0, 2])

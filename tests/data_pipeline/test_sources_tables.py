@@ -182,3 +182,26 @@ def test_a_time_that_python_has_not_is_told_by_datasets_too(tmp_path: Path) -> N
     source = DatasetsSource(kind="datasets", domain="d", path="parquet", data_files=(str(path),))
     with pytest.raises(DataError, match=r"parquet \(train\), shard 0, after row 0: OverflowError"):
         read(source, 1)
+
+
+def test_a_configuration_and_a_split_of_a_data_set_are_read(tmp_path: Path) -> None:
+    """A folder with the card of a data set on the hub: what its `configs` name is opened by name and split."""
+    pytest.importorskip("datasets")
+    lines = ["---", "configs:"]
+    for name in ("en", "de"):
+        lines += [f"- config_name: {name}", "  data_files:"]
+        for split in ("train", "validation"):
+            files = [tmp_path / name / f"{split}-{number}.parquet" for number in range(2)]
+            for number, path in enumerate(files):
+                path.parent.mkdir(exist_ok=True)
+                pq.write_table(pa.table({"text": [f"{name} {split} {number}"], "n": [number]}), path)
+            lines += [f"  - split: {split}", f"    path: {name}/{split}-*.parquet"]
+    (tmp_path / "README.md").write_text("\n".join([*lines, "---"]))
+    source = DatasetsSource(kind="datasets", domain="d", path=str(tmp_path), name="de", split="validation")
+    assert len(source.parts(1)) == 2
+    assert texts(read(source, 1)) == ["de validation 0", "de validation 1"]
+    assert texts(read(source.model_copy(update={"name": "en", "split": "train"}), 1)) == ["en train 0", "en train 1"]
+    assert len(source.stamp()) == 4
+    for wrong in ({"name": "fr"}, {"split": "test"}):
+        with pytest.raises(UserError, match=r"data set '.*' can't be opened: ValueError"):
+            source.model_copy(update=wrong).parts(1)

@@ -61,6 +61,17 @@ def test_every_test_that_the_architecture_names_exists() -> None:
             assert list(folder.glob(Path(name).name)), f"{name} of {row}"
 
 
+def test_every_test_of_a_pitfall_exists() -> None:
+    text = (ROOT / "docs/architecture.md").read_text()
+    rows = [line for line in text.splitlines() if "::test_" in line]
+    assert len(rows) == 17
+    for row in rows:
+        path = Path()
+        for file, test in re.findall(r"`([\w/.]*)::(test_\w+)`", row):
+            path = path if not file else ROOT / (file if "/" in file else f"tests/data_pipeline/{file}")
+            assert re.search(rf"^ *def {test}\(", path.read_text(), re.MULTILINE), f"{file}::{test}"
+
+
 def test_every_named_file_exists() -> None:
     for name in re.findall(r"`((?:configs|tests|docs|benchmarks)/[\w./]+)`", README) + re.findall(
         r"\]\(([^)]+)\)", README
