@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import Config
-from .model import activation_bytes, linear_layers, parameter_shapes
+from .model import activation_bytes, linear_layers, mixture_count, parameter_shapes
 from .model.recompute import ActivationCheckpointing
 
 RECOMPUTES: tuple[ActivationCheckpointing, ...] = ("none", "full", "low_rank")
@@ -15,14 +15,16 @@ RECOMPUTES: tuple[ActivationCheckpointing, ...] = ("none", "full", "low_rank")
 
 @dataclass
 class Part:
-    """The embedding, the head, the norms, or the linear layers of the blocks under one rule of ``model.linear``."""
+    """The embedding, the head, the norms, the routed experts, their routers, or the linear layers of the blocks under
+    one rule of ``model.linear``."""
 
     name: str
     layers: int = 0
     """Linear layers of the blocks."""
     parameters: int = 0
     flops_per_token: int = 0
-    """Of multiplications by weights, forward and backward: 6 for each (attention's own work is the whole model's)."""
+    """Of multiplications by weights, forward and backward: 6 for each (attention's own work is the whole model's); of
+    routed experts, those that a token goes to."""
     optimizer_bytes: int = 0
     """Over all ranks: the optimizer's fp32 state, and the fp32 copy of the parameters where the engine keeps one."""
     buffer_bytes: int = 0
@@ -33,21 +35,27 @@ def parts(config: Config, vocab_size: int) -> list[Part]:
     """The parts of the model; a tied head has its FLOPs and no parameters of its own."""
     model = config.model
     embedding, head, norms, dense = Part("embedding"), Part("head"), Part("norms"), Part("dense")
+    experts, routers, mixture = Part("experts"), Part("routers"), mixture_count(model)
     rules = [Part(f"linear.{number} ({rule.kind})") for number, rule in enumerate(model.linear)]
     owner = {"embedding": embedding, "head": head}
-    for layer in linear_layers(model):
-        part = rules[model.linear.index(layer.method)] if layer.method in model.linear else dense
-        owner[layer.name] = part
+    for linear in linear_layers(model):
+        part = rules[model.linear.index(linear.method)] if linear.method in model.linear else dense
+        owner[linear.name] = part
         part.layers += 1
-        part.flops_per_token += 6 * layer.cost.multiplied
-        part.buffer_bytes += layer.cost.buffer_bytes
+        part.flops_per_token += 6 * linear.cost.multiplied
+        part.buffer_bytes += linear.cost.buffer_bytes
+    for layer in model.expert_layers:
+        owner[f"blocks.{layer}.feed_forward.experts"], owner[f"blocks.{layer}.feed_forward.router"] = experts, routers
+        experts.flops_per_token += 6 * mixture.active
+        routers.flops_per_token += 6 * mixture.router
     head.flops_per_token = 6 * vocab_size * model.hidden_size
     for name, shape in parameter_shapes(model, vocab_size).items():
         part = owner.get(name.rpartition(".")[0], norms)
         part.parameters += math.prod(shape)
         masters = math.prod(shape) if has_masters(config) else 0
         part.optimizer_bytes += 4 * (config.optimizer.state_elements(name, shape) + masters)
-    return [part for part in (embedding, *rules, dense, norms, head) if part.parameters or part.flops_per_token]
+    every = (embedding, *rules, dense, experts, routers, norms, head)
+    return [part for part in every if part.parameters or part.flops_per_token]
 
 
 def has_masters(config: Config) -> bool:

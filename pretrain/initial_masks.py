@@ -87,7 +87,7 @@ def _layers_of(rule: MagnitudePrunedSettings, settings: ModelSettings) -> dict[s
     return {
         name: (outputs, inputs)
         for block in range(settings.layers)
-        for inside, (inputs, outputs) in block_shapes(settings).items()
+        for inside, (inputs, outputs) in block_shapes(settings, block).items()
         if method_of(name := f"blocks.{block}.{inside}", settings) is rule
     }
 

@@ -184,7 +184,7 @@ def _check_same_function(weights: Weights, settings: ModelSettings) -> None:
         if one != other:
             wrong.append(f"mup multiplies the {name} by {one:g} there and by {other:g} here")
     for layer in range(0 if wrong else settings.layers):
-        for name in block_shapes(settings):
+        for name in block_shapes(settings, layer):
             rules = [method_of(f"blocks.{layer}.{name}", each) for each in (weights.settings, settings)]
             if rules[0].terms() not in (DENSE, rules[1].terms()):
                 wrong.append(f"blocks.{layer}.{name} is {rules[0].kind} there and {rules[1].kind} here")

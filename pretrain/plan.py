@@ -38,6 +38,7 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
     return {
         "run_folder": str(config.run_folder),
         "parameters": parameters.total,
+        "active_parameters": parameters.active,
         "non_embedding_parameters": parameters.non_embedding,
         "vocab_size": vocabulary,
         "flops_per_token": per_token,
@@ -73,10 +74,12 @@ def _end(config: Config, data: RunData) -> int:
 def show_plan(plan: dict[str, Any]) -> str:
     """A plan for people."""
     ramp = " (after the ramp)" if plan["batch_ramp"] else ""
+    few = plan["active_parameters"] < plan["parameters"]
+    active = f", {plan['active_parameters']:,} active for a token" if few else ""
     lines = [
         f"run folder    {plan['run_folder']}",
         f"model         {plan['parameters']:,} parameters, {plan['non_embedding_parameters']:,} outside embedding and "
-        f"head; vocabulary {plan['vocab_size']:,}",
+        f"head{active}; vocabulary {plan['vocab_size']:,}",
         f"training      {plan['steps']:,} steps of {plan['tokens_per_step']:,} tokens{ramp}, "
         f"{plan['tokens']:,} tokens in all; "
         f"{plan['accumulation_steps']} micro-steps a step",

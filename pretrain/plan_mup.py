@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from .config import Config
-from .model.linear import block_shapes
+from .model.linear import layer_shapes
 from .model.linear.choose import initial_std
 from .model.mup import forward_multipliers, width, width_scaling
 from .optimizer.groups import is_norm_or_embedding
@@ -38,7 +38,7 @@ def mup_rows(config: Config) -> list[dict[str, Any]]:
         row("embedding", "embedding", model.init_std, None, multipliers.embedding),
         row("norm", "norms", None, None),
     ]
-    for layer in block_shapes(model):
+    for layer in layer_shapes(model):
         name = f"blocks.0.{layer}"
         made = row(name, layer, initial_std(name, model), width(name, model))
         same = [known for known in rows if {**known, "tensors": 0} == {**made, "tensors": 0}]

@@ -163,7 +163,7 @@ class Trainer:
         self._scoring = self._score(objective, step) if objective.scores_first else None
         for micro_batch in step.micro_batches:
             batch = micro_batch.to(self.ranks.device)
-            self.engine.backward(objective.micro_step(self.engine.forward(batch), batch))
+            self.engine.backward(objective.micro_step(self.engine.training_forward(batch).logits, batch))
         if (factor := objective.gradient_factor()) is not None:
             self.engine.scale_gradients(factor)
         return self.engine.step(rate)
@@ -174,7 +174,7 @@ class Trainer:
         with Stopwatch(self.ranks.device) as watch, torch.no_grad():
             for micro_batch in step.micro_batches:
                 batch = micro_batch.to(self.ranks.device)
-                objective.score(self.engine.forward(batch), batch)
+                objective.score(self.engine.training_forward(batch).logits, batch)
         self.engine.evaluating(False)
         return watch
 

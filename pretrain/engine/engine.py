@@ -15,7 +15,8 @@ from data_pipeline import Batch
 from data_pipeline.errors import HeadraceError
 from pretrain.config import Config
 from pretrain.distributed import Distributed, set_timeout_of_all_groups
-from pretrain.model import Decoder
+from pretrain.model import Decoder, Outputs
+from pretrain.model.experts.noise import noise_keys
 from pretrain.model.mup import width_scaling
 from pretrain.model.scheduled import schedules
 from pretrain.optimizer import parameter_groups
@@ -65,6 +66,8 @@ class Engine:
         self._clips_itself = clips_itself(config)
         self._stage = config.engine.zero_stage
         self._keeps_own_masters = self._stage == 0 and config.training.precision == "bf16"
+        self._seed = config.run.seed
+        self._jitters = config.model.experts is not None and config.model.experts.jitter > 0
         self._left = 0
         """Micro-steps of the current optimizer step whose backward pass is still to come."""
         self.ranks = ranks
@@ -108,8 +111,16 @@ class Engine:
         """Optimizer steps whose update DeepSpeed left out because the gradient was not finite."""
         return int(self._engine.skipped_steps)
 
+    def training_forward(self, batch: Batch) -> Outputs:
+        """Logits [b, T, V] of a batch on this rank's device, and, of a model with experts, how its tokens were routed:
+        of a training step, or of a scoring pass before it, which routes them to the bit alike."""
+        keys = noise_keys(self._seed, batch.run_positions) if self._jitters else None
+        inputs = (batch.tokens, batch.positions, batch.document_ids, batch.single_document, batch.loss_mask, keys)
+        outputs: Outputs = self._engine(*inputs)
+        return outputs
+
     def forward(self, batch: Batch) -> Tensor:
-        """Logits [b, T, V] of a batch on this rank's device."""
+        """Logits [b, T, V] of a batch on this rank's device, for an evaluation: nothing is counted."""
         logits: Tensor = self._engine(batch.tokens, batch.positions, batch.document_ids, batch.single_document)
         return logits
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from data_pipeline.errors import HeadraceError
 from pretrain.distributed import Distributed
 from pretrain.optimizer import MatrixWise
-from pretrain.optimizer.matrices import Piece
+from pretrain.optimizer.matrices import Piece, pieces_of
 
 Unit = tuple[list[Tensor], list[Piece]]
 """Tensors that DeepSpeed lets the optimizer step together, and the pieces of matrices in them."""
@@ -67,11 +67,12 @@ def _units(
 
 
 def _whole(group: dict[str, Any]) -> Unit:
-    """Stage 0: a tensor is a matrix."""
+    """Stage 0: a tensor is a matrix, or a stack of matrices."""
     tensors = list(group["params"])
     pieces = [
-        Piece(name, (tensor.shape[0], tensor.shape[1]), 0, tensor.numel(), number)
+        piece
         for number, (name, tensor) in enumerate(zip(group["names"], tensors, strict=True))
+        for piece in pieces_of(name, tensor.shape, tensor=number)
     ]
     return tensors, pieces
 
@@ -92,9 +93,14 @@ def _flattened(wrapper: Any, number: int, names: dict[int, str], ranks: Distribu
     for parameter, offset in zip(parameters, offsets, strict=True):
         first, last = max(offset, begin), min(offset + parameter.numel(), begin + held.numel())
         if first < last:
-            piece = _piece(names, parameter, first - offset, last - first, first - begin)
-            _same(piece, held, parameter.detach().reshape(-1)[piece.start : piece.start + piece.length])
-            pieces.append(piece)
+            pieces += _pieces(
+                names,
+                parameter,
+                first - offset,
+                first - begin,
+                held,
+                parameter.detach().reshape(-1)[first - offset : last - offset],
+            )
     return [held], pieces
 
 
@@ -111,16 +117,20 @@ def _split(wrapper: Any, sub_group: int, names: dict[int, str], ranks: Distribut
         start = ranks.rank * share
         length = min(share, parameter.ds_numel - start)
         if length > 0:
-            piece = _piece(names, parameter, start, length, offset)
-            _same(piece, held, parameter.ds_tensor.detach().reshape(-1)[:length])
-            pieces.append(piece)
+            pieces += _pieces(names, parameter, start, offset, held, parameter.ds_tensor.detach().reshape(-1)[:length])
         offset += share
     return [held], pieces
 
 
-def _piece(names: dict[int, str], parameter: nn.Parameter, start: int, length: int, offset: int) -> Piece:
-    rows, columns = shape_of(parameter)
-    return Piece(names[id(parameter)], (rows, columns), start, length, 0, offset)
+def _pieces(
+    names: dict[int, str], parameter: nn.Parameter, start: int, offset: int, held: Tensor, weights: Tensor
+) -> list[Piece]:
+    """What ``held`` has, from ``offset`` on, of a parameter from ``start`` on, checked to be its ``weights`` there."""
+    pieces = pieces_of(names[id(parameter)], shape_of(parameter), start, len(weights), offset=offset)
+    for piece in pieces:
+        first = piece.offset - offset
+        _same(piece, held, weights[first : first + piece.length])
+    return pieces
 
 
 def _same(piece: Piece, held: Tensor, weights: Tensor) -> None:

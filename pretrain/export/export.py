@@ -68,6 +68,8 @@ def export_checkpoint(
         DataError: the checkpoint is damaged.
     """
     weights = CheckpointWeights(_checkpoint_of(source))
+    if weights.settings.experts is not None:
+        raise UserError(f"{weights.path} is of a model with experts, and those can't be exported yet.")
     plan = ExportPlan(weights, DTYPES[dtype], unmerged)
     context: int = weights.config.data.seq_len
     config = to_config(weights.settings, weights.vocab_size, context, str(DTYPES[dtype]).removeprefix("torch."))

@@ -33,8 +33,11 @@ class ExportPlan:
         self._weights, self._dtype, self._unmerged = weights, dtype, unmerged
         self._settings = weights.settings
         self._rules: list[dict[str, Any]] = []
-        shapes = block_shapes(self._settings)
-        layers = {f"blocks.{n}.{name}": shape for n in range(self._settings.layers) for name, shape in shapes.items()}
+        layers = {
+            f"blocks.{n}.{name}": shape
+            for n in range(self._settings.layers)
+            for name, shape in block_shapes(self._settings, n).items()
+        }
         for name in weights.shapes:
             if name.rpartition(".")[0] not in layers:
                 self._add(name, self._factor(name))

@@ -1,8 +1,8 @@
 """The model: a Llama-type decoder, its initial weights, and what it costs."""
 
 from .activations import ActivationBytes, activation_bytes
-from .count import ParameterCount, count_parameters, flops_per_token, linear_layers, parameter_shapes
-from .decoder import Decoder
+from .count import ParameterCount, count_parameters, flops_per_token, linear_layers, mixture_count, parameter_shapes
+from .decoder import Decoder, Outputs
 from .initialize import initial_values, initialize_, own_tensors
 from .linear import make_linear
 from .settings import ModelSettings
@@ -11,6 +11,7 @@ __all__ = [
     "ActivationBytes",
     "Decoder",
     "ModelSettings",
+    "Outputs",
     "ParameterCount",
     "activation_bytes",
     "count_parameters",
@@ -19,6 +20,7 @@ __all__ = [
     "initialize_",
     "linear_layers",
     "make_linear",
+    "mixture_count",
     "own_tensors",
     "parameter_shapes",
 ]

@@ -27,6 +27,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from .count import linear_layers
+from .experts.settings import ExpertsSettings
 from .linear import LinearCost, block_shapes
 from .recompute import ActivationCheckpointing
 from .settings import ModelSettings
@@ -71,9 +72,11 @@ def activation_bytes(
     """
     s, d = value_bytes, settings.hidden_size
     costs = [layer.cost for layer in linear_layers(settings)]
-    names = list(block_shapes(settings))
-    blocks = [dict(zip(names, costs[at : at + len(names)], strict=True)) for at in range(0, len(costs), len(names))]
-    whole = [_block_bytes(settings, block, s, single_document, fused_norms) for block in blocks]
+    left = iter(costs)
+    blocks = [{name: next(left) for name in block_shapes(settings, layer)} for layer in range(settings.layers)]
+    whole = [
+        _block_bytes(settings, layer, block, s, single_document, fused_norms) for layer, block in enumerate(blocks)
+    ]
     products = [sum(cost.products for cost in block.values()) * s for block in blocks]
     mask = 0 if single_document else seq_len * s
     rest = _norm_bytes(d, s, fused_norms) + d * s + 2 * settings.effective_head_dim * s + mask
@@ -91,13 +94,10 @@ def _norm_bytes(size: int, s: int, fused: bool) -> int:
     return size * (s if fused else 8) + 4
 
 
-def _block_bytes(settings: ModelSettings, costs: dict[str, LinearCost], s: int, single: bool, fused: bool) -> int:
-    d, f, heads, key_heads = (
-        settings.hidden_size,
-        settings.intermediate_size,
-        settings.heads,
-        settings.effective_kv_heads,
-    )
+def _block_bytes(
+    settings: ModelSettings, layer: int, costs: dict[str, LinearCost], s: int, single: bool, fused: bool
+) -> int:
+    d, heads, key_heads = settings.hidden_size, settings.heads, settings.effective_kv_heads
     query, key = heads * settings.effective_head_dim, key_heads * settings.effective_head_dim
 
     def shared(*names: str) -> bool:
@@ -108,13 +108,22 @@ def _block_bytes(settings: ModelSettings, costs: dict[str, LinearCost], s: int, 
     if settings.qk_norm:
         size = settings.effective_head_dim
         norms += heads * _norm_bytes(size, s, fused) + key_heads * _norm_bytes(size, s, fused)
-    outputs = (
-        d
-        * s
-        * (
-            shared("attention.query", "attention.key", "attention.value")
-            + shared("feed_forward.gate", "feed_forward.up")
-        )
-    )
-    inner = (3 + shared("feed_forward.down")) * f * s
-    return norms + outputs + attention + inner + sum(cost.activations for cost in costs.values()) * s
+    inputs: int = shared("attention.query", "attention.key", "attention.value")
+    mixture = settings.experts if settings.has_experts(layer) else None
+    name, f, inner = "feed_forward", settings.intermediate_size, 0
+    if mixture is None:
+        inputs += shared("feed_forward.gate", "feed_forward.up")
+    else:
+        name, f = "feed_forward.shared", mixture.shared * mixture.intermediate_size
+        inner = _mixture_bytes(mixture, d, s)
+        inputs += s == 4 or (mixture.shared and shared(f"{name}.gate", f"{name}.up"))
+    if f:
+        inner += (3 + shared(f"{name}.down")) * f * s
+    return norms + inputs * d * s + attention + inner + sum(cost.activations for cost in costs.values()) * s
+
+
+def _mixture_bytes(mixture: ExpertsSettings, d: int, s: int) -> int:
+    """Of the routed experts and their router; the input in fp32 is the norm's output itself where s is 4."""
+    experts, slots = mixture.number, mixture.number if mixture.routing.kind != "top_k" else mixture.top_k
+    router = 4 * d * ((s == 2) + 2 * (mixture.jitter > 0)) + 4 * (2 * experts + 1)
+    return router + slots * (2 * d * s + 4 * mixture.intermediate_size * s + 16 + 8 + 4)

@@ -17,9 +17,22 @@ class ParameterCount(NamedTuple):
     """All parameters; a tied weight counts once."""
     non_embedding: int
     """Without the embedding and the head: what scaling laws mean by N (Kaplan et al. 2020, arXiv 2001.08361)."""
+    active: int
+    """All but those of the routed experts that a token does not go to, of its ``top_k`` each."""
     multiplied: int
-    """Multiplications of a token by weights: in linear layers and head, tied or not; not in the embedding's look-up,
-    nor by the norms' gains. Of dense layers it is the number of their weights."""
+    """Multiplications of a token by weights: in linear layers, routers, the experts that it goes to, and head, tied or
+    not; not in the embedding's look-up, nor by the norms' gains. Of dense layers it is the number of their weights."""
+
+
+class MixtureCount(NamedTuple):
+    """The routed experts of one block, and their router."""
+
+    experts: int
+    """Parameters of all of them."""
+    active: int
+    """Of ``top_k`` of them: what a token is multiplied by. Hybrid routing sends undecided tokens to more."""
+    router: int
+    """Parameters of the router, all of which a token is multiplied by."""
 
 
 class LinearLayer(NamedTuple):
@@ -34,10 +47,19 @@ class LinearLayer(NamedTuple):
 def linear_layers(settings: ModelSettings) -> Iterator[LinearLayer]:
     """The linear layers of all blocks, block by block."""
     for layer in range(settings.layers):
-        for inside, (in_features, out_features) in block_shapes(settings).items():
+        for inside, (in_features, out_features) in block_shapes(settings, layer).items():
             name = f"blocks.{layer}.{inside}"
             method = method_of(name, settings)
             yield LinearLayer(name, method, method.cost(in_features, out_features))
+
+
+def mixture_count(settings: ModelSettings) -> MixtureCount:
+    """Of a block with experts; all 0 for a model without."""
+    mixture = settings.experts
+    if mixture is None:
+        return MixtureCount(0, 0, 0)
+    of_expert = 3 * settings.hidden_size * mixture.intermediate_size
+    return MixtureCount(mixture.number * of_expert, mixture.top_k * of_expert, mixture.number * settings.hidden_size)
 
 
 def parameter_shapes(settings: ModelSettings, vocab_size: int) -> dict[str, tuple[int, ...]]:
@@ -52,10 +74,14 @@ def count_parameters(settings: ModelSettings, vocab_size: int) -> ParameterCount
     with torch.device("meta"):
         model = Decoder(settings, vocab_size)
     head = sum(parameter.numel() for parameter in model.head.parameters() if parameter.ndim > 1)
+    mixture, mixtures = mixture_count(settings), len(settings.expert_layers)
+    total = sum(parameter.numel() for parameter in model.parameters())
+    layers = sum(layer.cost.multiplied for layer in linear_layers(settings))
     return ParameterCount(
-        total=sum(parameter.numel() for parameter in model.parameters()),
+        total=total,
+        active=total - mixtures * (mixture.experts - mixture.active),
         non_embedding=sum(parameter.numel() for parameter in (*model.blocks.parameters(), *model.norm.parameters())),
-        multiplied=sum(layer.cost.multiplied for layer in linear_layers(settings)) + head,
+        multiplied=layers + mixtures * (mixture.active + mixture.router) + head,
     )
 
 

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .attention import Attention, document_mask
+from .experts.layer import MixtureOfExperts
 from .feed_forward import FeedForward
 from .initialize import Draw
 from .linear import make_linear
@@ -47,6 +50,34 @@ class Block(nn.Module):
         return output
 
 
+class ExpertBlock(nn.Module):
+    """A block with a mixture of experts: x + attention(norm(x)), then x + experts(norm(x))."""
+
+    def __init__(self, name: str, layer: int, settings: ModelSettings) -> None:
+        super().__init__()
+        self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_eps)
+        self.attention = Attention(f"{name}.attention", settings)
+        self.feed_forward_norm = RMSNorm(settings.hidden_size, settings.norm_eps)
+        self.feed_forward = MixtureOfExperts(f"{name}.feed_forward", layer, settings)
+
+    def forward(
+        self, x: Tensor, by: Rotation, mask: Tensor | None, counted: Tensor | None, noise_keys: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """x [b, T, d], and the sums of the routing, ``Routing.packed`` [b, ...]."""
+        x = x + self.attention(self.attention_norm(x), by, mask)
+        output, routing = self.feed_forward(self.feed_forward_norm(x), counted, noise_keys)
+        return x + output, routing
+
+
+class Outputs(NamedTuple):
+    """Of a decoder's forward pass in training."""
+
+    logits: Tensor
+    """[b, T, V], in the parameters' dtype."""
+    routing: Tensor | None
+    """``Routing.packed`` [blocks with experts, b, ...] fp32; None for a model without experts."""
+
+
 class Decoder(nn.Module):
     """Tokens to logits. Parameters and buffers hold nothing until :func:`~.initialize.initialize_` or the engine fill
     them.
@@ -72,32 +103,54 @@ class Decoder(nn.Module):
         self.multipliers = forward_multipliers(settings)
         self.activation_checkpointing = activation_checkpointing
         self.embedding = Embedding(vocab_size, settings)
-        self.blocks = nn.ModuleList(Block(f"blocks.{index}", settings) for index in range(settings.layers))
+        self.blocks = nn.ModuleList(
+            ExpertBlock(f"blocks.{index}", index, settings)
+            if settings.has_experts(index)
+            else Block(f"blocks.{index}", settings)
+            for index in range(settings.layers)
+        )
         self.norm = RMSNorm(settings.hidden_size, settings.norm_eps)
         self.head = make_linear(settings.hidden_size, vocab_size, "head", settings)
         self._tie()
 
-    def forward(self, tokens: Tensor, positions: Tensor, document_ids: Tensor, single_document: bool) -> Tensor:
-        """Logits [b, T, V] in the parameters' dtype.
+    def forward(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        document_ids: Tensor,
+        single_document: bool,
+        counted: Tensor | None = None,
+        noise_keys: Tensor | None = None,
+    ) -> Tensor | Outputs:
+        """Logits [b, T, V] in the parameters' dtype; in training, where ``counted`` is given, :class:`Outputs`.
 
         Args:
             tokens: [b, T] integers below V.
             positions: [b, T] integers, the place of each token in its document.
             document_ids: [b, T] integers, equal within a document; attention does not cross from one to another.
             single_document: every row is one document, known on the host: the mask is then never made.
+            counted: [b, T] bool, the tokens that the sums of the routing count; None is no training.
+            noise_keys: [b] int64, :func:`~.experts.noise.noise_keys`, of the routers' jitter; None: no jitter.
         """
         x = self.embedding(tokens)
         if self.multipliers.embedding != 1.0:
             x = x * self.multipliers.embedding
         by = rotation(positions, self.head_dim, self.rope_theta, x.dtype)
         mask = None if single_document else document_mask(document_ids, x.dtype)
+        routing = []
         for block in self.blocks:
-            x = run_block(block, self.activation_checkpointing, x, by, mask)
+            if isinstance(block, ExpertBlock):
+                x, sums = run_block(block, self.activation_checkpointing, x, by, mask, counted, noise_keys)
+                routing.append(sums)
+            else:
+                x = run_block(block, self.activation_checkpointing, x, by, mask)
         x = self.norm(x)
         if self.multipliers.head != 1.0:
             x = x * self.multipliers.head  # of the d features and not of the V logits: the same, and cheaper
         logits: Tensor = self.head(x)
-        return logits
+        if counted is None:
+            return logits
+        return Outputs(logits, torch.stack(routing) if routing else None)
 
     def _tie(self) -> None:
         if self.tied_embeddings:

@@ -10,11 +10,17 @@ from .settings import ModelSettings
 
 
 class FeedForward(nn.Module):
-    """y = W_down (SiLU(W_gate x) * W_up x): [..., d] -> [..., d]."""
+    """y = W_down (SiLU(W_gate x) * W_up x): [..., d] -> [..., d].
 
-    def __init__(self, name: str, settings: ModelSettings) -> None:
+    Args:
+        name: the module's full name.
+        settings: of the model.
+        intermediate: features inside; None: ``settings.intermediate_size``.
+    """
+
+    def __init__(self, name: str, settings: ModelSettings, intermediate: int | None = None) -> None:
         super().__init__()
-        hidden, intermediate = settings.hidden_size, settings.intermediate_size
+        hidden, intermediate = settings.hidden_size, intermediate or settings.intermediate_size
         self.gate = make_linear(hidden, intermediate, f"{name}.gate", settings)
         self.up = make_linear(hidden, intermediate, f"{name}.up", settings)
         self.down = make_linear(intermediate, hidden, f"{name}.down", settings)

@@ -27,7 +27,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline.settings import Settings
 
-from .linear.base import LAYER_NAME, block_shapes
+from .linear.base import LAYER_NAME, layer_shapes
 
 if TYPE_CHECKING:
     from .settings import ModelSettings
@@ -89,6 +89,11 @@ def check_mup(settings: ModelSettings) -> None:
     mup = settings.mup
     if mup is None:
         return
+    if settings.experts is not None:
+        raise ValueError(
+            "mup with experts: how learning rates and initial values of a router, and of experts by their number and "
+            "top_k, have to change with the width is confirmed nowhere. Leave out model.mup, or model.experts"
+        )
     if mup.zero_init_head and settings.tied_embeddings:
         raise ValueError(
             "mup.zero_init_head with tied_embeddings would start the embedding at zero, and every hidden state with "
@@ -189,5 +194,5 @@ def width(module: str, settings: ModelSettings) -> float:
 def _shape(module: str, settings: ModelSettings) -> tuple[int, int]:
     """[out, in] of the weight of a linear layer; of the head only what it reads grows."""
     found = LAYER_NAME.fullmatch(module)
-    ins, outs = block_shapes(settings)[found[2]] if found else (settings.hidden_size, 1)
+    ins, outs = layer_shapes(settings)[found[2]] if found else (settings.hidden_size, 1)
     return outs, ins

@@ -20,14 +20,13 @@ from torch.utils.checkpoint import checkpoint, noop_context_fn
 ActivationCheckpointing = Literal["none", "full", "low_rank"]
 
 
-def run_block(block: nn.Module, how: ActivationCheckpointing, *inputs: Any) -> Tensor:
+def run_block(block: nn.Module, how: ActivationCheckpointing, *inputs: Any) -> Any:
     """``block(*inputs)``, to be recomputed in the backward pass as ``how`` says. Nothing in a block may be random."""
     if how == "none":
-        output: Tensor = block(*inputs)
-    else:  # without gradients, the same
-        contexts = _keep_products if how == "low_rank" else noop_context_fn
-        output = checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
-    return output
+        return block(*inputs)
+    # without gradients, the same
+    contexts = _keep_products if how == "low_rank" else noop_context_fn
+    return checkpoint(block, *inputs, use_reentrant=False, context_fn=contexts, preserve_rng_state=False)
 
 
 def first_product(x: Tensor, weight: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.settings import Settings
 from pretrain.methods import choice_of
 
+from .experts.settings import ExpertsSettings
 from .linear.base import LinearSettings
 from .linear.choose import check_rules
 from .mup import MupSettings, check_mup
@@ -35,7 +36,7 @@ class ModelSettings(Settings):
     head_dim: int | None = Field(default=None, ge=2)
     """Features of a head (d_h); ``null``: ``hidden_size / heads``."""
     intermediate_size: int = Field(ge=1)
-    """Features inside the feed-forward layer (d_ff)."""
+    """Features inside the feed-forward layer (d_ff); of the blocks that have no experts."""
     rope_theta: float = Field(default=10_000.0, gt=1.0, allow_inf_nan=False)
     """Base of the rotary position embedding's wavelengths: the longest is about 2 pi theta tokens."""
     norm_eps: float = Field(default=1e-5, gt=0.0, lt=1.0)
@@ -52,6 +53,8 @@ class ModelSettings(Settings):
     """Start with these weights instead of drawing them: a checkpoint (a ``step_...`` folder), or a folder that
     transformers or ``pretrain export`` wrote, with a Llama, Mistral or Qwen3 model in safetensors. Read once, when the
     run begins; a resumed run has its own."""
+    experts: ExpertsSettings | None = None
+    """Mixtures of experts in place of feed-forward layers; ``null``: every block has a feed-forward layer."""
     linear: tuple[Linear, ...] = ()
     """Which parameterization the linear layers of the blocks have; those that no rule matches are dense, as is the
     head. No layer may be matched twice."""
@@ -76,6 +79,11 @@ class ModelSettings(Settings):
                 f"head_dim {self.effective_head_dim} is odd, but the rotary embedding rotates pairs of features; make "
                 f"it even{'' if self.head_dim else ' (it is hidden_size / heads)'}"
             )
+        if self.experts and not any(map(self.has_experts, range(self.layers))):
+            raise ValueError(
+                f"experts.dense_first {self.experts.dense_first} leaves none of the {self.layers} layers for experts; "
+                "lower it, or leave experts out"
+            )
         check_rules(self)
         check_mup(self)
         return self
@@ -87,6 +95,15 @@ class ModelSettings(Settings):
     @property
     def effective_head_dim(self) -> int:
         return self.hidden_size // self.heads if self.head_dim is None else self.head_dim
+
+    def has_experts(self, layer: int) -> bool:
+        """Whether block ``layer`` (from 0) has a mixture of experts."""
+        return self.experts is not None and self.experts.in_block(layer)
+
+    @property
+    def expert_layers(self) -> list[int]:
+        """The blocks that have experts, ascending."""
+        return [layer for layer in range(self.layers) if self.has_experts(layer)]
 
     def resolve_vocab_size(self, tokenizer_vocab_size: int) -> int:
         """The rows of the embedding for data of this tokenizer.

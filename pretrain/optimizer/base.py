@@ -30,7 +30,8 @@ class OptimizerSettings(Settings):
     """A gradient whose global norm is larger is scaled down to this norm; 0 never clips."""
 
     def is_matrix(self, name: str, shape: Sequence[int]) -> bool:
-        """Whether a parameter is updated as a whole matrix, by a :class:`~.matrix_wise.MatrixWise` optimizer."""
+        """Whether a parameter is updated as a whole matrix, or, stacked [E, m, n], as E of them, by a
+        :class:`~.matrix_wise.MatrixWise` optimizer."""
         return False
 
     def check(self, config: Config, shapes: Mapping[str, Sequence[int]]) -> None:

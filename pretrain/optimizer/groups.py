@@ -21,6 +21,11 @@ def is_norm_or_embedding(name: str) -> bool:
     return owner == "embedding" or owner.endswith("norm")
 
 
+def is_router(name: str) -> bool:
+    """Whether ``name`` is the weight of a mixture of experts' router."""
+    return name.split(".")[-2] == "router"
+
+
 def parameter_groups(
     named_parameters: Iterable[tuple[str, nn.Parameter]],
     settings: OptimizerSettings,

@@ -8,6 +8,7 @@ that lies on one rank, as most do at ZeRO stages 1 and 2, travels nowhere.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
@@ -26,7 +27,7 @@ class Piece:
     """Consecutive elements of a matrix, row by row, and where a rank's optimizer holds them."""
 
     name: str
-    """Of the parameter."""
+    """Of the parameter; of a stack of matrices, with the number of the matrix, as ``experts.gate[3]``."""
     shape: tuple[int, int]
     """Of the whole matrix [m, n]."""
     start: int
@@ -49,6 +50,26 @@ class Piece:
     def add(self, tensor: Tensor, values: Tensor, factor: float) -> None:
         """Add ``factor`` times ``values`` [length] in place."""
         tensor.view(-1)[self.offset : self.offset + self.length].add_(values.to(tensor.device), alpha=factor)
+
+
+def pieces_of(
+    name: str, shape: Sequence[int], start: int = 0, length: int | None = None, tensor: int = 0, offset: int = 0
+) -> list[Piece]:
+    """The pieces of matrices in ``length`` elements (None: all) of a parameter; a tensor holds them from ``offset`` on.
+
+    Args:
+        shape: of the whole parameter, [m, n], or [E, m, n] for a stack of matrices.
+        start: the first of the elements in the parameter.
+    """
+    rows, columns = shape[-2:]
+    size, end = rows * columns, math.prod(shape) if length is None else start + length
+    pieces = []
+    for number in range(start // size, -(-end // size)):
+        first, last = max(start, number * size), min(end, (number + 1) * size)
+        own = f"{name}[{number}]" if len(shape) == 3 else name
+        place = offset + first - start
+        pieces.append(Piece(own, (rows, columns), first - number * size, last - first, tensor, place))
+    return pieces
 
 
 @dataclass(frozen=True)

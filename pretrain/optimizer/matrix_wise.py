@@ -12,7 +12,7 @@ from data_pipeline.errors import HeadraceError
 from pretrain.distributed import Distributed
 
 from .base import AdamSettings
-from .matrices import MatrixUnit, Piece
+from .matrices import MatrixUnit, Piece, pieces_of
 
 Group = dict[str, Any]
 
@@ -85,10 +85,11 @@ class MatrixWise(torch.optim.Optimizer):
     def _unit(self, group: Group) -> MatrixUnit:
         tensors = group["params"]
         unit = self._units.get(tensors[0])
-        if unit is None and all(tensor.dim() == 2 for tensor in tensors):
+        if unit is None and all(tensor.dim() in (2, 3) for tensor in tensors):
             pieces = [
-                Piece(name, tuple(tensor.shape), 0, tensor.numel(), number)
+                piece
                 for number, (name, tensor) in enumerate(zip(group["names"], tensors, strict=True))
+                for piece in pieces_of(name, tensor.shape, tensor=number)
             ]
             unit = MatrixUnit(tensors, pieces, Distributed(0, 1, tensors[0].device), self.dtype)
             self._units[tensors[0]] = unit

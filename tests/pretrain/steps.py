@@ -16,6 +16,7 @@ from data_pipeline.settings import build_settings
 from pretrain.config import Config
 from pretrain.distributed import Distributed
 from pretrain.model import Decoder, initialize_
+from pretrain.model.experts.noise import noise_keys
 from pretrain.optimizer import AdamWSettings
 
 if TYPE_CHECKING:
@@ -123,10 +124,10 @@ class EngineRun:
             self.engine.evaluating(True)
             with torch.no_grad():
                 for batch in batches:
-                    self.objective.score(self.engine.forward(batch), batch)
+                    self.objective.score(self.engine.training_forward(batch).logits, batch)
             self.engine.evaluating(False)
         for batch in batches:
-            self.engine.backward(self.objective.micro_step(self.engine.forward(batch), batch))
+            self.engine.backward(self.objective.micro_step(self.engine.training_forward(batch).logits, batch))
         if (factor := self.objective.gradient_factor()) is not None:
             self.engine.scale_gradients(factor)
 
@@ -222,7 +223,9 @@ def run_plain(
                 p.copy_(masters[name])
         before_step(model, masters, step)
         model.zero_grad()
-        logits = model(batch.tokens, batch.positions, batch.document_ids, batch.single_document).float()
+        keys = noise_keys(config.run.seed, batch.run_positions)
+        inputs = (batch.tokens, batch.positions, batch.document_ids, batch.single_document, batch.loss_mask, keys)
+        logits = model(*inputs).logits.float()
         loss = objective(logits, batch, config, group_size)
         loss.backward()
         for name, p in model.named_parameters():

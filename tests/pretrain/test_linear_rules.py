@@ -10,7 +10,7 @@ import torch
 from data_pipeline.errors import UserError
 from data_pipeline.settings import build_settings
 from pretrain.model import Decoder, ModelSettings
-from pretrain.model.linear import block_shapes, method_of
+from pretrain.model.linear import layer_shapes, method_of
 
 SHAPE = {"hidden_size": 32, "layers": 3, "heads": 4, "kv_heads": 2, "intermediate_size": 48}
 
@@ -28,7 +28,7 @@ def refusal(*rules: dict[str, Any]) -> str:
 def test_the_shapes_of_a_block_are_those_of_the_decoder() -> None:
     with torch.device("meta"):
         model = Decoder(settings(), 100)
-    for name, (in_features, out_features) in block_shapes(settings()).items():
+    for name, (in_features, out_features) in layer_shapes(settings()).items():
         assert model.get_submodule(f"blocks.1.{name}").weight.shape == (out_features, in_features)
 
 

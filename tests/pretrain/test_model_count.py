@@ -41,9 +41,24 @@ def test_counts_of_a_small_model_by_hand() -> None:
     matrices = 2 * (2 * 128 + 2 * 64 + 3 * 80)
     gains = 2 * (8 + 8 + 4 + 4) + 8
     untied = count_parameters(ModelSettings(**shape, qk_norm=True), 100)
-    assert untied == (1600 + matrices + gains, matrices + gains, matrices + 800)
+    assert untied == (1600 + matrices + gains, matrices + gains, 1600 + matrices + gains, matrices + 800)
     tied = count_parameters(ModelSettings(**shape, qk_norm=True, tied_embeddings=True), 100)
-    assert tied == (800 + matrices + gains, matrices + gains, matrices + 800)
+    assert tied == (800 + matrices + gains, matrices + gains, 800 + matrices + gains, matrices + 800)
+
+
+def test_counts_of_experts_by_hand() -> None:
+    """The first block dense, two of eight experts and a shared one in the others."""
+    mixture = {"number": 8, "top_k": 2, "intermediate_size": 5, "shared": 1, "dense_first": 1}
+    shape = {"hidden_size": 8, "layers": 3, "heads": 2, "intermediate_size": 10, "experts": mixture}
+    settings = build_settings(ModelSettings, shape, "test")
+    count = count_parameters(settings, 100)
+    attention, gains, router, expert = 4 * 64, 2 * 8, 8 * 8, 3 * 8 * 5
+    outside = 2 * 800 + 8
+    assert count.total == outside + 3 * (attention + gains) + 3 * 8 * 10 + 2 * (router + 9 * expert)
+    assert count.active == count.total - 2 * 6 * expert
+    assert count.non_embedding == count.total - 2 * 800
+    assert count.multiplied == count.active - 800 - 7 * 8
+    assert flops_per_token(settings, 100, 16) == 6 * count.multiplied + 12 * 3 * 8 * 16
 
 
 # algorithms.md 2.4, in millions: embeddings and norms included; ranks of the papers

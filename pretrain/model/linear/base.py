@@ -90,17 +90,32 @@ class LinearSettings(Settings):
 LAYER_NAME = re.compile(r"blocks\.(\d+)\.(.+)")
 
 
-def block_shapes(settings: ModelSettings) -> dict[str, tuple[int, int]]:
-    """The linear layers of a block: name in the block to (in_features, out_features)."""
-    hidden, inner = settings.hidden_size, settings.intermediate_size
+def layer_shapes(settings: ModelSettings) -> dict[str, tuple[int, int]]:
+    """The linear layers that blocks may have: name in the block to (in_features, out_features)."""
+    return {name: shape for layer in range(settings.layers) for name, shape in block_shapes(settings, layer).items()}
+
+
+def block_shapes(settings: ModelSettings, layer: int) -> dict[str, tuple[int, int]]:
+    """The linear layers of one block: name in the block to (in_features, out_features). Routed experts and their router
+    are none: their weights are no single matrix, or not chosen by ``model.linear``."""
+    hidden = settings.hidden_size
     queries = settings.heads * settings.effective_head_dim
     keys = settings.effective_kv_heads * settings.effective_head_dim
-    return {
+    attention = {
         "attention.query": (hidden, queries),
         "attention.key": (hidden, keys),
         "attention.value": (hidden, keys),
         "attention.output": (queries, hidden),
-        "feed_forward.gate": (hidden, inner),
-        "feed_forward.up": (hidden, inner),
-        "feed_forward.down": (inner, hidden),
+    }
+    name, inner = "feed_forward", settings.intermediate_size
+    if settings.has_experts(layer):
+        assert settings.experts is not None
+        if not settings.experts.shared:
+            return attention
+        name, inner = "feed_forward.shared", settings.experts.shared * settings.experts.intermediate_size
+    return {
+        **attention,
+        f"{name}.gate": (hidden, inner),
+        f"{name}.up": (hidden, inner),
+        f"{name}.down": (inner, hidden),
     }

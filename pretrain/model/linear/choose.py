@@ -14,14 +14,17 @@ from torch import nn
 from data_pipeline.settings import nearest
 
 from ..mup import initial_std_factor
-from .base import LAYER_NAME, LinearSettings, block_shapes
+from .base import LAYER_NAME, LinearSettings, block_shapes, layer_shapes
 from .kinds.dense import DenseSettings
 
 if TYPE_CHECKING:
     from ..settings import ModelSettings
 
-RESIDUAL_WRITERS = ("attention.output", "feed_forward.down")
-"""Ends of the names of the linear layers whose output is added to the residual stream: two in each block."""
+RESIDUAL_WRITERS = ("attention.output", "feed_forward.down", "feed_forward.shared.down", "feed_forward.experts.down")
+"""Ends of the names of the linear layers whose output is added to the residual stream: two sums in each block."""
+
+STACKED = ("feed_forward.router", "feed_forward.experts.gate", "feed_forward.experts.up", "feed_forward.experts.down")
+"""In a block with experts: what no rule can be for."""
 
 
 def check_rules(settings: ModelSettings) -> None:
@@ -31,7 +34,7 @@ def check_rules(settings: ModelSettings) -> None:
     Raises:
         ValueError: names the rule, the layer and the reason.
     """
-    shapes = block_shapes(settings)
+    shapes = layer_shapes(settings)
     matched_by: dict[tuple[int, str], int] = {}
     for number, rule in enumerate(settings.linear):
         where = f"linear.{number} ({rule.kind})"
@@ -52,8 +55,11 @@ def check_rules(settings: ModelSettings) -> None:
             found = [name for name in shapes if fnmatchcase(name, pattern)]
             if not found:
                 raise ValueError(f"{where}: modules {pattern!r} matches no layer of a block{nearest(pattern, shapes)}")
+            _check_blocks(settings, rule, where, pattern, range(first, last + 1))
         for name in (name for name in shapes if any(fnmatchcase(name, pattern) for pattern in rule.modules)):
             for layer in range(first, last + 1):
+                if name not in block_shapes(settings, layer):
+                    continue
                 other = matched_by.setdefault((layer, name), number)
                 if other != number:
                     raise ValueError(
@@ -64,6 +70,23 @@ def check_rules(settings: ModelSettings) -> None:
                 rule.check(*shapes[name])
             except ValueError as error:
                 raise ValueError(f"{where}: {name} [{shapes[name][1]}, {shapes[name][0]}]: {error}") from error
+
+
+def _check_blocks(settings: ModelSettings, rule: LinearSettings, where: str, pattern: str, layers: range) -> None:
+    """Refuse a pattern that says nothing about the blocks it is for, or more than a rule can do there."""
+    if not any(fnmatchcase(name, pattern) for layer in layers for name in block_shapes(settings, layer)):
+        has = "have experts" if settings.has_experts(layers[0]) else "have none"
+        raise ValueError(
+            f"{where}: modules {pattern!r} matches no layer of blocks {layers[0]} to {layers[-1]}, which {has}"
+        )
+    mixed = [layer for layer in layers if settings.has_experts(layer)]
+    stacked = [name for name in STACKED if fnmatchcase(name, pattern)]
+    if mixed and stacked and not isinstance(rule, DenseSettings):
+        raise ValueError(
+            f"{where}: modules {pattern!r} matches {stacked[0]} of block {mixed[0]}, whose experts keep dense weights, "
+            "stacked for grouped products. Name the layers that are meant, as attention.* or feed_forward.shared.*, or "
+            "bound the rule to blocks without experts by `layers`"
+        )
 
 
 def method_of(name: str, settings: ModelSettings) -> LinearSettings:

@@ -5,6 +5,7 @@ Zhao et al. 2024, arXiv 2403.03507, with the settings of their code (github.com/
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, Any, Literal
@@ -18,6 +19,7 @@ from data_pipeline.settings import nearest
 from pretrain.model.linear.base import LAYER_NAME
 
 from ..base import AdamSettings
+from ..groups import is_router
 from ..matrix_wise import Group, MatrixWise
 
 if TYPE_CHECKING:
@@ -43,12 +45,17 @@ class GaLoreSettings(AdamSettings):
     scale: float = Field(default=0.25, gt=0.0, allow_inf_nan=False)
     """What multiplies the learning rate of the projected matrices."""
     modules: tuple[str, ...] = ("attention.*", "feed_forward.*")
-    """Shell patterns of names of layers inside a block: the layers whose matrices are projected."""
+    """Shell patterns of names of layers inside a block: the layers whose matrices are projected. Of routed experts
+    (``feed_forward.experts``) each matrix is projected by itself; routers never are."""
 
     def is_matrix(self, name: str, shape: Sequence[int]) -> bool:
         found = LAYER_NAME.fullmatch(name)
         layer = found[2].rpartition(".")[0] if found else ""
-        return len(shape) == 2 and any(fnmatchcase(layer, pattern) for pattern in self.modules)
+        return (
+            len(shape) in (2, 3)
+            and not is_router(name)
+            and any(fnmatchcase(layer, pattern) for pattern in self.modules)
+        )
 
     def check(self, config: Config, shapes: Mapping[str, Sequence[int]]) -> None:
         chosen = {name: shape for name, shape in shapes.items() if self.is_matrix(name, shape)}
@@ -70,10 +77,10 @@ class GaLoreSettings(AdamSettings):
                 "whole, in fp32, at every step. Use zero_stage 0, 1 or 2, or another optimizer."
             )
         for name, shape in chosen.items():
-            if self.rank > min(shape):
+            if self.rank > min(shape[-2:]):
                 raise UserError(
                     f"optimizer.rank {self.rank} is more than the smaller side of {name} {list(shape)}. Lower it to "
-                    f"{min(shape)}, or leave the layer out of optimizer.modules."
+                    f"{min(shape[-2:])}, or leave the layer out of optimizer.modules."
                 )
 
     def build(self, groups: list[Group]) -> torch.optim.Optimizer:
@@ -82,7 +89,7 @@ class GaLoreSettings(AdamSettings):
     def state_elements(self, name: str, shape: Sequence[int]) -> int:
         if not self.is_matrix(name, shape):
             return super().state_elements(name, shape)
-        return self.rank * (2 * max(shape) + min(shape))
+        return math.prod(shape[:-2]) * self.rank * (2 * max(shape[-2:]) + min(shape[-2:]))
 
     def layout(self) -> dict[str, Any]:
         return {**super().layout(), "rank": self.rank, "modules": list(self.modules)}

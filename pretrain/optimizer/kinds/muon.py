@@ -14,6 +14,7 @@ from pydantic import Field
 from torch import Tensor
 
 from ..base import AdamSettings
+from ..groups import is_router
 from ..matrices import Piece
 from ..matrix_wise import Group, MatrixWise
 
@@ -22,7 +23,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
 class MuonSettings(AdamSettings):
-    """Every matrix inside the blocks by Muon; embedding, head and gains by AdamW (``betas``, ``eps``, ``fused``)."""
+    """Every matrix inside the blocks by Muon, those of experts each by itself; embedding, head, gains and routers by
+    AdamW (``betas``, ``eps``, ``fused``)."""
 
     kind: Literal["muon"] = "muon"
     momentum: float = Field(default=0.95, ge=0.0, lt=1.0)
@@ -35,12 +37,13 @@ class MuonSettings(AdamSettings):
     """What multiplies the rate for a weight [m, n]: ``original`` max(1, m / n)^0.5 (Jordan), ``match_rms_adamw``
     0.2 max(m, n)^0.5 (Moonlight), with which AdamW's learning rate and weight decay may be kept."""
     adam_lr: float | None = Field(default=None, gt=0.0, allow_inf_nan=False)
-    """Peak learning rate of embedding, head and gains; ``null``: ``lr``. It follows the same schedule."""
+    """Peak learning rate of embedding, head, gains and routers; ``null``: ``lr``. It follows the same schedule."""
     iterate_in: Literal["bf16", "fp32"] | None = None
     """Precision of the iterations; ``null``: bf16 on GPUs, fp32 on CPUs."""
 
     def is_matrix(self, name: str, shape: Sequence[int]) -> bool:
-        return len(shape) == 2 and name.startswith("blocks.")
+        # a router is an output layer: its rows are scores, and no update should give all of them the same size
+        return len(shape) in (2, 3) and name.startswith("blocks.") and not is_router(name)
 
     def build(self, groups: list[Group]) -> torch.optim.Optimizer:
         for group in groups:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pretrain.config import Config
 from pretrain.model import Decoder
-from pretrain.model.linear import block_shapes
+from pretrain.model.linear import layer_shapes
 
 from . import Method
 
@@ -26,7 +26,7 @@ def random_masks(config: Config) -> dict[str, Tensor]:
     return {
         f"blocks.{block}.{name}.mask": torch.from_numpy(random.random((outputs, inputs)) < 0.4)
         for block in range(config.model.layers)
-        for name, (inputs, outputs) in block_shapes(config.model).items()
+        for name, (inputs, outputs) in layer_shapes(config.model).items()
     }
 
 

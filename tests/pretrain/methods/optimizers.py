@@ -32,13 +32,14 @@ def plain_muon(masters: dict[str, Tensor], config: Config) -> Step:
             assert gradient is not None
             exempt = "norm" in name or "embedding" in name
             decay = 0.0 if exempt else settings.weight_decay
-            if name.startswith("blocks.") and weight.dim() == 2:
+            if name.startswith("blocks.") and weight.dim() > 1 and "router" not in name:
                 momenta[name] = settings.momentum * momenta[name] + (1 - settings.momentum) * gradient
                 direction = momenta[name]
                 if settings.nesterov:
                     direction = (1 - settings.momentum) * gradient + settings.momentum * momenta[name]
-                update = plain_orthogonalize(direction, settings.iterations)
-                rows, columns = weight.shape
+                stack = direction.view(-1, *weight.shape[-2:])
+                update = torch.stack([plain_orthogonalize(each, settings.iterations) for each in stack]).view_as(weight)
+                rows, columns = weight.shape[-2:]
                 ratio = max(1, rows / columns) ** 0.5
                 if settings.adjust_lr == "match_rms_adamw":
                     ratio = 0.2 * max(rows, columns) ** 0.5

@@ -1,0 +1,1 @@
+"""The ways to choose experts: one file each (see :mod:`pretrain.methods`)."""
