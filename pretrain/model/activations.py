@@ -9,9 +9,17 @@ heads, h and h_k these heads, f = ``intermediate_size``, V = ``vocab_size``, a b
     4 f s                               gate, SiLU(gate), up, and their product
     Σ a s                               ``LinearCost.activations`` of its seven linear layers
 
-where N(x) = x s + 4 is a norm's input and its reciprocal root mean square in fp32. With QK-norm the norms of the heads
-keep (q + k) s + 4 (h + h_k) besides. With several documents in a sequence and fewer key than query heads, key and value
-are repeated to the query heads, 2 q in place of 2 k. What only layers without ``keeps_input`` see is not kept.
+A block with E experts of f features and K slots a token (``top_k``; E where a token may go to all) keeps, in place of
+the feed-forward layer's d s and 4 f s::
+
+    4 d                                 the router's input in fp32 (twice with jitter, which is kept too)
+    8 E + 24                            logits and scores, and sums (12 E with an entropy)
+    K (2 d s + 4 f s + 28)              each slot's input, gate, SiLU(gate), up, product and output; weight and places
+
+and the feed-forward layer of its shared experts. Above, N(x) = x s + 4 is a norm's input and its reciprocal root mean
+square in fp32. With QK-norm the norms of the heads keep (q + k) s + 4 (h + h_k) besides. With several documents in a
+sequence and fewer key than query heads, key and value are repeated to the query heads, 2 q in place of 2 k. What only
+layers without ``keeps_input`` see is not kept.
 
 The rest, whatever the number of blocks: N(d) + d s for the final norm, 2 d_h s for the rotation, T s for the mask of a
 sequence of T tokens with several documents, and at its peak 12 V for the loss: log-probabilities, their gradient and
@@ -116,14 +124,17 @@ def _block_bytes(
     else:
         name, f = "feed_forward.shared", mixture.shared * mixture.intermediate_size
         inner = _mixture_bytes(mixture, d, s)
-        inputs += s == 4 or (mixture.shared and shared(f"{name}.gate", f"{name}.up"))
+        routed = s == 4 and not mixture.jitter  # the router keeps the norm's output itself
+        inputs += routed or (mixture.shared > 0 and shared(f"{name}.gate", f"{name}.up"))
     if f:
         inner += (3 + shared(f"{name}.down")) * f * s
     return norms + inputs * d * s + attention + inner + sum(cost.activations for cost in costs.values()) * s
 
 
 def _mixture_bytes(mixture: ExpertsSettings, d: int, s: int) -> int:
-    """Of the routed experts and their router; the input in fp32 is the norm's output itself where s is 4."""
-    experts, slots = mixture.number, mixture.number if mixture.routing.kind != "top_k" else mixture.top_k
-    router = 4 * d * ((s == 2) + 2 * (mixture.jitter > 0)) + 4 * (2 * experts + 1)
-    return router + slots * (2 * d * s + 4 * mixture.intermediate_size * s + 16 + 8 + 4)
+    """Of the routed experts and their router, but for the norm's output."""
+    jitters, spread = mixture.jitter > 0, mixture.routing.kind != "top_k"
+    inputs = 4 * d * ((s == 2 or jitters) + jitters)
+    scores = 4 * mixture.number * (2 + (mixture.entropy is not None)) + 24
+    slots = mixture.number if spread else mixture.top_k
+    return inputs + scores + slots * (2 * d * s + 4 * mixture.intermediate_size * s + 28)

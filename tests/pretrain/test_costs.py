@@ -54,6 +54,20 @@ def test_the_parts_add_up() -> None:
         assert found["dense"].optimizer_bytes == 12 * found["dense"].parameters, "two moments and a copy in fp32"
 
 
+def test_the_parts_of_a_mixture_add_up() -> None:
+    mixture = {"number": 8, "top_k": 2, "intermediate_size": 12, "shared": 1, "dense_first": 1}
+    settings = config(model={"experts": mixture, "linear": []})
+    found, model = by_name(settings), settings.model
+    assert list(found) == ["embedding", "dense", "experts", "routers", "norms", "head"]
+    assert sum(part.parameters for part in found.values()) == count_parameters(model, VOCABULARY).total
+    whole = flops_per_token(model, VOCABULARY, LENGTH) - 12 * 2 * 4 * 8 * LENGTH
+    assert sum(part.flops_per_token for part in found.values()) == whole
+    assert found["experts"].parameters == 8 * 3 * 32 * 12
+    assert found["experts"].flops_per_token == 6 * 2 * 3 * 32 * 12
+    assert (found["routers"].parameters, found["routers"].flops_per_token) == (8 * 32, 6 * 8 * 32)
+    assert (found["dense"].layers, found["dense"].parameters) == (14, 2 * 3072 + 3 * 32 * 48 + 3 * 32 * 12)
+
+
 def held() -> list[tuple[int, int]]:
     """On one rank, of each case after a step: bytes of the optimizer's state and fp32 copy, and of the buffers."""
     from pretrain.distributed import start

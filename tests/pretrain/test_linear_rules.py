@@ -59,3 +59,40 @@ def test_rules_that_can_not_be_meant_are_refused() -> None:
     twice = refusal({"kind": "dense", "layers": "1"}, {"kind": "dense", "modules": ["attention.key"]})
     assert "blocks.1.attention.key is matched by linear.0 (dense) already" in twice
     assert "did you mean 'dense'?" in refusal({"kind": "dence"})
+
+
+MIXED = {**SHAPE, "experts": {"number": 4, "top_k": 2, "intermediate_size": 12, "shared": 2, "dense_first": 1}}
+
+
+def test_the_linear_layers_of_blocks_with_experts() -> None:
+    rule = {"kind": "low_rank", "rank": 4, "modules": ["feed_forward.shared.*", "attention.*"]}
+    made = build_settings(ModelSettings, {**MIXED, "linear": [rule]}, "test")
+    with torch.device("meta"):
+        model = Decoder(made, 100)
+    assert model.blocks[1].feed_forward.shared.gate.b.shape == (24, 4)
+    assert model.blocks[0].feed_forward.gate.weight.shape == (48, 32)
+    assert model.blocks[0].attention.query.b.shape == (32, 4)
+    assert model.blocks[1].feed_forward.experts.gate.shape == (4, 12, 32)
+
+
+@pytest.mark.parametrize(
+    ("rule", "told"),
+    [
+        ({}, "modules 'feed_forward.*' matches feed_forward.router of block 1, whose experts keep dense weights"),
+        ({"modules": ["*.experts.up"]}, "matches no layer of a block"),
+        ({"modules": ["feed_forward.gate"], "layers": "1-2"}, "no layer of blocks 1 to 2, which have experts"),
+        ({"modules": ["feed_forward.shared.up"], "layers": "0"}, "no layer of blocks 0 to 0, which have none"),
+    ],
+)
+def test_rules_that_experts_can_not_follow(rule: dict[str, Any], told: str) -> None:
+    with pytest.raises(UserError) as caught:
+        build_settings(ModelSettings, {**MIXED, "linear": [{"kind": "low_rank", "rank": 4, **rule}]}, "test")
+    assert told in str(caught.value)
+    bounded = {"kind": "low_rank", "rank": 4, "layers": "0"}
+    assert build_settings(ModelSettings, {**MIXED, "linear": [bounded]}, "test").linear
+
+
+def test_mup_with_experts_is_refused() -> None:
+    base = {"hidden_size": 16, "heads": 4, "intermediate_size": 24}
+    with pytest.raises(UserError, match="mup with experts"):
+        build_settings(ModelSettings, {**MIXED, "mup": {"base": base}}, "test")

@@ -174,7 +174,7 @@ def test_no_other_file_of_the_model_multiplies_by_a_weight() -> None:
         ({"kv_heads": 3}, "model: heads 4 is not a multiple of kv_heads 3"),
         ({"hidden_size": 12}, "model: head_dim 3 is odd, but the rotary embedding rotates pairs of features"),
         ({"head_dim": 5}, "model: head_dim 5 is odd"),
-        ({"dropout": 0.1}, "unknown key 'dropout' (value 0.1); known here: head_dim, heads, hidden_size"),
+        ({"dropout": 0.1}, "unknown key 'dropout' (value 0.1); known here: experts, head_dim, heads, hidden_size"),
         ({"rope_theta": 0.0}, "'rope_theta' = 0.0: input should be greater than 1"),
         ({"layers": 0}, "'layers' = 0: input should be greater than or equal to 1"),
     ],

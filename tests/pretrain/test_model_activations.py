@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from data_pipeline.settings import build_settings
 from pretrain.model import Decoder, ModelSettings, activation_bytes, initialize_
+from pretrain.model.experts.noise import noise_keys
 from pretrain.objective.cross_entropy import sequence_cross_entropy, sequence_squared_log_partition
 
 from .steps import LENGTH, batch_of
@@ -72,14 +73,17 @@ def measured(
     batch = batch_of(0, np.arange(ROWS)).to(torch.device(device))
     tokens = batch.tokens % settings.vocab_size
     gradients = [parameter.grad for parameter in model.parameters()]
-    inputs = (tokens, batch.positions, batch.document_ids, batch.labels, batch.loss_mask)
+    keys = noise_keys(1, batch.run_positions)
+    inputs = (tokens, batch.positions, batch.document_ids, batch.labels, batch.loss_mask, keys)
     with Alive(*model.parameters(), *model.buffers(), *gradients, *inputs) as alive:
-        logits = model(tokens, batch.positions, batch.document_ids, single)
+        logits, routing = model(tokens, batch.positions, batch.document_ids, single, batch.loss_mask, keys)
         after = alive.now - logits.untyped_storage().nbytes()
         loss = sequence_cross_entropy(logits, batch.labels % settings.vocab_size, batch.loss_mask).sum()
         if z_loss:
             loss = loss + sequence_squared_log_partition(logits, batch.loss_mask).sum()
-        del logits
+        if routing is not None:
+            loss = loss + routing.sum()
+        del logits, routing
         loss.backward()
     return after, alive.most
 
@@ -93,6 +97,14 @@ CASES: dict[str, dict[str, Any]] = {
     "columns": {"linear": [{"kind": "column_sparse", "column_fraction": 0.3}]},
     "some columns": {"linear": [{"kind": "column_sparse", "column_fraction": 0.3, "modules": ["attention.query"]}]},
     "low_rank down": {"linear": [{"kind": "low_rank", "rank": 8, "modules": ["feed_forward.down"]}]},
+}
+
+
+EXPERTS = {"number": 6, "top_k": 2, "intermediate_size": 20}
+CASES |= {
+    "experts": {"experts": EXPERTS},
+    "experts, shared and jitter": {"experts": {**EXPERTS, "shared": 1, "dense_first": 1, "jitter": 0.1}},
+    "experts, hybrid": {"experts": {**EXPERTS, "routing": "hybrid", "entropy": {}}},
 }
 
 
