@@ -72,6 +72,21 @@ def check_evaluation_texts(settings: PrepareSettings, workspace: Workspace) -> N
         )
 
 
+def check_inputs(settings: PrepareSettings, workspace: Workspace) -> None:
+    """Look, when all parts are done, whether what can't be compared part by part is still what was agreed on.
+
+    Raises:
+        UserError: it changed meanwhile, so that parts may have been read of either.
+    """
+    agreed = json.loads((workspace.work / "plan.json").read_bytes())["input"]
+    for name, source in settings.sources.items():
+        if source.compared_at_the_end and source.stamp(settings.storage) != agreed[name]:
+            raise UserError(
+                f"{settings.output}: what source {name!r} reads changed while it was read. Put it back (on the hub: "
+                "name a `revision`), delete the output folder and prepare again."
+            )
+
+
 def agree_on_versions(workspace: Workspace, share: Share) -> None:
     """The same for :func:`text_versions`; a data set that is complete needs none of them any more.
 

@@ -30,6 +30,7 @@ from .agreement import (
     agree_on_plan,
     agree_on_versions,
     check_evaluation_texts,
+    check_inputs,
     input_stamps,
     obtain_tokenizer,
     text_versions,
@@ -173,6 +174,7 @@ class _Preparation:
 
     def publish(self) -> Manifest:
         """Write the manifest, the last step, once what it counts is seen to be there."""
+        check_inputs(self.settings, self.workspace)
         check_evaluation_texts(self.settings, self.workspace)
         sources = count_sources(self.settings, self.part_records, self._dropped())
         shards = [Shard.model_validate(record) for record in self._records(self._shard_jobs())]

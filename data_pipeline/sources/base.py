@@ -12,7 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from pydantic import Field
 
@@ -83,6 +83,9 @@ class Part:
 class Source(Settings, ABC):
     """Settings of one source."""
 
+    compared_at_the_end: ClassVar[bool] = False
+    """Whether its stamp is to be taken again when all parts are read, for it does not hang on the part."""
+
     domain: str = Field(
         pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]*$",
         description="The domain its documents belong to; several sources may share one. "
@@ -117,7 +120,7 @@ class Source(Settings, ABC):
 
     def check_unchanged(self, part: Part, stamps: Mapping[str, Any]) -> None:
         """Look, after a part was read, whether its input is still what ``stamps`` (of :meth:`stamp`) say; a source
-        whose input can't be looked at again does nothing.
+        whose parts can't be looked at again does nothing.
 
         Raises:
             UserError: names the file that changed.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 from types import ModuleType
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import pyarrow as pa
 from pydantic import Field
@@ -19,6 +19,9 @@ from .records import RecordError, checked_text, json_ready
 
 class DatasetsSource(Source):
     """A `datasets` data set."""
+
+    compared_at_the_end: ClassVar[bool] = True
+    """Each part opens the data set anew: between two of them a file may change, or a revision appear on the hub."""
 
     kind: Literal["datasets"]
     path: str = Field(description="Hub name (`allenai/c4`), local folder, or a format (`json`, `parquet`, `text`).")

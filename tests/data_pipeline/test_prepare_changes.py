@@ -99,6 +99,24 @@ def test_what_happens_to_a_file_that_was_read_is_nobodys_business(
     assert [source["documents"] for source in made.sources.values()] == [120, 120]
 
 
+def test_a_data_set_of_the_library_that_changes_on_the_way_is_told(
+    plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every part opens it anew, and would read what is there then."""
+    pytest.importorskip("datasets")
+    files = [tmp_path / f"{number}.json" for number in range(2)]
+    for number, path in enumerate(files):
+        write_jsonl(path, make_texts(20, 10 + number))
+    library = {"kind": "datasets", "domain": "one", "path": "json", "data_files": [str(path) for path in files]}
+    sources = {"library": library, "second": plain["sources"]["second"]}
+    with monkeypatch.context() as patched:
+        meanwhile(patched, lambda: write_jsonl(files[1], make_texts(5, 12)), "part 000000")
+        with pytest.raises(UserError, match=r"what source 'library' reads changed while it was read\. Put it back"):
+            run(plain, sources=sources)
+    assert not (tmp_path / "set" / "manifest.json").exists()
+    assert run(plain, sources=sources, output=str(tmp_path / "again")).sources["library"]["documents"] == 25
+
+
 def test_evaluation_texts_that_change_on_the_way_are_told(
     plain: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
