@@ -1,7 +1,6 @@
 """``pretrain-launch local``: a run under torchrun's agent on this machine, ending with the run's own exit code.
 
-torchrun hands no worker's exit code on, and says with a traceback what a stop on request is; so the agent is started
-through its interface, and why the run ended is read in attempts.jsonl.
+Why the run ended is read in attempts.jsonl.
 """
 
 from __future__ import annotations
@@ -10,19 +9,16 @@ import os
 import signal
 import sys
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.api import SignalException
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+from torch.distributed.launcher.api import LaunchConfig
 
-from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, UserError
+from data_pipeline.errors import UserError
 from pretrain.config import load_config
 from pretrain.monitor import read_attempts
 
-_SAME_LOOK_SECONDS = 5
-"""The agent ends the ranks that are left by SIGTERM, and after 30 s by SIGKILL: those failures come later."""
+from .agent import run_agent
 
 
 def launch_local(path: Path, overrides: Sequence[str], ranks: int) -> int:
@@ -51,42 +47,18 @@ def launch_local(path: Path, overrides: Sequence[str], ranks: int) -> int:
         monitor_interval=0.1,
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
     )
-    try:
-        elastic_launch(config, sys.executable)("-m", "pretrain", "train", str(path), *overrides)
-        code = EXIT_DONE
-    except ChildFailedError as error:
-        # before a run folder is there to record a reason, the first rank to fail is all that tells it
-        rank, first = _first_failure(error.failures)
-        code = max(first.exitcode, EXIT_CRASH)
-        if first.exitcode < 0:
-            name = signal.Signals(-first.exitcode).name
-            print(
-                f"error: rank {rank} (process {first.pid}) was killed by {name}"
-                f"{', often for lack of memory' if name == 'SIGKILL' else ''}; what other ranks say follows from that. "
-                "Start the same command again: it goes on from the newest checkpoint.",
-                file=sys.stderr,
-            )
-    except SignalException:
-        code = EXIT_CRASH
-    finally:
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            signal.signal(number, signal.SIG_DFL)
+    ended = run_agent(config, path, overrides)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    if ended.code < 0:
+        print(
+            f"error: {ended.told}; what other ranks say follows from that. Start the same command again: it goes on "
+            "from the newest checkpoint.",
+            file=sys.stderr,
+        )
     attempts = read_attempts(folder)[before:]
     recorded = attempts[-1].exit_code if attempts else None
     if recorded and attempts[-1].reason != "stopped":
         # last, after what the other ranks had to say about the one that broke the connection
         print(f"error: the run ended ({attempts[-1].ended}): {attempts[-1].message}", file=sys.stderr, flush=True)
-    return code if recorded is None else recorded
-
-
-def _first_failure(failures: Mapping[int, ProcessFailure]) -> tuple[int, ProcessFailure]:
-    """The rank that failed first. One that was killed leaves no time of its own but when the agent found it, often
-    together with those that lost it, which do: it goes before them."""
-    began = min(failure.timestamp for failure in failures.values())
-
-    def order(found: tuple[int, ProcessFailure]) -> tuple[int, int]:
-        failure = found[1]
-        ended_by_agent = failure.exitcode == -signal.SIGTERM or failure.timestamp > began + _SAME_LOOK_SECONDS
-        return (2 if ended_by_agent else 0 if failure.exitcode < 0 else 1), failure.timestamp
-
-    return min(failures.items(), key=order)
+    # before a run folder is there to record a reason, the first rank to fail is all that tells it
+    return ended.exit_code if recorded is None else recorded

@@ -29,6 +29,8 @@ CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
 DAMAGE = "damage"
 """Folder of the ledger of holes, a file for each rank."""
+COMMIT_FILE = "COMMIT"
+"""Beside the packages of a copy that is no git checkout: the commit that it was copied from."""
 LOCK_FILE = ".lock"
 LOCK_PATIENCE_SECONDS = 120
 """Longer than the lease of an NFSv4 server, 90 s by default."""
@@ -125,10 +127,14 @@ def set_aside(folder: Path, attempt: int) -> Path | None:
 
 @cache
 def versions() -> dict[str, str]:
-    """Versions that decide what a run computes, and the commit of the code where it is a git checkout."""
+    """Versions that decide what a run computes, and the commit of the code where it is a git checkout or a copy of one
+    (:data:`COMMIT_FILE`)."""
     found = {"python": platform.python_version()}
     for package in ("headrace", "torch", "deepspeed"):
         found[package] = importlib.metadata.version(package)
+    copied = Path(__file__).parents[1] / COMMIT_FILE
+    if copied.is_file():  # a copy below a checkout must not take that one's commit for its own
+        return {**found, "commit": copied.read_text().strip()}
     git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
     try:
         described = subprocess.run(git, capture_output=True, text=True, timeout=10, check=False)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
 
-from launch.local import _first_failure
+from launch.agent import first_failure
 
 
 def failure(rank: int, code: int, timestamp: int) -> ProcessFailure:
@@ -26,6 +26,6 @@ def failure(rank: int, code: int, timestamp: int) -> ProcessFailure:
         ([(0, -15, 50), (1, -6, 50)], 1),
     ],
 )
-def test_the_first_failure(found: list[tuple[int, int, int]], first: int) -> None:
+def test_thefirst_failure(found: list[tuple[int, int, int]], first: int) -> None:
     failures = {rank: failure(rank, code, timestamp) for rank, code, timestamp in found}
-    assert _first_failure(failures) == (first, failures[first])
+    assert first_failure(failures) == (first, failures[first])

@@ -1,0 +1,163 @@
+"""What slurm/pretrain.sbatch calls inside a job: before the ranks are started, on each node, and after they ended.
+
+``begin`` and ``end`` print assignments for the shell: the batch script alone speaks to Slurm, for a container may
+lack its commands. Libraries are imported where they are needed: what only reads logs does not wait for torch.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from data_pipeline.errors import UserError, run_command
+from data_pipeline.files import publish_json
+from pretrain.monitor import read_attempts
+
+from .restarts import MAX_CRASHES, judge, read_reports
+
+FIRST_PORT, PORTS = 18_000, 14_000
+"""Below the ports that Linux hands out by itself."""
+PATIENCE_SECONDS = 7 * 24 * 3600
+"""Workers that were asked to stop are never killed by the agent while they save: the end of the job does that."""
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
+
+ConfigFile = Annotated[Path, typer.Argument()]
+Overrides = Annotated[list[str] | None, typer.Argument()]
+
+
+def shell(**values: object) -> str:
+    """Assignments that a shell can evaluate."""
+    return "\n".join(f"{name}={shlex.quote(str(value))}" for name, value in values.items())
+
+
+@app.command()
+def begin(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    job: Annotated[int, typer.Option(help="SLURM_JOB_ID")] = 0,
+    life: Annotated[str, typer.Option(help="what tells this start from the job's others")] = "0",
+    follower: Annotated[bool, typer.Option("--follower", help="queued behind another job of the same run")] = False,
+) -> None:
+    """Check the configuration, and say where this start logs and meets. Runs on the first node."""
+    from pretrain.config import load_config
+
+    folder = load_config(config, overrides or []).run_folder
+    attempts = len(read_attempts(folder))
+    skip = ""
+    if follower and attempts:
+        verdict = judge(folder, attempts - 1, asked=False, crashes=_max_crashes())
+        if verdict.action in ("done", "stop"):
+            skip = str(verdict.exit_code)
+            print(f"the job before has said the last word: {verdict.why}", file=sys.stderr)
+    logs = folder / "logs" / f"job_{job}_{life}"
+    print(shell(folder=folder, attempts=attempts, logs=logs, port=free_port(job), skip=skip))
+
+
+def free_port(job: int) -> int:
+    """A free port of this host, the same for the same job where nothing else took it in between."""
+    for number in range(PORTS):
+        port = FIRST_PORT + (job * 7 + number) % PORTS
+        with socket.socket() as probe:
+            try:
+                probe.bind(("", port))
+            except OSError:
+                continue
+        return port
+    raise UserError(f"no port between {FIRST_PORT:,} and {FIRST_PORT + PORTS - 1:,} is free on {socket.gethostname()}.")
+
+
+@app.command()
+def node(
+    config: ConfigFile,
+    overrides: Overrides = None,
+    meet: Annotated[str, typer.Option(help="HOST:PORT of the first node")] = "",
+    logs: Annotated[Path, typer.Option(help="folder for this start's logs")] = Path("logs"),
+) -> None:
+    """Run this node's ranks: one for each GPU, or HEADRACE_RANKS_PER_NODE."""
+    from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
+    from torch.distributed.launcher.api import LaunchConfig
+
+    from .agent import run_agent
+
+    number, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_JOB_NUM_NODES"])
+    ranks = ranks_of_node()
+    cpus = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or 1)
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // ranks)))
+    own = logs / f"node_{number:05d}"
+    # what rank 0 says is the job's output; what the others say stands in their files
+    tee = {rank: Std.ALL if number == rank == 0 else Std.NONE for rank in range(ranks)}
+    launch = LaunchConfig(
+        min_nodes=nodes,
+        max_nodes=nodes,
+        nproc_per_node=ranks,
+        logs_specs=DefaultLogsSpecs(str(own), redirects=Std.ALL, tee=tee),
+        log_line_prefix_template="",
+        run_id=os.environ["SLURM_JOB_ID"],
+        rdzv_backend="static",
+        rdzv_endpoint=meet,
+        rdzv_configs={"rank": number, "timeout": 900},
+        max_restarts=0,
+        monitor_interval=0.1,
+        signals_to_handle="SIGTERM,SIGINT",
+        shutdown_timeout=PATIENCE_SECONDS,
+    )
+    ended = run_agent(launch, config, overrides or [])
+    name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    report = {**asdict(ended), "node": name, "told": f"{ended.told} on {name}" if ended.told else ""}
+    publish_json(logs / f"node_{number:05d}.json", report)
+    raise typer.Exit(ended.exit_code)
+
+
+def ranks_of_node() -> int:
+    """How many processes this node runs.
+
+    Raises:
+        UserError: nothing says it: there is no GPU.
+    """
+    for name in ("HEADRACE_RANKS_PER_NODE", "SLURM_GPUS_ON_NODE"):
+        if given := os.environ.get(name):
+            return int(given)
+    import torch
+
+    if count := torch.cuda.device_count():
+        return count
+    raise UserError(
+        f"{socket.gethostname()} shows no GPU, so the number of processes is unknown. Ask sbatch for --gpus-per-node, "
+        "or set HEADRACE_RANKS_PER_NODE to train on CPUs."
+    )
+
+
+@app.command()
+def end(
+    folder: Annotated[Path, typer.Argument()],
+    attempts: Annotated[int, typer.Option(help="what begin said")] = 0,
+    logs: Annotated[Path, typer.Option(help="what begin said")] = Path("logs"),
+    asked: Annotated[bool, typer.Option("--asked", help="the job was asked to stop")] = False,
+) -> None:
+    """Say what is to be done now that the ranks have ended, and why."""
+    reports = read_reports(logs)
+    verdict = judge(folder, attempts, asked=asked, reports=reports, crashes=_max_crashes())
+    where = f" What the ranks said stands in {logs}." if verdict.action in ("stop", "again") else ""
+    print(f"{verdict.action}: {verdict.why}{where}", file=sys.stderr, flush=True)
+    print(shell(action=verdict.action, exit_code=verdict.exit_code, exclude=verdict.exclude or ""))
+
+
+def _max_crashes() -> int:
+    return int(os.environ.get("HEADRACE_MAX_CRASHES", MAX_CRASHES))
+
+
+def main() -> None:
+    """Entry point of ``python -m launch.job``."""
+    sys.exit(run_command(app))
+
+
+if __name__ == "__main__":
+    main()

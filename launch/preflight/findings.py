@@ -1,0 +1,75 @@
+"""What a preflight asks and what it answers."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from data_pipeline.errors import HeadraceError
+
+Severity = Literal["error", "warning", "info"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that a preflight found. ``code`` is stable: programs may look for it."""
+
+    code: str
+    severity: Severity
+    cause: str
+    fix: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.severity:<8}{self.code:<20}{self.cause}{f' {self.fix}' if self.fix else ''}"
+
+
+def refused(code: str, error: HeadraceError) -> Finding:
+    """An error as the run itself would end with it: its last sentence says what to do."""
+    cause, dot, fix = str(error).rstrip(".").rpartition(". ")
+    return Finding(code, "error", f"{cause}." if dot else f"{fix}.", f"{fix}." if dot else "")
+
+
+@dataclass(frozen=True)
+class Request:
+    """A run as it is to be submitted. What is None is not known, and then not checked."""
+
+    path: Path
+    overrides: Sequence[str] = ()
+    nodes: tuple[int, int] = (1, 1)
+    """The least and the most that the job may get."""
+    ranks_per_node: int = 1
+    gpu_memory: float | None = None
+    """Bytes of one GPU."""
+    time_limit: float | None = None
+    """Seconds of one job."""
+    signal_lead: float = 300.0
+    """Seconds from the request to stop to the time limit."""
+    partition: str | None = None
+    account: str | None = None
+    gpus: bool = True
+    """Ranks have a GPU each; on CPUs ``gpus_per_node`` of a partition says nothing."""
+
+    @property
+    def worlds(self) -> list[int]:
+        """Every number of ranks that the run may be started on."""
+        return [nodes * self.ranks_per_node for nodes in range(self.nodes[0], self.nodes[1] + 1)]
+
+
+def existing(path: Path) -> Path:
+    """The nearest folder above ``path`` (or itself) that is there."""
+    path = Path(os.path.abspath(path))
+    while not path.is_dir():
+        path = path.parent
+    return path
+
+
+def size(count: float) -> str:
+    """Bytes with three digits, in a unit of powers of 1000."""
+    for unit in ("B", "kB", "MB", "GB"):
+        if abs(count) < 999.5:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} TB"

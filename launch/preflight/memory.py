@@ -1,0 +1,109 @@
+"""Memory of one GPU, by arithmetic, before there is one.
+
+With P parameters on R ranks, s bytes for a value (2 in bf16, 4 in fp32) and B elements of a bucket::
+
+    weights        P s                      ZeRO 3: P s / R, and the two largest layers gathered
+    gradients      P s                      ZeRO 2 and 3: B s on their way
+    their sums     4 P (ZeRO 1 in bf16), 4 P / R (ZeRO 2 and 3, and ZeRO 1 in fp32)
+    optimizer      its fp32 state and copy of the weights: all at ZeRO 0, else a share of 1 / R
+    activations    :func:`pretrain.costs.memory`
+    buckets        2 B s of collectives
+    context        what CUDA, its libraries and NCCL hold: 1.5 GB
+
+The allocator's gaps and short-lived tensors are the error bar.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from pretrain.config import Config
+from pretrain.costs import memory
+from pretrain.model import parameter_shapes
+
+from .findings import Finding, Request, size
+
+CONTEXT_BYTES = 1.5e9
+ERROR_BAR = 0.15
+"""The estimate may be off by this part of it."""
+_BUCKET = 50_000_000
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes of one rank's device."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    buffers: float
+    buckets: float
+
+    @property
+    def tensors(self) -> float:
+        """All but what the device's libraries take for themselves."""
+        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers + self.buckets
+
+
+def estimate(config: Config, vocab_size: int, ranks: int) -> MemoryEstimate:
+    """What one of ``ranks`` ranks holds at its peak."""
+    shapes = parameter_shapes(config.model, vocab_size)
+    count, value = sum(math.prod(shape) for shape in shapes.values()), 2 if config.training.precision == "bf16" else 4
+    stage, bf16 = config.engine.zero_stage, value == 2
+    costs = memory(config, vocab_size, ranks)
+    bucket = min((config.engine.bucket_elements or _BUCKET) if stage else 0, count)
+    weights = float(count * value)
+    gradients = float(count * value)
+    if stage == 0 and bf16:
+        gradients += 4.0 * count  # the copy that the fp32 step reads
+    elif stage == 1:
+        gradients += 4.0 * count if bf16 else 4.0 * count / ranks
+    elif stage >= 2:
+        gradients = 4.0 * count / ranks + bucket * value
+    if stage == 3:
+        largest = sorted((math.prod(shape) for shape in shapes.values()), reverse=True)[:2]
+        weights = count * value / ranks + sum(largest) * value
+    optimizer = float(costs["optimizer_state_of_a_rank"])
+    if config.engine.offload_optimizer == "cpu":
+        optimizer, gradients = 0.0, gradients - (4.0 * count / ranks if stage >= 2 else 0.0)
+    how = config.training.activation_checkpointing
+    return MemoryEstimate(
+        weights=weights,
+        gradients=gradients,
+        optimizer=optimizer,
+        activations=float(costs["activations"][how]["micro_batch"]),
+        buffers=float(costs["buffers"]),
+        buckets=2.0 * bucket * value,
+    )
+
+
+def check_memory(config: Config, vocab_size: int, request: Request) -> Iterator[Finding]:
+    """The estimate for the fewest ranks, where it is largest, against the GPU's memory."""
+    ranks = request.worlds[0]
+    found = estimate(config, vocab_size, ranks)
+    context = CONTEXT_BYTES if request.gpus else 0.0
+    total = found.tensors + context
+    parts = ", ".join(
+        f"{name} {size(getattr(found, name))}" for name in ("weights", "gradients", "optimizer", "activations")
+    )
+    told = (
+        f"About {size(total)} (±{ERROR_BAR:.0%}) for each of {ranks} ranks: {parts}, buffers and buckets "
+        f"{size(found.buffers + found.buckets)}{f', CUDA {size(context)}' if context else ''}."
+    )
+    given = request.gpu_memory
+    if given is None:
+        yield Finding("memory", "info", told, "Give --gpu-memory to have it compared." if request.gpus else "")
+        return
+    mend = (
+        "Lower training.micro_batch, set training.activation_checkpointing=full, raise engine.zero_stage, or take more "
+        "GPUs."
+    )
+    if total * (1 - ERROR_BAR) > given:
+        yield Finding("memory.exceeded", "error", f"{told} A GPU has {size(given)}.", mend)
+    elif total * (1 + ERROR_BAR) > given:
+        yield Finding("memory.tight", "warning", f"{told} A GPU has {size(given)}: it may not fit.", mend)
+    else:
+        yield Finding("memory", "info", f"{told} A GPU has {size(given)}.")

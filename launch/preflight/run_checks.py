@@ -1,0 +1,163 @@
+"""Preflight of the run itself: configuration, divisibility, model, data, tokenizer, checkpoint to go on from."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+
+from data_pipeline.errors import DataError, HeadraceError, UserError
+from data_pipeline.manifest import HELDOUT
+from data_pipeline.stream import Stream, open_split, open_stream
+from pretrain.beginning import open_beginning
+from pretrain.check import check_run, warnings
+from pretrain.checkpoint import complete_checkpoints, read_state, step_of
+from pretrain.checkpoint.manifest import NAME as MANIFEST_NAME
+from pretrain.checkpoint.manifest import problems, read_manifest
+from pretrain.config import Config
+from pretrain.data import RunData, open_data
+from pretrain.distributed import Distributed
+from pretrain.engine import accumulation_steps, deepspeed_config
+from pretrain.model import count_parameters
+from pretrain.optimizer import check_schedule
+from pretrain.run_folder import CHECKPOINTS, versions
+from pretrain.state import resume_state
+
+from .findings import Finding, Request, refused
+
+T = TypeVar("T")
+SAMPLED = 8
+"""Sequences of each source that are read and compared with their checksums."""
+
+
+def configuration(config: Config, request: Request) -> Iterator[Finding]:
+    """Batches against every number of ranks, the engine's and the schedule's settings, the model's shape."""
+    for world in request.worlds:
+        if (found := _tried("batch", lambda world=world: accumulation_steps(config, world))) is not None:  # type: ignore[misc]
+            yield found
+            return
+    checks: dict[str, Callable[[], object]] = {
+        "engine": lambda: deepspeed_config(config, request.worlds[-1]),
+        "schedule": lambda: check_schedule(config.schedule, config.total_steps),
+        "model": lambda: count_parameters(config.model, config.model.vocab_size or 1024),
+    }
+    for code, check in checks.items():
+        if found := _tried(code, check):
+            yield found
+    for world in request.worlds:
+        for told in warnings(config, world):
+            yield Finding("run.warning", "warning", f"On {world} ranks: {told}")
+
+
+def data(config: Config, request: Request, opened: list[RunData]) -> Iterator[Finding]:
+    """Data sets there, whole by their sizes, readable at samples; tokenizer; held-out text. Fills ``opened``."""
+    try:
+        stream = open_stream(config.data, config.run.seed)
+    except HeadraceError as error:
+        yield refused("data.damaged" if isinstance(error, DataError) else "data.missing", error)
+        return
+    for name, source in zip(stream.names, stream.sources, strict=True):
+        told = f"{config.data.sources[name].path}: {source.sequences:,} sequences, identity "
+        yield Finding(f"data.{name}", "info", f"{told}{source.manifest.identity[:12]}.")
+        if source.unusable:
+            yield Finding("data.holes", "warning", f"data.sources.{name}: {source.unusable} shards are missing.")
+    damaged = _sampled(config, stream)
+    stream.close()
+    if damaged:
+        yield damaged
+    if config.evaluation.every_steps is not None:
+        for name in stream.names:
+            if found := _tried("data.heldout", lambda name=name: open_split(config.data, name, HELDOUT).close()):  # type: ignore[misc]
+                yield found
+                return
+    try:
+        opened.append(open_data(config))
+    except HeadraceError as error:
+        yield refused("tokenizer", error)
+        return
+    if found := _tried("run", lambda: check_run(config, request.worlds[-1])):
+        yield found
+
+
+def _sampled(config: Config, stream: Stream) -> Finding | None:
+    """Read some sequences of each source: the block of each is compared with its checksum."""
+    try:
+        for source in stream.sources:
+            if config.data.on_damage == "stop" and not source.remote:
+                source.read(np.linspace(0, source.sequences - 1, SAMPLED).astype(np.int64))
+    except HeadraceError as error:
+        return refused("data.damaged", error)
+    return None
+
+
+def resume(config: Config, request: Request, data: RunData) -> Iterator[Finding]:
+    """Whether the run can go on from what it would go on from, or can begin."""
+    folder = config.run_folder / CHECKPOINTS
+    origin: Path | None = None
+    if config.resume != "never":
+        for path in sorted(folder.glob("step_*")):
+            files = read_manifest(path)
+            if (path / MANIFEST_NAME).exists() and (files is None or problems(path, files, hashes=False)):
+                told = "; ".join(problems(path, files, hashes=False)[:2]) if files else "its manifest can't be read"
+                yield Finding(
+                    "resume.damaged", "warning", f"{path} is damaged: {told}.", "The run would begin from an older one."
+                )
+        complete = complete_checkpoints(folder)
+        origin = complete[-1] if complete else None
+        if origin is None and config.resume != "auto":
+            origin = Path(config.resume)
+            files = read_manifest(origin)
+            if files is None or problems(origin, files, hashes=False):
+                cause = f"resume = {config.resume!r} is no complete checkpoint."
+                yield Finding("resume.missing", "error", cause, "Give the path of a step_... folder, auto, or never.")
+                return
+    if origin is None:
+        if found := _tried("data.tokens", lambda: open_beginning(config, data)):
+            yield found
+        return
+    for world in request.worlds:
+        ranks = Distributed(0, world, torch.device("cpu"))
+        if found := _tried("resume.incompatible", lambda ranks=ranks: resume_state(origin, config, data, ranks)):  # type: ignore[misc]
+            yield found
+            return
+    step, total = step_of(origin), config.total_steps
+    if step >= total:
+        yield Finding("resume.complete", "warning", f"{origin} is the run's end: nothing is left.", "Raise its steps.")
+    else:
+        yield Finding("resume", "info", f"Goes on from {origin} at step {step:,} of {total:,}.")
+    there, here = read_state(origin).get("versions", {}), versions()
+    if changed := [f"{key} {there[key]} -> {here.get(key)}" for key in there if there[key] != here.get(key)]:
+        yield Finding(
+            "versions.changed", "warning", f"Since that checkpoint: {', '.join(changed)}.",
+            "The run may not go on to the same bits.",
+        )  # fmt: skip
+
+
+def software() -> Iterator[Finding]:
+    """Versions that decide what the run computes."""
+    cuda = torch.version.cuda
+    told = ", ".join(f"{name} {version}" for name, version in versions().items())
+    yield Finding("versions", "info", f"{told}, CUDA {cuda or 'none'}.")
+
+
+def needs_cuda(request: Request) -> Iterator[Finding]:
+    """A torch without CUDA would train on the CPUs of nodes with GPUs."""
+    if request.gpus and torch.version.cuda is None:
+        yield Finding(
+            "versions.cuda", "warning", f"torch {torch.__version__} is built without CUDA.",
+            "Where the nodes have another environment (HEADRACE_SETUP, a container), that is all right; else install "
+            "torch with CUDA.",
+        )  # fmt: skip
+
+
+def _tried(code: str, check: Callable[[], object]) -> Finding | None:
+    try:
+        check()
+    except HeadraceError as error:
+        return refused(code, error)
+    except ValueError as error:  # of a model's shape
+        return refused(code, UserError(str(error)))
+    return None

@@ -1,0 +1,108 @@
+"""Whether a run is started again, from what attempts of every kind leave behind."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch.restarts import Verdict, culprit, judge, reached, read_reports
+from pretrain.monitor import AttemptsLog, read_attempts
+from pretrain.monitor.attempts import Reason
+
+
+def attempt(folder: Path, first: int, last: int | None, reason: Reason | None = "crash", message: str = "") -> None:
+    """One start and, unless it was killed, one stop."""
+    log = AttemptsLog(folder)
+    number = log.start(hosts=["n1"], world_size=1, versions={}, first_step=first, resumed_from=None)
+    if reason and last is not None:
+        codes = {"done": 0, "stopped": 75, "user_error": 2}
+        log.stop(number, last_step=last, reason=reason, exit_code=codes.get(reason, 1), message=message)
+
+
+def metrics(folder: Path, last: int) -> None:
+    (folder / "metrics.jsonl").write_text("".join(f'{{"step": {step}}}\n' for step in range(1, last + 1)))
+
+
+def verdict(folder: Path, before: int = 0, **options: Any) -> Verdict:
+    return judge(folder, before, **{"asked": False, "crashes": 3, **options})
+
+
+@pytest.mark.parametrize(
+    ("reason", "action", "code"),
+    [
+        ("done", "done", 0),
+        ("stopped", "requeue", 75),
+        ("user_error", "stop", 2),
+        ("non_finite", "stop", 1),
+        ("crash", "again", 1),
+    ],
+)
+def test_reasons(tmp_path: Path, reason: Reason, action: str, code: int) -> None:
+    attempt(tmp_path, 1, 10, reason, "what was said")
+    found = verdict(tmp_path)
+    assert (found.action, found.exit_code, found.exclude) == (action, code, None)
+
+
+def test_a_crash_goes_on_only_where_a_step_was_gained_that_no_attempt_had_reached(tmp_path: Path) -> None:
+    attempt(tmp_path, 1, 10)
+    attempt(tmp_path, 5, 9)
+    found = verdict(tmp_path, 1)
+    assert (found.action, found.exit_code) == ("stop", 1)
+    assert "no step beyond 10, the furthest so far" in found.why
+    attempt(tmp_path, 5, 11)
+    assert verdict(tmp_path, 2).action == "again"
+    assert verdict(tmp_path, 2, asked=True).action == "requeue"
+    assert reached(tmp_path, read_attempts(tmp_path)) == [10, 9, 11]
+
+
+def test_killed_attempts_count_by_their_metrics(tmp_path: Path) -> None:
+    attempt(tmp_path, 1, None, None)
+    metrics(tmp_path, 7)
+    assert verdict(tmp_path).action == "again"
+    log = AttemptsLog(tmp_path)  # the next one resumed from step 4 and cut three lines off
+    log.start(hosts=["n1"], world_size=1, versions={}, first_step=5, resumed_from="x", superseded_lines=3, lost_steps=3)
+    metrics(tmp_path, 4)
+    assert reached(tmp_path, read_attempts(tmp_path)) == [7, 4]
+    assert verdict(tmp_path, 1).action == "stop"
+    metrics(tmp_path, 8)
+    assert verdict(tmp_path, 1).action == "again"
+
+
+def test_crashes_in_a_row_are_capped_whatever_they_gain(tmp_path: Path) -> None:
+    for number in range(1, 4):
+        attempt(tmp_path, number, number)
+        assert verdict(tmp_path, number - 1).action == "again"
+    attempt(tmp_path, 4, 4)
+    assert "crash 4 in a row, and 3 are allowed" in verdict(tmp_path, 3).why
+    attempt(tmp_path, 5, 5, "stopped")
+    attempt(tmp_path, 6, 6)
+    assert verdict(tmp_path, 5).action == "again", "a stop on request ends the row"
+
+
+def test_an_attempt_that_recorded_nothing(tmp_path: Path) -> None:
+    attempt(tmp_path, 1, 3, "stopped")
+    assert verdict(tmp_path, 1).action == "stop"
+    asked = verdict(tmp_path, 1, asked=True)
+    assert (asked.action, asked.exit_code) == ("requeue", 75)
+
+
+def report(folder: Path, node: int, code: int, time: float, told: str | None = None) -> None:
+    said = f"rank {node} on n{node}" if told is None else told
+    content = {"node": f"n{node}", "code": code, "time": time, "told": said, "exit_code": 1}
+    (folder / f"node_{node:05d}.json").write_text(json.dumps(content))
+
+
+def test_the_node_whose_rank_failed_first_is_the_culprit_where_hardware_is_named(tmp_path: Path) -> None:
+    report(tmp_path, 0, 1, 100.0)
+    report(tmp_path, 1, -7, 101.0, "rank 1 was killed by SIGBUS")  # found a second later
+    report(tmp_path, 2, 0, 0.0, "")
+    assert [found["node"] for found in read_reports(tmp_path)] == ["n1", "n0", "n2"]
+    assert culprit(read_reports(tmp_path), "") == "n1"
+    report(tmp_path, 1, -9, 101.0, "rank 1 was killed by SIGKILL, often for lack of memory")
+    assert culprit(read_reports(tmp_path), "Connection closed by peer") is None
+    report(tmp_path, 1, 1, 99.0)
+    assert culprit(read_reports(tmp_path), "CUDA error: uncorrectable ECC error encountered") == "n1"
+    assert culprit(read_reports(tmp_path)[:1], "uncorrectable ECC error") is None, "it is the only node"

@@ -1,0 +1,162 @@
+"""slurm/pretrain.sbatch on a real Slurm: two nodes, requests to stop, crashes, and what must not be started again."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from pretrain.monitor import read_attempts
+from tests.slurm_cluster import SlurmCluster
+
+from .runs import FAULTY, Runs
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
+EVALUATE = ROOT / "slurm" / "evaluate.sbatch"
+FAULT = f"""\
+import os, runpy, sys
+kill = os.kill
+os.kill = lambda pid, number: kill(pid, int(os.environ.get("TEST_SIGNAL", number)))
+here = os.environ.get("TEST_NODE", os.environ.get("SLURMD_NODENAME")) == os.environ.get("SLURMD_NODENAME")
+if here and sys.orig_argv[1:4] == ["-m", "pretrain", "train"]:
+    sys.argv = ["pretrain", *sys.orig_argv[3:]]
+    runpy.run_path({str(FAULTY)!r}, run_name="__main__")
+"""
+
+pytestmark = pytest.mark.slow
+
+
+def submit(runs: Runs, slurm: SlurmCluster, *arguments: str | Path, options: tuple[str, ...] = (), **env: str) -> int:
+    """``sbatch OPTIONS slurm/pretrain.sbatch ARGUMENTS``, one rank a node."""
+    setup = runs.folder / "setup.sh"
+    setup.write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
+    environment = {"HEADRACE_SETUP": str(setup), "HEADRACE_RANKS_PER_NODE": "1", **env}
+    return slurm.sbatch("--cpus-per-task=1", *options, SCRIPT, *arguments, cwd=runs.folder, **environment)
+
+
+def wait_for_lines(runs: Runs, name: str, count: int) -> None:
+    metrics = runs.run_folder(name) / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not metrics.exists() or metrics.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline, f"{name} does not get to {count} lines"
+        time.sleep(0.05)
+
+
+def test_two_nodes_stopped_twice_end_with_the_bits_of_a_straight_run(runs: Runs, slurm: SlurmCluster) -> None:
+    steps = ("training.steps=200", "evaluation.every_steps=50", "checkpoint.every_steps=100")
+    assert runs.train(runs.config("straight"), *steps).returncode == 0
+    job = submit(runs, slurm, runs.config("stopped"), *steps, options=("--nodes=2",))
+    wait_for_lines(runs, "stopped", 20)
+    slurm.call("scancel", "--batch", "--signal=USR1", str(job))  # as --signal does before the time limit
+    slurm.wait_until(job, lambda tasks: tasks[0].restarts == 1)
+    wait_for_lines(runs, "stopped", (read_attempts(runs.run_folder("stopped"))[0].last_step or 0) + 20)
+    slurm.call("scontrol", "requeue", str(job))
+    (task,) = slurm.wait(job)
+    printed = slurm.output(job)
+    assert (task.state, task.restarts) == ("COMPLETED", 2), printed
+    attempts = read_attempts(runs.run_folder("stopped"))
+    assert [(attempt.reason, attempt.world_size) for attempt in attempts] == [
+        ("stopped", 2),
+        ("stopped", 2),
+        ("done", 2),
+    ]
+    assert attempts[1].first_step == (attempts[0].last_step or 0) + 1
+    assert attempts[0].signal == "SIGUSR1"
+    assert "requeue: stopped on request at step" in printed
+    assert "done: done at step 200" in printed
+    assert runs.state_hashes("straight", 200) == runs.state_hashes("stopped", 200)
+    assert runs.metrics("straight") == runs.metrics("stopped")
+    logs = sorted(path.name for path in (runs.run_folder("stopped") / "logs").iterdir())
+    assert logs == [f"job_{job}_{restart}_0" for restart in range(3)]
+    assert (
+        len(list((runs.run_folder("stopped") / "logs" / logs[0]).glob("node_0000[01]/*/attempt_0/0/stderr.log"))) == 2
+    )
+
+
+def test_crashes_and_user_errors(runs: Runs, slurm: SlurmCluster) -> None:
+    """A fault at one step: the first crash gained steps, the second none. A broken node is not used again."""
+    code = runs.folder / "code"
+    code.mkdir()
+    (code / "sitecustomize.py").write_text(FAULT)
+    fault = {"HEADRACE_CODE": str(code), "TEST_FAULT": "step:6"}
+    job = submit(runs, slurm, runs.config("loop"), **fault)
+    broken = {**fault, "TEST_NODE": "n2", "TEST_SIGNAL": str(int(signal.SIGBUS))}
+    pair = submit(runs, slurm, runs.config("pair"), options=("--nodes=2",), **broken)
+    wrong = submit(runs, slurm, runs.config("wrong"), "optimizer.learning_rate=1")
+    missing = submit(runs, slurm, runs.config("missing"), "data.sources.a.path=/nowhere/data")
+    (task,) = slurm.wait(job)
+    printed = slurm.output(job)
+    assert (task.state, task.exit_code, task.restarts) == ("FAILED", 1, 0), printed
+    attempts = read_attempts(runs.run_folder("loop"))
+    assert [(attempt.first_step, attempt.reason) for attempt in attempts] == [(1, None), (5, None)]
+    assert "again: killed (no stop was recorded): rank 0 (process" in printed
+    assert "It reached step 6, 6 beyond the furthest before" in printed
+    assert "It did no step beyond 6, the furthest so far, so it would crash again" in printed
+    for refused, told, started in ((wrong, "learning_rate", 0), (missing, "/nowhere/data", 1)):
+        (task,) = slurm.wait(refused)
+        assert (task.state, task.exit_code, task.restarts) == ("FAILED", 2, 0), slurm.output(refused)
+        assert told in slurm.output(refused)
+        assert len(read_attempts(runs.run_folder("wrong" if refused == wrong else "missing"))) == started
+    slurm.wait_until(pair, lambda tasks: tasks[0].restarts == 1)
+    assert " ExcNodeList=n2 " in slurm.call("scontrol", "--oneliner", "show", "job", str(pair))
+    assert "it goes on, without the node n2" in slurm.output(pair)
+    slurm.call("scancel", str(pair))
+
+
+def launch(runs: Runs, slurm: SlurmCluster, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    """``pretrain-launch ARGUMENTS`` in the cluster's environment."""
+    setup = runs.folder / "setup.sh"
+    setup.write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
+    command = (sys.executable, "-m", "launch", *arguments)
+    return slurm.run(*command, cwd=runs.folder, timeout=300, HEADRACE_SETUP=str(setup))
+
+
+def test_submitting_checks_freezes_chains_and_evaluates(runs: Runs, slurm: SlurmCluster) -> None:
+    config = runs.config("chained")
+    words = ("slurm", config, "--ranks-per-node", "1", "--sbatch=--cpus-per-task=1", "--restarts", "1")
+    refused = launch(runs, slurm, *words, "training.global_batch=9", "--nodes", "9")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "error   batch" in refused.stderr
+    assert "error   slurm.nodes" in refused.stderr
+    assert "nothing was submitted" in refused.stderr
+    assert not runs.run_folder("chained").exists()
+
+    submitted = launch(runs, slurm, *words)
+    assert submitted.returncode == 0, submitted.stderr
+    first, second = (int(line.rpartition(" ")[2]) for line in submitted.stdout.splitlines()[:2])
+    config.write_text("nonsense")  # the jobs have a copy of their own
+    again = launch(runs, slurm, *words[:1], runs.config("chained"), *words[2:])
+    assert (again.returncode, again.stdout) == (2, "")
+    assert "run.queued" in again.stderr
+    (task,) = slurm.wait(second)
+    assert (task.state, task.exit_code) == ("COMPLETED", 0), slurm.output(first) + slurm.output(second)
+    assert "the job before has said the last word: done at step 20" in slurm.output(second)
+    assert [attempt.reason for attempt in read_attempts(runs.run_folder("chained"))] == ["done"]
+    (code,) = (runs.run_folder("chained") / "code").iterdir()
+    assert f"{code}/run.yaml" in slurm.output(first)
+    setup = str(runs.folder / "setup.sh")
+    scored = slurm.sbatch("--array=20", EVALUATE, runs.run_folder("chained"), cwd=runs.folder, HEADRACE_SETUP=setup)
+    (task,) = slurm.wait(scored)
+    assert (task.state, task.exit_code) == ("COMPLETED", 0), slurm.output(scored)
+    assert "evaluation heldout at step 20" in slurm.output(scored)
+    shown = json.loads(launch(runs, slurm, "status", runs.folder / "runs", "--json").stdout)
+    assert [(run["state"], run["step"], run["job"]) for run in shown] == [("done", 20, str(second))]
+
+
+def test_a_sweep_as_an_array_tells_the_member_that_failed(runs: Runs, slurm: SlurmCluster) -> None:
+    runs.config("base", training={"steps": 8}, evaluation={"every_steps": None})
+    grid = runs.folder / "grid.yaml"
+    grid.write_text("name: rates\nbase: base.yaml\ngrid:\n  optimizer.lr: [1.0e-3, 1.0e+30]\n")
+    ended = launch(
+        runs, slurm, "sweep", grid, "--slurm", "--wait", "--ranks-per-node", "1", "--sbatch=--cpus-per-task=1"
+    )
+    assert ended.returncode == 1, ended.stderr
+    assert "| lr_0.001 | 0.001 | done | 8 |" in ended.stdout
+    assert "1 of 2 members are not done" in ended.stdout
+    assert "lr_1e_30: attempt 1: non-finite: step" in ended.stdout.replace("+", "_")
