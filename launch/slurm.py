@@ -97,12 +97,10 @@ def _submission(code: Path, options: Sequence[str], before: str, number: int, re
     environment = {"HEADRACE_CODE": str(code.absolute())}
     if not request.gpus:
         environment["HEADRACE_RANKS_PER_NODE"] = str(request.ranks_per_node)
-    arguments = [str(code / CONFIG)]
     if number:
         environment["HEADRACE_FOLLOWER"] = "yes"
         options = [*options, f"--dependency=afterany:{before}"]
-        arguments.append("resume=auto")  # the first may have been told to start over
-    return Submission(options, code / "slurm" / "pretrain.sbatch", arguments, environment)
+    return Submission(options, code / "slurm" / "pretrain.sbatch", [str(code / CONFIG)], environment)
 
 
 def _in_the_queue(folder: Path) -> list[Finding]:

@@ -16,7 +16,7 @@ from data_pipeline.errors import UserError
 from data_pipeline.settings import Settings, load_settings
 from pretrain.config import Config, load_config
 
-_UNFIT = re.compile(r"[^A-Za-z0-9._+]+")
+_UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
 
 
 class SweepSettings(Settings):

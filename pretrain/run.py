@@ -40,7 +40,8 @@ from .train import NonFiniteError, StoppedError, TooManyHolesError, Trainer
 
 def restarts() -> int:
     """How often a launcher has started this program again by itself: ``resume=never`` is meant once."""
-    return sum(int(os.environ.get(name, "0")) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+    launchers = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT", "HEADRACE_RESTART_COUNT")
+    return sum(int(os.environ.get(name, "0")) for name in launchers)
 
 
 START_TIMEOUT_SECONDS = 300

@@ -85,7 +85,7 @@ def test_crashes_and_user_errors(runs: Runs, slurm: SlurmCluster) -> None:
     code.mkdir()
     (code / "sitecustomize.py").write_text(FAULT)
     fault = {"HEADRACE_CODE": str(code), "TEST_FAULT": "step:6"}
-    job = submit(runs, slurm, runs.config("loop"), **fault)
+    job = submit(runs, slurm, runs.config("loop"), "resume=never", **fault)
     broken = {**fault, "TEST_NODE": "n2", "TEST_SIGNAL": str(int(signal.SIGBUS))}
     pair = submit(runs, slurm, runs.config("pair"), options=("--nodes=2",), **broken)
     wrong = submit(runs, slurm, runs.config("wrong"), "optimizer.learning_rate=1")
@@ -120,7 +120,7 @@ def launch(runs: Runs, slurm: SlurmCluster, *arguments: str | Path) -> subproces
 def test_submitting_checks_freezes_chains_and_evaluates(runs: Runs, slurm: SlurmCluster) -> None:
     config = runs.config("chained")
     words = ("slurm", config, "--ranks-per-node", "1", "--sbatch=--cpus-per-task=1", "--restarts", "1")
-    refused = launch(runs, slurm, *words, "training.global_batch=9", "--nodes", "9")
+    refused = launch(runs, slurm, *words, "--nodes", "9")
     assert (refused.returncode, refused.stdout) == (2, "")
     assert "error   batch" in refused.stderr
     assert "error   slurm.nodes" in refused.stderr
@@ -159,4 +159,4 @@ def test_a_sweep_as_an_array_tells_the_member_that_failed(runs: Runs, slurm: Slu
     assert ended.returncode == 1, ended.stderr
     assert "| lr_0.001 | 0.001 | done | 8 |" in ended.stdout
     assert "1 of 2 members are not done" in ended.stdout
-    assert "lr_1e_30: attempt 1: non-finite: step" in ended.stdout.replace("+", "_")
+    assert "lr_1e_30: attempt 1: non-finite: step" in ended.stdout
