@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -98,6 +98,7 @@ def sample_documents(folder: Path, manifest: Manifest, samples: int) -> list[dic
 
 def render(report: dict[str, Any]) -> str:
     """The report of :func:`inspect_dataset` as text for people."""
+    wide = _width(group["domain"] for group in report["groups"])
     lines = [
         f"data set   {report['folder']}",
         f"identity   {report['identity']}",
@@ -105,12 +106,13 @@ def render(report: dict[str, Any]) -> str:
         f"format     {report['shards']} shards of blocks of {report['block_tokens']:,} {report['dtype']} tokens",
         f"packing    {_packing(report)}",
         "",
-        f"{'domain':<16}{'split':<9}{'shards':>7}{'documents':>12}{'tokens':>16}{'text bytes':>16}{'bytes/token':>13}",
+        f"{'domain':<{wide}}{'split':<9}"
+        f"{'shards':>7}{'documents':>12}{'tokens':>16}{'text bytes':>16}{'bytes/token':>13}",
     ]
     for group in report["groups"]:
         per_token = group["text_bytes"] / (group["tokens"] - group["filling"])
         lines.append(
-            f"{group['domain']:<16}{group['split']:<9}{group['shards']:>7,}{group['documents']:>12,}"
+            f"{group['domain']:<{wide}}{group['split']:<9}{group['shards']:>7,}{group['documents']:>12,}"
             f"{group['tokens']:>16,}{group['text_bytes']:>16,}{per_token:>13.2f}"
         )
     lines += _fates(report["sources"])
@@ -126,15 +128,16 @@ def render(report: dict[str, Any]) -> str:
 
 def _fates(sources: dict[str, dict[str, Any]]) -> list[str]:
     """The table of what became of the records of every source; empty where all were kept as they came."""
-    rows = [row for name, source in sources.items() for row in _fates_of(name, source)]
+    wide = _width(sources)
+    rows = [row for name, source in sources.items() for row in _fates_of(name, source, wide)]
     if len(rows) == len(sources):
         return []
-    return ["", f"{'source':<16}{'records':>12}{'share':>10}{'text bytes':>16}  what became of them", *rows]
+    return ["", f"{'source':<{wide}}{'records':>12}{'share':>10}{'text bytes':>16}  what became of them", *rows]
 
 
-def _fates_of(name: str, source: dict[str, Any]) -> Iterator[str]:
+def _fates_of(name: str, source: dict[str, Any], wide: int) -> Iterator[str]:
     def row(records: int, text_bytes: int, fate: str, of: str = "") -> str:
-        return f"{of:<16}{records:>12,}{records / source['records']:>10.2%}{text_bytes:>16,}  {fate}"
+        return f"{of:<{wide}}{records:>12,}{records / source['records']:>10.2%}{text_bytes:>16,}  {fate}"
 
     yield row(source["documents"], source["text_bytes"], "kept", name)
     total = source["text_bytes"]
@@ -147,9 +150,14 @@ def _fates_of(name: str, source: dict[str, Any]) -> Iterator[str]:
     if source["documents"] != source["records"]:
         yield row(source["records"], total, "all")
     if changed := source["normalised_documents"]:
-        yield f"{'':<16}{changed:>12,}{'':>26}  of them changed by normalisation"
+        yield f"{'':<{wide}}{changed:>12,}{'':>26}  of them changed by normalisation"
     if inexact := source["inexact_documents"]:
-        yield f"{'':<16}{inexact:>12,}{'':>26}  of them not exactly tokenised: the tokens do not give the text back"
+        yield f"{'':<{wide}}{inexact:>12,}{'':>26}  of them not exactly tokenised: the tokens do not give the text back"
+
+
+def _width(names: Iterable[str]) -> int:
+    """Characters of a column of ``names``, a blank after the longest included."""
+    return max([16, *(len(name) + 1 for name in names)])
 
 
 def _packing(report: dict[str, Any]) -> str:

@@ -72,3 +72,16 @@ def test_the_report(tmp_path: Path, manifest: Manifest) -> None:
     command = [sys.executable, "-m", "data_pipeline", "inspect", str(tmp_path), "--samples", "1", "--entropy", "--json"]
     printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     assert json.loads(printed) == report
+
+
+def test_long_names_keep_their_column(tmp_path: Path, manifest: Manifest) -> None:
+    report = inspect_dataset(tmp_path)
+    name = "a-domain-with-a-very-long-name"
+    report["groups"][0]["domain"] = name
+    counts = {"records": 2, "documents": 1, "text_bytes": 4, "empty_documents": 1, "rejected": {}}
+    report["sources"] = {name: {**counts, "normalised_documents": 1, "inexact_documents": 0}}
+    lines = render(report).splitlines()
+    assert [line.split()[:2] for line in lines if line.startswith(name)] == [[name, "train"], [name, "1"]]
+    kept = lines.index(next(line for line in lines if line.endswith("  kept")))
+    assert {len(line) for line in lines[6:10]} == {len(lines[6])}
+    assert {line.rindex("  ") for line in lines[kept : kept + 4]} == {lines[kept].rindex("  ")}
