@@ -10,6 +10,7 @@ from .config import Config
 from .data import RunData, open_data
 from .engine import accumulation_steps, check_zero_settings, deepspeed_config
 from .model import parameter_shapes
+from .objective.balancing.kinds.load_balance import LoadBalanceSettings
 from .optimizer import check_schedule
 
 SMALL_GROUP = 8
@@ -36,6 +37,20 @@ def check_run(config: Config, world_size: int, rank: int = 0) -> RunData:
 
 def warnings(config: Config, world_size: int) -> list[str]:
     """What a run may well not mean, a sentence each; told before it starts."""
+    return [*_warn_group(config, world_size), *_warn_routing(config)]
+
+
+def _warn_routing(config: Config) -> list[str]:
+    mixture = config.model.experts
+    if mixture is None or mixture.routing.causal:
+        return []
+    return [
+        f"model.experts.routing {mixture.routing.kind} lets later tokens decide which experts a token gets: losses, "
+        "those of evaluations too, are lower than what the model can do when it generates. It is for research."
+    ]
+
+
+def _warn_group(config: Config, world_size: int) -> list[str]:
     reweighting, size = config.objective.reweighting, _group_size(config, world_size)
     if reweighting.off or size >= SMALL_GROUP:
         return []
@@ -71,6 +86,8 @@ def _check_group(config: Config, world_size: int) -> None:
             f"other, but {mend}."
         )
     micro_steps = max(accumulation_steps(config, world_size))
+    if micro_steps > 1:
+        _check_balanced_group(config, micro_steps)
     if reweighting.group != "global_batch_one_pass" or micro_steps == 1:
         return
     only = f"with {micro_steps} micro-steps an optimizer step, multiplies the finished gradient by its normaliser"
@@ -85,6 +102,25 @@ def _check_group(config: Config, world_size: int) -> None:
             f"objective.reweighting.group = 'global_batch_one_pass', {only}; with engine.offload_optimizer = "
             f"{config.engine.offload_optimizer!r} DeepSpeed has taken the norm that it clips by before that. {mend}, "
             "or offload_optimizer=none."
+        )
+
+
+def _check_balanced_group(config: Config, micro_steps: int) -> None:
+    """Refuse losses on routers that need sample weights before a group of several micro-steps has them."""
+    balancing, group = config.objective.balancing, config.objective.reweighting.group
+    exact = [loss for loss in balancing.losses if isinstance(loss, LoadBalanceSettings) and loss.way == "exact"]
+    if balancing.sample_weights and exact and group == "micro_step":
+        raise UserError(
+            "objective.balancing.sample_weights with frequencies exact needs the weights of the whole optimizer step "
+            f"before its first backward pass; group micro_step has those of one of its {micro_steps} micro-steps. Set "
+            "objective.reweighting.group=global_batch, other frequencies, or sample_weights=false."
+        )
+    if balancing.losses and group == "global_batch_one_pass":
+        raise UserError(
+            f"objective.reweighting.group = 'global_batch_one_pass', with {micro_steps} micro-steps an optimizer step, "
+            "multiplies the finished gradient by its normaliser; the shares of objective.balancing.losses, whose "
+            "denominator is another, would be multiplied too. Set group=global_batch, or raise training.micro_batch to "
+            f"{config.training.micro_batch * micro_steps}."
         )
 
 
@@ -112,6 +148,16 @@ def _check_reached(config: Config) -> None:
             "never be reached. Shorten it."
         )
     check_linear_steps(config, 0)
+    balancing = config.objective.balancing
+    changes = {f"losses.{number}": loss.change for number, loss in enumerate(balancing.losses)}
+    if balancing.bias is not None:
+        changes["bias"] = balancing.bias.change
+    for name, change in changes.items():
+        if change is not None and change.end_step >= config.total_steps:
+            raise UserError(
+                f"objective.balancing.{name}.change ends at step {change.end_step}, which is not before the run's end "
+                f"at {config.total_steps} steps: {change.to:g} would never be reached. Let it end earlier."
+            )
     before = 0
     for stage in config.training.batch_ramp:
         before += stage.steps

@@ -22,6 +22,7 @@ from data_pipeline.stream import StreamSettings
 from .model import linear_layers
 from .model.recompute import ActivationCheckpointing
 from .model.settings import ModelSettings
+from .objective.balancing.check import check_balancing
 from .objective.settings import ObjectiveSettings
 from .optimizer import AdamWSettings, Optimizer, ScheduleSettings
 
@@ -222,6 +223,7 @@ class Config(Settings):
                 "training.activation_checkpointing low_rank keeps the r-dimensional activations of factorised layers, "
                 f"and model.linear makes none (its layers are {kinds}); use full or none, or a kind such as cola"
             )
+        check_balancing(self.objective, self.model)
         if self.model.mup:
             self.optimizer.mup_rate((1, 1), (1, 1))  # an optimizer without a rule refuses
         return self

@@ -18,7 +18,7 @@ from .distributed import Distributed
 from .objective import LossRange, StepStatistics
 from .run_folder import plain, versions
 
-FORMAT = 3
+FORMAT = 4
 
 
 @dataclass(frozen=True)
@@ -35,6 +35,8 @@ class TrainState:
     """Sequences left out so far because their loss was not finite."""
     loss_range: LossRange | None = None
     """What a one-pass group of reweighting needs of the step before; to the bit."""
+    expert_frequencies: dict[str, list[list[float]]] | None = None
+    """What losses on routers need of the steps before; to the bit."""
     evaluated: bool = False
     """The evaluation that is due at this step has been made."""
     data_changes: tuple[str, ...] = ()
@@ -49,6 +51,7 @@ class TrainState:
             holes=self.holes + statistics.holes,
             dropped=self.dropped + len(statistics.dropped),
             loss_range=statistics.loss_range,
+            expert_frequencies=statistics.routing.frequencies if statistics.routing else None,
             evaluated=False,
         )
 

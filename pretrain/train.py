@@ -27,6 +27,7 @@ from .data import RunData
 from .distributed import Distributed
 from .engine import Engine
 from .evaluation import evaluate, evaluation_metrics
+from .expert_metrics import expert_metrics, selection_bias_range
 from .model import flops_per_token
 from .monitor import Monitor, peak_flops
 from .objective import Objective, StepStatistics
@@ -122,7 +123,8 @@ class Trainer:
                 started = time.perf_counter()
                 step = loader.next_step_unless(stop.overdue)
                 batches = step.micro_batches if step else None
-                holes = objective.begin_step(self.state.step, batches, self.state.loss_range)
+                before = self.state.loss_range, self.state.expert_frequencies
+                holes = objective.begin_step(self.state.step, batches, *before)
                 if step is None or holes is None:
                     self._stop_before_step(stop)
                 if holes:
@@ -131,6 +133,7 @@ class Trainer:
                 grad_norm = self._optimizer_step(objective, step, rate)
                 statistics = objective.end_step(stop.flags)
                 self._refuse_non_finite(statistics, float(grad_norm), step)
+                self._move_bias(statistics)
                 self.state = self.state.advance(step.next_position, statistics)
                 scored = self._scoring.seconds() if self._scoring else 0.0
                 self._pace.add(step.global_batch, time.perf_counter() - started, loader.waited, scored)
@@ -163,10 +166,18 @@ class Trainer:
         self._scoring = self._score(objective, step) if objective.scores_first else None
         for micro_batch in step.micro_batches:
             batch = micro_batch.to(self.ranks.device)
-            self.engine.backward(objective.micro_step(self.engine.training_forward(batch).logits, batch))
+            logits, routing = self.engine.training_forward(batch)
+            self.engine.backward(objective.micro_step(logits, batch, routing))
         if (factor := objective.gradient_factor()) is not None:
             self.engine.scale_gradients(factor)
         return self.engine.step(rate)
+
+    def _move_bias(self, statistics: StepStatistics) -> None:
+        """Let the routers' selection biases follow the loads of the step that is done."""
+        settings = self.config.objective.balancing.bias
+        if settings is not None and statistics.routing is not None:
+            loads = statistics.routing.loads.sum(axis=1)
+            self.engine.move_selection_bias(torch.from_numpy(settings.moves(self.state.step, loads)))
 
     def _score(self, objective: Objective, step: Step) -> Stopwatch:
         """Let the objective know all losses of the step before its first backward pass; counts nothing (law 3)."""
@@ -174,7 +185,8 @@ class Trainer:
         with Stopwatch(self.ranks.device) as watch, torch.no_grad():
             for micro_batch in step.micro_batches:
                 batch = micro_batch.to(self.ranks.device)
-                objective.score(self.engine.training_forward(batch).logits, batch)
+                logits, routing = self.engine.training_forward(batch)
+                objective.score(logits, batch, routing)
         self.engine.evaluating(False)
         return watch
 
@@ -289,6 +301,10 @@ class Trainer:
         length, plan = self.config.data.seq_len, self.config.batch_plan
         tokens_per_second = sequences_per_second * length
         fields = step_metrics(statistics, self.data.names)
+        if statistics.routing is not None:
+            fields |= expert_metrics(statistics.routing, self.config.model, self.data.names)
+            if self.config.objective.balancing.bias is not None:
+                fields["experts/bias_range"] = selection_bias_range(self.engine.selection_bias())
         if not self.config.objective.reweighting.off:
             fields["weights/dropped"] = self.state.dropped
         if self._scoring:

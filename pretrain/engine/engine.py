@@ -17,6 +17,7 @@ from pretrain.config import Config
 from pretrain.distributed import Distributed, set_timeout_of_all_groups
 from pretrain.model import Decoder, Outputs
 from pretrain.model.experts.noise import noise_keys
+from pretrain.model.experts.router import Router
 from pretrain.model.mup import width_scaling
 from pretrain.model.scheduled import schedules
 from pretrain.optimizer import parameter_groups
@@ -133,6 +134,19 @@ class Engine:
         for schedule, modules in self._schedules:
             if schedule.due(step):
                 schedule.update(step, modules, lambda name: master(self._engine.module.get_parameter(name)).detach())
+
+    @torch.no_grad()
+    def move_selection_bias(self, moves: Tensor) -> None:
+        """Add to the selection biases of the routers, [blocks with experts, E]; the same on every rank."""
+        for router, move in zip(self._routers(), moves, strict=True):
+            router.selection_bias += move.to(router.selection_bias)
+
+    def selection_bias(self) -> Tensor:
+        """The selection biases of the routers, [blocks with experts, E] fp32 on the CPU."""
+        return torch.stack([router.selection_bias for router in self._routers()]).cpu()
+
+    def _routers(self) -> list[Router]:
+        return [module for module in self._engine.module.modules() if isinstance(module, Router)]
 
     def begin_step(self, micro_steps: int) -> None:
         """Say how many micro-steps the optimizer step that begins has; a batch ramp changes it on the way."""

@@ -1,5 +1,6 @@
 """The objective: what an optimizer step minimises, over one denominator."""
 
+from .balancing.balancer import RoutingStatistics
 from .base import ProbabilitySettings, StrategySettings
 from .groups import Dropped, LossRange, StepWeights
 from .objective import Objective, StepStatistics
@@ -13,6 +14,7 @@ __all__ = [
     "ObjectiveSettings",
     "ProbabilitySettings",
     "ReweightingSettings",
+    "RoutingStatistics",
     "StepStatistics",
     "StepWeights",
     "StrategySettings",

@@ -141,13 +141,17 @@ class GlobalBatchWeigher(Weigher):
     def score(self, own: Samples) -> None:
         self._scored.append(own)
 
-    def weigh(self, own: Samples) -> Tensor:
+    def own_weights(self) -> Tensor:
+        """Relative weights [micro-steps, b] of all this rank's samples, as :meth:`weigh` will give them."""
         if not self._groups:
             assert len(self._scored) == self._micro_steps, "every micro-step is scored before the first is weighed"
             group = self._gather(_joined(self._scored))
             logs = log_importances(group, self._settings.strategy, self._temperature)
             self._groups.append((group, relative_weights(logs, group, self._settings.cap)))
-        weights = self._own(self._groups[0][1]).view(self._micro_steps, -1)[self._weighed]
+        return self._own(self._groups[0][1]).view(self._micro_steps, -1)
+
+    def weigh(self, own: Samples) -> Tensor:
+        weights = self.own_weights()[self._weighed]
         self._weighed += 1
         return weights
 

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from data_pipeline import Batch
 from pretrain.distributed import Distributed
+from pretrain.model.experts.statistics import Routing
 
+from .balancing.balancer import Balancer, RoutingStatistics
+from .balancing.frequencies import Saved
 from .cross_entropy import only_gradient_of, sequence_squared_log_partition, token_cross_entropy
-from .groups import Dropped, LossRange, OnePassWeigher, StepWeights, Weigher, make_weigher
+from .groups import Dropped, GlobalBatchWeigher, LossRange, OnePassWeigher, StepWeights, Weigher, make_weigher
 from .reweighting import Samples, token_weights
 from .settings import ObjectiveSettings
 from .terms import Term, engine_loss
@@ -41,6 +44,8 @@ class StepStatistics:
     """Sequences left out because their loss was not finite."""
     loss_range: LossRange | None = None
     """For the next step of a one-pass group."""
+    routing: RoutingStatistics | None = None
+    """Of a model with experts."""
 
     @property
     def loss(self) -> float:
@@ -55,22 +60,25 @@ class _Step:
     denominators: tuple[float, float]
     holes: int
     weigher: Weigher | None
+    balancer: Balancer
     previous: LossRange | None
     objective: Tensor
     losses: Tensor
     labels: Tensor
     factor: Tensor | None = None
+    scored: list[Routing] = field(default_factory=list)
+    """How the micro-steps of a scoring pass were routed, until the balancer takes note of it."""
 
 
 class Objective:
-    """Cross-entropy with per-sample weights, and the z-loss, each over its one denominator (law 2).
+    """Cross-entropy with per-sample weights, z-loss and losses on routers, each over its one denominator (law 2).
 
     With l_i the mean loss of sequence i, n_i its labels, u_i its relative weight (``relative_weights``) and c_i = n_i
     (``average: token``) or 1 (``average: sequence``), a step minimises::
 
-        Σ_i u_i c_i l_i / Σ_i c_i  +  z_loss * Σ_it (log Z_it)² / Σ_i n_i
+        Σ_i u_i c_i l_i / Σ_i c_i  +  z_loss * Σ_it (log Z_it)² / Σ_i n_i  +  Σ_j coefficient_j Σ_i rows_ji / Σ_i n_i
 
-    with both sums over all sequences of the optimizer step. Where the strategy weighs tokens, l_i in the first sum is
+    with the sums over all sequences of the optimizer step. Where the strategy weighs tokens, l_i in the first sum is
     the mean of v_it l_it with v of mean 1 (``token_weights``). A step is ``begin_step``, where ``scores_first`` a
     ``score`` of every micro-batch, a ``micro_step`` of every micro-batch, ``gradient_factor``, ``end_step``.
 
@@ -87,7 +95,11 @@ class Objective:
         self._step: _Step | None = None
 
     def begin_step(
-        self, step: int, micro_batches: Sequence[Batch] | None, previous: LossRange | None = None
+        self,
+        step: int,
+        micro_batches: Sequence[Batch] | None,
+        previous: LossRange | None = None,
+        frequencies: Saved | None = None,
     ) -> int | None:
         """Agree on the denominators of optimizer step ``step`` (0-based) from this rank's micro-batches on the CPU.
 
@@ -95,6 +107,7 @@ class Objective:
             step: the step.
             micro_batches: ``None``: this rank has no data and wants to stop.
             previous: ``loss_range`` of the step before; ``None``: there is none.
+            frequencies: ``routing.frequencies`` of the step before; ``None``: there is none.
 
         Returns:
             how many of the step's sequences are missing, over all ranks; ``None`` if a rank wants to stop instead.
@@ -108,13 +121,14 @@ class Objective:
         total, sequences, holes, stops = self._ranks.all_reduce(counts.to(self._ranks.device)).tolist()
         if stops:
             return None
-        settings, sources = self._settings, len(self._sources)
+        settings, sources, micro_steps = self._settings, len(self._sources), len(micro_batches)
         zeros = torch.zeros(2 * sources + 1, dtype=torch.float64, device=self._ranks.device)
         self._step = _Step(
             number=step,
             denominators=(float(total if settings.average == "token" else sequences), float(total)),
             holes=holes,
-            weigher=make_weigher(settings.reweighting, step, len(micro_batches), self._ranks, previous),
+            weigher=make_weigher(settings.reweighting, step, micro_steps, self._ranks, previous),
+            balancer=Balancer(settings.balancing, step, float(total), micro_steps, self._ranks, frequencies or {}),
             previous=previous,
             objective=zeros[0],
             losses=zeros[1 : 1 + sources],
@@ -125,25 +139,32 @@ class Objective:
     @property
     def scores_first(self) -> bool:
         """Whether this step needs a ``score`` of every micro-batch before the first ``micro_step``."""
-        weigher = self._current().weigher
-        return weigher is not None and weigher.scores_first
+        step = self._current()
+        return step.balancer.scores_first or (step.weigher is not None and step.weigher.scores_first)
 
-    def score(self, logits: Tensor, batch: Batch) -> None:
-        """Take note of a micro-batch's losses; counts nothing else (law 3).
+    def score(self, logits: Tensor, batch: Batch, packed: Tensor | None = None) -> None:
+        """Take note of a micro-batch's losses and of how it was routed; counts nothing else (law 3).
 
         Args:
             logits: [b, T, V], without gradient, of a model in evaluation mode; batch: on the same device.
+            packed: ``Outputs.routing``.
         """
-        weigher = self._current().weigher
-        assert weigher is not None
-        own, _ = self._samples(token_cross_entropy(logits, batch.labels, batch.loss_mask), batch)
-        weigher.score(own)
+        step = self._current()
+        routing = None if packed is None else Routing(packed)
+        if step.weigher is not None and step.weigher.active:
+            own, _ = self._samples(token_cross_entropy(logits, batch.labels, batch.loss_mask), batch)
+            if step.weigher.scores_first:
+                step.weigher.score(own)
+            routing = None if routing is None else routing.without(own.dropped)
+        if routing is not None and step.balancer.scores_first:
+            step.scored.append(routing)
 
-    def micro_step(self, logits: Tensor, batch: Batch) -> Tensor:
+    def micro_step(self, logits: Tensor, batch: Batch, packed: Tensor | None = None) -> Tensor:
         """The loss to hand to the engine for one micro-batch.
 
         Args:
             logits: [b, T, V]; batch: on the same device.
+            packed: ``Outputs.routing``; None for a model without experts.
 
         Returns:
             scalar fp32.
@@ -155,6 +176,8 @@ class Objective:
         squares = sequence_squared_log_partition(logits, batch.loss_mask) if settings.z_loss else None
         labels = batch.loss_mask.sum(dim=1)
         weights, weighed = (labels > 0).float(), losses
+        routing = None if packed is None else Routing(packed)
+        self._balance_scored(step)
         if step.weigher is not None:
             own, within = self._samples(of_tokens.detach(), batch)
             weights = step.weigher.weigh(own)
@@ -165,17 +188,29 @@ class Objective:
             only_gradient_of(logits, batch.loss_mask & ~dropped[:, None])
             losses, weighed, labels = (each.masked_fill(dropped, 0) for each in (losses, weighed, labels))
             squares = None if squares is None else squares.masked_fill(dropped, 0.0)
+            routing = None if routing is None else routing.without(dropped)
         numerators = weighed if by_token else weighed / labels.clamp(min=1)
         terms = [Term((weights * numerators).sum(), step.denominators[0])]
         if squares is not None:
             terms.append(Term(squares.sum(), step.denominators[1], settings.z_loss))
-        loss = engine_loss(terms, self._ranks.world_size)
-        step.objective += loss.detach() / self._ranks.world_size
         # a product, for index_add_ on a GPU adds in no fixed order and two equal runs would log different losses
         by_source = (batch.source_ids[:, None] == self._sources).double()
+        if routing is not None:
+            terms += step.balancer.terms(routing, weights if step.balancer.weighs_samples else None, by_source)
+        loss = engine_loss(terms, self._ranks.world_size)
+        step.objective += loss.detach() / self._ranks.world_size
         step.losses += losses.detach().double() @ by_source
         step.labels += labels.double() @ by_source
         return loss
+
+    def _balance_scored(self, step: _Step) -> None:
+        """Hand the balancer what the scoring pass has routed, once all of it is there and can be weighed."""
+        weights: Sequence[Tensor | None] = [None] * len(step.scored)
+        if step.scored and step.balancer.weighs_samples and isinstance(step.weigher, GlobalBatchWeigher):
+            weights = list(step.weigher.own_weights())
+        for routing, own in zip(step.scored, weights, strict=True):
+            step.balancer.score(routing, own)
+        step.scored.clear()
 
     def _samples(self, losses: Tensor, batch: Batch) -> tuple[Samples, Tensor | None]:
         """This rank's samples of a micro-batch, from the losses of its tokens [b, T] without gradient; and where the
@@ -202,11 +237,13 @@ class Objective:
         step = self._current()
         raised = torch.tensor(flags, dtype=torch.float64, device=self._ranks.device)
         objective = step.objective if step.factor is None else step.objective * step.factor
-        reduced = self._ranks.all_reduce(torch.cat([objective.view(1), step.losses, step.labels, raised]))
+        routed = step.balancer.collected().to(self._ranks.device)
+        plain = torch.cat([objective.view(1), step.losses, step.labels, raised])
+        reduced = self._ranks.all_reduce(torch.cat([plain, routed]))
         weights, extra = self._weights(step)
         # the only place where the host waits for the device
-        values = torch.cat([reduced, extra]).tolist()
-        values, told = values[: len(reduced)], values[len(reduced) :]
+        read = torch.cat([reduced, extra]).cpu()
+        values, told = read[: len(plain)].tolist(), read[len(reduced) :].tolist()
         self._step = None
         first = 1 + len(self._sources)
         second = first + len(self._sources)
@@ -220,6 +257,7 @@ class Objective:
             temperature=self._settings.reweighting.temperature_at(step.number),
             dropped=tuple(weights.dropped(self._ranks.world_size)) if weights is not None and told[0] else (),
             loss_range=self._loss_range(step, told[1:]),
+            routing=step.balancer.statistics(read[len(plain) : len(reduced)].numpy()),
         )
 
     def _weights(self, step: _Step) -> tuple[StepWeights | None, Tensor]:

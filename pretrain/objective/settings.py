@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 from data_pipeline.settings import Settings
 from pretrain.methods import choice_of
 
+from .balancing.settings import BalancingSettings
 from .base import StrategySettings
 from .strategies.uniform import UniformSettings
 
@@ -113,3 +114,5 @@ class ObjectiveSettings(Settings):
     z_loss: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Coefficient of the mean squared log-partition of the output logits (PaLM); 0 is off."""
     reweighting: ReweightingSettings = ReweightingSettings()
+    balancing: BalancingSettings = BalancingSettings()
+    """Of a model with experts: losses on their routers, and balancing by a bias."""

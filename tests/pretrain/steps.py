@@ -17,6 +17,7 @@ from pretrain.config import Config
 from pretrain.distributed import Distributed
 from pretrain.model import Decoder, initialize_
 from pretrain.model.experts.noise import noise_keys
+from pretrain.model.experts.router import Router
 from pretrain.optimizer import AdamWSettings
 
 if TYPE_CHECKING:
@@ -112,22 +113,25 @@ class EngineRun:
         self.engine = Engine(config, VOCABULARY, ranks, Given(initial) if initial else None, empty)
         self.objective = Objective(config.objective, 2, ranks)
         self.loss_range: LossRange | None = None
-        """Of the step before; part of a run's state."""
+        self.frequencies: dict[str, list[list[float]]] | None = None
+        """Both of the step before; parts of a run's state."""
 
     def backward(self, step: int) -> None:
         """Forward and backward passes of a step: the gradient is reduced and final."""
         batches = micro_batches(step, self.ranks, self.config.training.micro_batch, self.config.batch_plan.batch(step))
         self.engine.update_buffers(step)
         self.engine.begin_step(len(batches))
-        self.objective.begin_step(step, batches, self.loss_range)
+        self.objective.begin_step(step, batches, self.loss_range, self.frequencies)
         if self.objective.scores_first:
             self.engine.evaluating(True)
             with torch.no_grad():
                 for batch in batches:
-                    self.objective.score(self.engine.training_forward(batch).logits, batch)
+                    logits, routing = self.engine.training_forward(batch)
+                    self.objective.score(logits, batch, routing)
             self.engine.evaluating(False)
         for batch in batches:
-            self.engine.backward(self.objective.micro_step(self.engine.training_forward(batch).logits, batch))
+            logits, routing = self.engine.training_forward(batch)
+            self.engine.backward(self.objective.micro_step(logits, batch, routing))
         if (factor := self.objective.gradient_factor()) is not None:
             self.engine.scale_gradients(factor)
 
@@ -136,6 +140,11 @@ class EngineRun:
         norm = float(self.engine.step(RATES[step % len(RATES)]))
         statistics = self.objective.end_step()
         self.loss_range = statistics.loss_range
+        if statistics.routing is not None:
+            self.frequencies = statistics.routing.frequencies
+            if self.config.objective.balancing.bias is not None:
+                moves = self.config.objective.balancing.bias.moves(step, statistics.routing.loads.sum(axis=1))
+                self.engine.move_selection_bias(torch.from_numpy(moves))
         return norm, statistics
 
     def step(self, step: int) -> tuple[float, float, float]:
@@ -195,6 +204,7 @@ def run_plain(
     optimizer: Callable[[dict[str, Tensor], Config], Callable[[float], None]] = plain_adamw,
     before_step: Callable[[Decoder, dict[str, Tensor], int], None] = lambda model, masters, step: None,
     initial: Mapping[str, Tensor] | None = None,
+    balancing: Any = None,
 ) -> dict[str, Any]:
     """The same steps as a plain loop: one process, the whole batch at once, weights by the paper's formula in numpy.
 
@@ -204,6 +214,7 @@ def run_plain(
         optimizer: from the fp32 weights by name to a function of the learning rate that takes one step.
         before_step: what is done to the model before a step, by the fp32 weights: (model, weights by name, step).
         initial: values in place of the drawn ones.
+        balancing: ``methods.experts.PlainBalancing``, where the routers of the model are balanced.
     """
     model = Decoder(config.model, VOCABULARY)
     initialize_(model, config.run.seed)
@@ -212,6 +223,10 @@ def run_plain(
     masters = {name: p.detach().float().clone() for name, p in model.named_parameters()}
     update = optimizer(masters, config)
     objective = objective or PlainObjective()
+    routed: list[Tensor] = []
+    for module in model.modules():
+        if isinstance(module, Router):
+            module.register_forward_hook(lambda module, inputs, logits: routed.append(logits))
     settings = config.optimizer
     seen: dict[str, Any] = {"losses": [], "objectives": [], "norms": []}
     seen["initial"] = {name: p.clone() for name, p in masters.items()}
@@ -227,6 +242,10 @@ def run_plain(
         inputs = (batch.tokens, batch.positions, batch.document_ids, batch.single_document, batch.loss_mask, keys)
         logits = model(*inputs).logits.float()
         loss = objective(logits, batch, config, group_size)
+        if balancing is not None:
+            loss = loss + balancing(routed, batch, config, group_size, getattr(objective, "relative", None))
+            balancing.end_step(model, routed, batch, config)
+        routed.clear()
         loss.backward()
         for name, p in model.named_parameters():
             assert p.grad is not None
@@ -278,6 +297,7 @@ class PlainObjective:
             shares = np.array([counts[i] if settings.average == "token" else 1 for i in members], float)
             weights[members] = self.weights(losses[members], shares, config)
         self.step += 1
+        self.relative = weights / np.maximum(counts, 1)
         self.before = losses[np.array(counts) > 0]
         total = sum(counts) if settings.average == "token" else sum(count > 0 for count in counts)
         loss = sum((float(w) * mean for w, mean in zip(weights, means, strict=True)), torch.zeros(())) / total

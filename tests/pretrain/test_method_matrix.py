@@ -63,7 +63,8 @@ def differences(family: str, cases: list[Case]) -> list[tuple[str, dict[str, flo
         if (name, case[1]) not in references:
             config = configured(method, ranks.world_size, (0, case[1], "none"))
             group = BATCH // case[1]
-            plain = method.objective, method.optimizer, method.before_step, method.initial(config)
+            balancing = method.balancing() if method.balancing else None
+            plain = method.objective, method.optimizer, method.before_step, method.initial(config), balancing
             references[name, case[1]] = run_plain(config, group, *plain)
     found = []
     for name, method, case in chosen:

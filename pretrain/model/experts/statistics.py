@@ -36,6 +36,10 @@ class Routing:
         """From ``choices``, ``loads`` and ``scores`` [b, E], and the others [b], in the order below."""
         return cls(torch.cat([*wide, torch.stack(scalars, dim=-1)], dim=-1))
 
+    def without(self, dropped: Tensor) -> Routing:
+        """With sums of 0, and no gradient, for the sequences of which ``dropped`` [b] is True."""
+        return Routing(self.packed.masked_fill(dropped[:, None], 0.0))
+
     @property
     def experts(self) -> int:
         return (self.packed.shape[-1] - SCALARS) // 3

@@ -35,6 +35,8 @@ class Method:
     """What the reference does to its model before a step: (model, fp32 weights by name, step)."""
     initial: Callable[[Config], Mapping[str, Tensor]] = lambda config: {}
     """Initial values, by name, that both take in place of the drawn ones."""
+    balancing: Callable[[], Any] | None = None
+    """Makes the reference's balancing of experts, for one run: ``methods.experts.PlainBalancing``."""
     stages: tuple[int, ...] = (0, 1, 2, 3)
     """ZeRO stages it allows; that the others are refused is shown by a test of its own."""
     tolerances: Mapping[str, float] = field(default_factory=dict)

@@ -1,0 +1,1 @@
+"""The losses on routers: one file each (see :mod:`pretrain.methods`)."""
