@@ -21,6 +21,10 @@ size, 0 to 1) and ``weights/histogram`` (:func:`weight_histogram`). Beside them 
 ``weights/loss_min`` and ``weights/loss_max`` (of the samples' mean losses, nats), ``weights/temperature`` (r),
 ``weights/dropped`` (sequences left out because their loss was not finite, since the run began) and
 ``weights/scoring_seconds`` (of the scoring passes, per step).
+
+Of a model with experts, the keys below ``experts/`` say how a step's tokens were routed; :mod:`pretrain.expert_metrics`
+lists them. Lists (``experts/load/N`` and ``experts/domain_load/N/NAME``, shares by expert of block N) are in this file
+alone, numbers in TensorBoard too.
 """
 
 from __future__ import annotations

@@ -37,7 +37,9 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(settings.number, hidden_size))
         self.has_bias = settings.selection_bias
         if self.has_bias:
-            self.register_buffer("selection_bias", torch.empty(settings.number))
+            # by way of int32: while it builds a model, ZeRO-3 makes whatever torch.empty makes of floats bf16
+            bias = torch.empty(settings.number, dtype=torch.int32).view(torch.float32)
+            self.register_buffer("selection_bias", bias)
 
     def forward(self, x: Tensor, noise_keys: Tensor | None) -> Tensor:
         """``noise_keys`` [b] int64: see :func:`~.noise.noise_keys`; None: no jitter."""

@@ -62,7 +62,7 @@ class ExpertsSettings(Settings):
     normalised: bool = True
     """The weights of a token's experts are made to sum to 1 (Mixtral, Qwen3, DeepSeek-V3; not OLMoE)."""
     scaling: float = Field(default=1.0, gt=0.0, allow_inf_nan=False)
-    """What multiplies the weights of the routed experts (2.5 in DeepSeek-V3)."""
+    """What multiplies the weights of the routed experts (DeepSeek-V3's, unconfirmed, is 2.5)."""
     jitter: float = Field(default=0.0, ge=0.0, lt=1.0)
     """In training, the router's input features are multiplied by numbers from 1 - jitter to 1 + jitter (Switch: 0.01),
     fixed by seed, position in the run, block, token and feature."""

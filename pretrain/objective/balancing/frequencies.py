@@ -88,6 +88,10 @@ class StepFrequencies:
                 saved[loss.label] = now.tolist()
             elif loss.way == "running":
                 before = self._saved.get(loss.label)
-                mean = now if before is None else torch.tensor(before, dtype=torch.float64).lerp(now, 1.0 - loss.decay)
+                mean = (
+                    now
+                    if before is None
+                    else torch.tensor(before, dtype=torch.float64).lerp(now, 1.0 - loss.effective_decay)
+                )
                 saved[loss.label] = mean.tolist()
         return saved

@@ -28,8 +28,8 @@ class LoadBalanceSettings(RouterLossSettings):
     step's own; with several micro-steps it takes a forward pass of all of them before the first backward pass.
     ``buffer``: of the step's micro-steps so far (Qiu et al., algorithm 1). ``previous_step``: of the optimizer step
     before. ``running``: a mean of the steps before, each counting ``decay`` times as much as the one after it."""
-    decay: float = Field(default=0.9, gt=0.0, lt=1.0)
-    """Of ``frequencies: running``, per optimizer step."""
+    decay: float | None = Field(default=None, gt=0.0, lt=1.0)
+    """Of ``frequencies: running``, per optimizer step; ``null``: 0.9."""
 
     @model_validator(mode="after")
     def _check(self) -> LoadBalanceSettings:
@@ -38,9 +38,13 @@ class LoadBalanceSettings(RouterLossSettings):
                 f"frequencies {self.frequencies} has no meaning with level {self.level}, whose tokens are all known in "
                 "their forward pass; leave it out"
             )
-        if self.frequencies != "running" and "decay" in self.model_fields_set:
+        if self.frequencies != "running" and self.decay is not None:
             raise ValueError(f"decay {self.decay} belongs to frequencies running; leave it out")
         return self
+
+    @property
+    def effective_decay(self) -> float:
+        return 0.9 if self.decay is None else self.decay
 
     @property
     def way(self) -> Frequencies | None:
