@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -14,6 +15,10 @@ import yaml
 from data_pipeline.prepare import PrepareSettings
 from data_pipeline.settings import build_settings
 from pretrain.config import load_config
+from pretrain.model import parameter_shapes
+from pretrain.model.linear import kinds
+from pretrain.objective import strategies
+from pretrain.optimizer import kinds as optimizers
 
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
@@ -41,7 +46,7 @@ def test_the_tour(tmp_path: Path) -> None:
 
 
 def test_the_yaml_blocks_fit_their_schemas(tmp_path: Path) -> None:
-    prepare, run = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
+    prepare, run, methods = re.findall(r"```yaml\n(.*?)```", README, re.DOTALL)
     sources = build_settings(PrepareSettings, yaml.safe_load(prepare), "README").sources
     assert set(sources) == {"web", "tars", "books", "notes", "hub"}
     (tmp_path / "configs").symlink_to(ROOT / "configs")
@@ -49,6 +54,19 @@ def test_the_yaml_blocks_fit_their_schemas(tmp_path: Path) -> None:
     config = load_config(tmp_path / "mine.yaml")
     assert set(config.data.sources) == {"web", "books"}
     assert config.data.sources["books"].max_epochs == 4
+    (tmp_path / "methods.yaml").write_text(methods)
+    config = load_config(tmp_path / "methods.yaml")
+    config.optimizer.check(config, parameter_shapes(config.model, 4096))
+    assert [rule.kind for rule in config.model.linear] == ["lost", "cola"]
+    assert (config.optimizer.kind, config.objective.reweighting.strategy.kind) == ("muon", "quadratic")
+
+
+def test_every_method_is_named() -> None:
+    section = README.split("## Methods")[1].split("\n## ")[0]
+    for package in (kinds, strategies, optimizers):
+        for entry in pkgutil.iter_modules(package.__path__):
+            if entry.name not in ("dense", "uniform"):
+                assert f"`{entry.name}`" in section
 
 
 def test_every_test_that_the_architecture_names_exists() -> None:
