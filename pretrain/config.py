@@ -226,6 +226,12 @@ class Config(Settings):
         check_balancing(self.objective, self.model)
         if self.model.mup:
             self.optimizer.mup_rate((1, 1), (1, 1))  # an optimizer without a rule refuses
+            if not self.objective.loss.is_likelihood:
+                raise ValueError(
+                    f"objective.loss {self.objective.loss.kind} is the same for logits times any constant, as muP's "
+                    "multiplier of the head is, and no source says what its rates are under muP; leave out model.mup, "
+                    "or take objective.loss=cross_entropy"
+                )
         return self
 
     @property

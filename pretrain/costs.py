@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from .config import Config
-from .model import activation_bytes, linear_layers, mixture_count, parameter_shapes
+from .model import activation_bytes, linear_layers, mixture_count, moment_flops_per_step, parameter_shapes
 from .model.recompute import ActivationCheckpointing
 
 RECOMPUTES: tuple[ActivationCheckpointing, ...] = ("none", "full", "low_rank")
@@ -25,6 +25,8 @@ class Part:
     flops_per_token: int = 0
     """Of multiplications by weights, forward and backward: 6 for each (attention's own work is the whole model's); of
     routed experts, those that a token goes to."""
+    flops_per_step: int = 0
+    """Besides, once an optimizer step, on every rank."""
     optimizer_bytes: int = 0
     """Over all ranks: the optimizer's fp32 state, and the fp32 copy of the parameters where the engine keeps one."""
     buffer_bytes: int = 0
@@ -49,6 +51,9 @@ def parts(config: Config, vocab_size: int) -> list[Part]:
         experts.flops_per_token += 6 * mixture.active
         routers.flops_per_token += 6 * mixture.router
     head.flops_per_token = 6 * vocab_size * model.hidden_size
+    if config.objective.loss.from_moments:
+        head.flops_per_token = 6 * model.hidden_size**2
+        head.flops_per_step = moment_flops_per_step(model, vocab_size)
     for name, shape in parameter_shapes(model, vocab_size).items():
         part = owner.get(name.rpartition(".")[0], norms)
         part.parameters += math.prod(shape)
@@ -78,7 +83,13 @@ def memory(config: Config, vocab_size: int, ranks: int) -> dict[str, Any]:
     value_bytes = 2 if config.training.precision == "bf16" else 4
     peaks = {
         how: activation_bytes(
-            config.model, vocab_size, config.data.seq_len, value_bytes, how, config.objective.z_loss > 0
+            config.model,
+            vocab_size,
+            config.data.seq_len,
+            value_bytes,
+            how,
+            z_loss=config.objective.z_loss > 0,
+            from_moments=config.objective.loss.from_moments,
         ).peak
         for how in RECOMPUTES
         if factorised or how != "low_rank"

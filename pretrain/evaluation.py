@@ -1,10 +1,14 @@
-"""Evaluation on the held-out split: loss, perplexity and bits per byte, by source and over all."""
+"""Evaluation on the held-out split, by source and over all: loss, perplexity and bits per byte.
+
+Of a run whose loss is no likelihood: its own loss, how the labels rank among all tokens, and as ``softmax_loss`` what
+the softmax of the logits would give, which that run does not train. Perplexity and bits per byte are then not told.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,6 +17,7 @@ from data_pipeline import Batch, EvaluationLoader, TokenSource
 
 from .distributed import Distributed
 from .monitor import MetricValue
+from .objective import LossSettings
 from .objective.cross_entropy import sequence_cross_entropy
 
 NAME = "heldout"
@@ -27,6 +32,15 @@ class Score:
     labels: int
     bytes: int
     holes: int = 0
+    measures: Mapping[str, float] = field(default_factory=dict)
+    """``LossSettings.measures``, by name; empty of a likelihood."""
+
+    def fields(self) -> dict[str, float]:
+        """The means, under the names of an evaluation line."""
+        if not self.measures:
+            return {"loss": self.loss, "perplexity": self.perplexity, "bits_per_byte": self.bits_per_byte}
+        means = {name: total / self.labels if self.labels else math.nan for name, total in self.measures.items()}
+        return {**means, "softmax_loss": self.loss}
 
     @property
     def loss(self) -> float:
@@ -50,6 +64,7 @@ def evaluate(
     micro_batch: int,
     sequences: int | None,
     ranks: Distributed,
+    loss: LossSettings | None = None,
 ) -> list[Score]:
     """Score each source's held-out sequences. Collective; every rank runs the same number of forward passes.
 
@@ -60,11 +75,13 @@ def evaluate(
         micro_batch: sequences in a forward pass.
         sequences: how many of each source, from the first on; None takes all.
         ranks: this process among its peers.
+        loss: the run's own, where it may have more to tell than −log p.
 
     Returns:
         one Score a source, the same on every rank.
     """
-    sums = torch.zeros(len(heldout), 4, dtype=torch.float64, device=ranks.device)
+    measures = loss.measures() if loss else {}
+    sums = torch.zeros(len(heldout), 4 + len(measures), dtype=torch.float64, device=ranks.device)
     lengths = piece_bytes.to(ranks.device)
     with torch.no_grad():  # ZeRO-3 keeps gathered parameters, which inference_mode would spoil for training
         for number, source in enumerate(heldout):
@@ -78,12 +95,17 @@ def evaluate(
             )
             for batch in loader:
                 batch = batch.to(ranks.device)
-                nats = sequence_cross_entropy(forward(batch), batch.labels, batch.loss_mask).double().sum()
+                logits = forward(batch)
+                nats = sequence_cross_entropy(logits, batch.labels, batch.loss_mask).double().sum()
                 text = (lengths[batch.labels] * batch.loss_mask).sum()
                 sums[number, :3] += torch.stack([nats, batch.loss_mask.sum().double(), text.double()])
+                for column, measure in enumerate(measures.values(), start=4):
+                    values = measure(logits, batch.labels).masked_fill(~batch.loss_mask, 0.0)
+                    sums[number, column] += values.double().sum()
             sums[number, 3] = len(loader.damage)
     return [
-        Score(nats, int(labels), int(text), int(holes)) for nats, labels, text, holes in ranks.all_reduce(sums).tolist()
+        Score(nats, int(labels), int(text), int(holes), dict(zip(measures, own, strict=True)))
+        for nats, labels, text, holes, *own in ranks.all_reduce(sums).tolist()
     ]
 
 
@@ -94,18 +116,11 @@ def evaluation_metrics(names: Sequence[str], scores: Sequence[Score]) -> dict[st
         sum(s.labels for s in scores),
         sum(s.bytes for s in scores),
         sum(s.holes for s in scores),
+        {name: sum(s.measures[name] for s in scores) for name in scores[0].measures},
     )
-    fields: dict[str, MetricValue] = {
-        "evaluation": NAME,
-        "tokens": whole.labels,
-        "loss": whole.loss,
-        "perplexity": whole.perplexity,
-        "bits_per_byte": whole.bits_per_byte,
-    }
+    fields: dict[str, MetricValue] = {"evaluation": NAME, "tokens": whole.labels, **whole.fields()}
     if whole.holes:
         fields["holes"] = whole.holes
     for name, score in zip(names, scores, strict=True):
-        fields[f"domain_loss/{name}"] = score.loss
-        fields[f"domain_perplexity/{name}"] = score.perplexity
-        fields[f"domain_bits_per_byte/{name}"] = score.bits_per_byte
+        fields |= {f"domain_{key}/{name}": value for key, value in score.fields().items()}
     return fields

@@ -34,7 +34,9 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
     sequences = config.batch_plan.sequences_before(end)
     tokens = sequences * config.data.seq_len
     needed = data.order.needed(end).tolist()
-    per_token = flops_per_token(config.model, vocabulary, config.data.seq_len)
+    per_token = flops_per_token(config.model, vocabulary, config.data.seq_len, config.objective.loss.from_moments)
+    counted = parts(config, vocabulary)
+    per_step = ranks * sum(part.flops_per_step for part in counted)
     return {
         "run_folder": str(config.run_folder),
         "parameters": parameters.total,
@@ -42,8 +44,8 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
         "non_embedding_parameters": parameters.non_embedding,
         "vocab_size": vocabulary,
         "flops_per_token": per_token,
-        "flops": per_token * tokens,
-        "parts": [asdict(part) for part in parts(config, vocabulary)],
+        "flops": per_token * tokens + per_step * config.total_steps,
+        "parts": [asdict(part) for part in counted],
         "memory": memory(config, vocabulary, ranks),
         "mup": mup_rows(config),
         "steps": config.total_steps,
@@ -111,9 +113,10 @@ def _show_parts(plan: dict[str, Any]) -> list[str]:
     for part in plan["parts"]:
         layers = f"{part['layers']} layers, " if part["layers"] else ""
         buffers = f", {_bytes(part['buffer_bytes'])} of buffers" if part["buffer_bytes"] else ""
+        once = f" and {part['flops_per_step']:.3e} a step on each rank" if part["flops_per_step"] else ""
         lines.append(
             f"part          {part['name']}: {layers}{part['parameters']:,} parameters, "
-            f"{part['flops_per_token']:.3e} FLOPs a token, {_bytes(part['optimizer_bytes'])} of optimizer "
+            f"{part['flops_per_token']:.3e} FLOPs a token{once}, {_bytes(part['optimizer_bytes'])} of optimizer "
             f"state{buffers}"
         )
     taken = plan["memory"]

@@ -259,6 +259,7 @@ class Trainer:
                 self.config.training.micro_batch,
                 self.config.evaluation.sequences,
                 self.ranks,
+                self.config.objective.loss,
             )
         self.engine.evaluating(False)
         self.state = replace(self.state, evaluated=True)
@@ -336,4 +337,6 @@ class Trainer:
         if peak is None:
             return None
         vocabulary = self.config.model.resolve_vocab_size(self.data.tokenizer.vocab_size)
-        return peak * self.ranks.world_size / flops_per_token(self.config.model, vocabulary, self.config.data.seq_len)
+        config = self.config
+        per_token = flops_per_token(config.model, vocabulary, config.data.seq_len, config.objective.loss.from_moments)
+        return peak * self.ranks.world_size / per_token

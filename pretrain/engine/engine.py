@@ -18,6 +18,7 @@ from pretrain.distributed import Distributed, set_timeout_of_all_groups
 from pretrain.model import Decoder, Outputs
 from pretrain.model.experts.noise import noise_keys
 from pretrain.model.experts.router import Router
+from pretrain.model.linear.head import Head, RowStatistics
 from pretrain.model.mup import width_scaling
 from pretrain.model.scheduled import schedules
 from pretrain.optimizer import parameter_groups
@@ -71,9 +72,12 @@ class Engine:
         self._jitters = config.model.experts is not None and config.model.experts.jitter > 0
         self._left = 0
         """Micro-steps of the current optimizer step whose backward pass is still to come."""
+        self._rows = RowStatistics() if config.objective.loss.from_moments else None
         self.ranks = ranks
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
         model = self._build(deepspeed, config, vocab_size, settings)
+        if isinstance(model.head, Head):
+            model.head.statistics = self._rows
         if not empty:
             # the same for every stage and number of ranks
             whole = deepspeed.zero.GatheredParameters if self._stage == 3 else None
@@ -113,11 +117,13 @@ class Engine:
         return int(self._engine.skipped_steps)
 
     def training_forward(self, batch: Batch) -> Outputs:
-        """Logits [b, T, V] of a batch on this rank's device, and, of a model with experts, how its tokens were routed:
-        of a training step, or of a scoring pass before it, which routes them to the bit alike."""
+        """Logits [b, T, V] of a batch on this rank's device (or their moments, where the loss takes these), and, of a
+        model with experts, how its tokens were routed: of a training step, or of a scoring pass before it, which routes
+        them to the bit alike."""
         keys = noise_keys(self._seed, batch.run_positions) if self._jitters else None
-        inputs = (batch.tokens, batch.positions, batch.document_ids, batch.single_document, batch.loss_mask, keys)
-        outputs: Outputs = self._engine(*inputs)
+        labels = batch.labels if self._rows else None
+        inputs = (batch.tokens, batch.positions, batch.document_ids, batch.single_document)
+        outputs: Outputs = self._engine(*inputs, batch.loss_mask, keys, labels)
         return outputs
 
     def forward(self, batch: Batch) -> Tensor:
@@ -151,6 +157,8 @@ class Engine:
     def begin_step(self, micro_steps: int) -> None:
         """Say how many micro-steps the optimizer step that begins has; a batch ramp changes it on the way."""
         self._left = micro_steps
+        if self._rows:
+            self._rows.begin(last=micro_steps == 1)
         self._engine._config.gradient_accumulation_steps = micro_steps
         if hasattr(self._engine.optimizer, "gradient_accumulation_steps"):
             self._engine.optimizer.gradient_accumulation_steps = micro_steps
@@ -161,6 +169,8 @@ class Engine:
         self._engine.backward(loss, scale_wrt_gas=False)
         self._left -= 1
         if self._left:
+            if self._rows:
+                self._rows.last = self._left == 1
             self._engine.step()  # only counts the micro-step
             self._engine.set_gradient_accumulation_boundary(self._left == 1)
 

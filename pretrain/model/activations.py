@@ -23,7 +23,9 @@ layers without ``keeps_input`` see is not kept.
 
 The rest, whatever the number of blocks: N(d) + d s for the final norm, 2 d_h s for the rotation, T s for the mask of a
 sequence of T tokens with several documents, and at its peak 12 V for the loss: log-probabilities, their gradient and
-that of the logits in fp32; with a z-loss 8 V more, the logits and a gradient in fp32.
+that of the logits in fp32; with a z-loss 8 V more, the logits and a gradient in fp32. A loss of the logits' moments has
+20 d in place of these, 24 d where s is 2: the features, their products and gradients in fp32; and besides, whatever the
+number of tokens, up to three copies of the head's weight in fp32, which are not in the estimate.
 
 ``full`` recompute keeps d s of each block, and at any time one block's whole; ``low_rank`` keeps the inner features of
 factorised layers besides (``LinearCost.products``). Not in the estimate: gradients on their way (as large as a few of a
@@ -66,6 +68,7 @@ def activation_bytes(
     value_bytes: int,
     recompute: ActivationCheckpointing,
     z_loss: bool = False,
+    from_moments: bool = False,
     single_document: bool = False,
     fused_norms: bool = True,
 ) -> ActivationBytes:
@@ -75,6 +78,7 @@ def activation_bytes(
         value_bytes: s, of the precision that the model computes in.
         recompute: ``training.activation_checkpointing``.
         z_loss: the objective has a term of the log-partition.
+        from_moments: its loss takes the moments of the logits.
         single_document: every sequence is one document, so that no mask is made.
         fused_norms: norms are one kernel, as on GPUs; torch's for CPUs keeps 8 x + 4 bytes in place of x s + 4.
     """
@@ -89,6 +93,8 @@ def activation_bytes(
     mask = 0 if single_document else seq_len * s
     rest = _norm_bytes(d, s, fused_norms) + d * s + 2 * settings.effective_head_dim * s + mask
     loss = vocab_size * (20 if z_loss else 12)
+    if from_moments:
+        loss = d * (20 if s == 4 else 24)
     if recompute == "none":
         return ActivationBytes(sum(whole), rest, loss, 0)
     inputs = settings.layers * d * s

@@ -85,13 +85,26 @@ def count_parameters(settings: ModelSettings, vocab_size: int) -> ParameterCount
     )
 
 
-def flops_per_token(settings: ModelSettings, vocab_size: int, seq_len: int) -> int:
+def flops_per_token(settings: ModelSettings, vocab_size: int, seq_len: int, from_moments: bool = False) -> int:
     """Floating-point operations of a training step for each token, forward and backward: 6 N + 12 L H d_h T.
 
     PaLM (Chowdhery et al. 2022, arXiv 2204.02311), appendix B: each of the N ``multiplied`` weights costs a multiply
     and an add in the forward pass and twice that in the backward pass; scores and mixing of attention cost the second
     term for ``seq_len`` T, counted in full though the causal mask makes half of it unnecessary, as is the convention
     for MFU. What activation checkpointing recomputes is not counted (that would be HFU).
+
+    Args:
+        from_moments: the loss takes the logits' moments: d x d in place of the head's V x d for each token. What is
+            done once an optimizer step, :func:`moment_flops_per_step`, is not counted.
     """
     attention = 12 * settings.layers * settings.heads * settings.effective_head_dim * seq_len
-    return 6 * count_parameters(settings, vocab_size).multiplied + attention
+    multiplied = count_parameters(settings, vocab_size).multiplied
+    if from_moments:
+        multiplied += settings.hidden_size * (settings.hidden_size - vocab_size)
+    return 6 * multiplied + attention
+
+
+def moment_flops_per_step(settings: ModelSettings, vocab_size: int) -> int:
+    """Of the moments of the logits, once an optimizer step on every rank, however many tokens it has: the covariance of
+    the head's rows, and the dense part of the head's gradient (:mod:`.linear.head`)."""
+    return 4 * vocab_size * settings.hidden_size**2

@@ -73,7 +73,7 @@ class Outputs(NamedTuple):
     """Of a decoder's forward pass in training."""
 
     logits: Tensor
-    """[b, T, V], in the parameters' dtype."""
+    """[b, T, V], in the parameters' dtype; or, where only these were asked for, their moments [b, T, 3] in fp32."""
     routing: Tensor | None
     """``Routing.packed`` [blocks with experts, b, ...] fp32; None for a model without experts."""
 
@@ -121,6 +121,7 @@ class Decoder(nn.Module):
         single_document: bool,
         counted: Tensor | None = None,
         noise_keys: Tensor | None = None,
+        labels: Tensor | None = None,
     ) -> Tensor | Outputs:
         """Logits [b, T, V] in the parameters' dtype; in training, where ``counted`` is given, :class:`Outputs`.
 
@@ -131,6 +132,8 @@ class Decoder(nn.Module):
             single_document: every row is one document, known on the host: the mask is then never made.
             counted: [b, T] bool, the tokens that the sums of the routing count; None is no training.
             noise_keys: [b] int64, :func:`~.experts.noise.noise_keys`, of the routers' jitter; None: no jitter.
+            labels: [b, T] integers below V: make the moments of the logits alone
+                (:func:`~.linear.head.logit_moments`); None: the logits.
         """
         x = self.embedding(tokens)
         if self.multipliers.embedding != 1.0:
@@ -147,7 +150,7 @@ class Decoder(nn.Module):
         x = self.norm(x)
         if self.multipliers.head != 1.0:
             x = x * self.multipliers.head  # of the d features and not of the V logits: the same, and cheaper
-        logits: Tensor = self.head(x)
+        logits: Tensor = self.head(x) if labels is None else self.head(x, labels)
         if counted is None:
             return logits
         return Outputs(logits, torch.stack(routing) if routing else None)

@@ -4,13 +4,15 @@ Three kinds of line, each with ``step`` (optimizer steps done when it was writte
 
 =============  ======================================================================================================
 step           ``position`` (sequences consumed), ``tokens`` (tokens consumed), ``loss`` (unweighted token mean over the
-               global batch, nats), ``objective`` (what was differentiated), ``learning_rate``, ``grad_norm`` (global,
-               before clipping), ``step_seconds`` (mean per step since the line before), ``tokens_per_second`` (all
-               ranks), ``data_wait_seconds`` (per step), ``mfu`` (share of the peak, 0 to 1; absent when the peak is
-               unknown), ``skipped`` and ``holes`` (optimizer steps skipped, sequences missing; both since the run
-               began), ``domain_loss/NAME`` (nats), ``weights/...`` and whatever else a method counts
+               global batch; of cross-entropy in nats), ``objective`` (what was differentiated), ``learning_rate``,
+               ``grad_norm`` (global, before clipping), ``step_seconds`` (mean per step since the line before),
+               ``tokens_per_second`` (all ranks), ``data_wait_seconds`` (per step), ``mfu`` (share of the peak, 0 to 1;
+               absent when the peak is unknown), ``skipped`` and ``holes`` (optimizer steps skipped, sequences missing;
+               both since the run began), ``domain_loss/NAME`` (as ``loss``), ``weights/...`` and whatever else a method
+               counts
 evaluation     ``evaluation`` (the set's name), ``position``, ``tokens`` (evaluated), ``loss`` (nats), ``perplexity``,
-               ``bits_per_byte``, and the same by domain: ``domain_loss/NAME``, ``domain_perplexity/NAME``, ...
+               ``bits_per_byte``, and the same by domain: ``domain_loss/NAME``, ``domain_perplexity/NAME``, ...; of a
+               loss that is no likelihood ``loss`` (its own), ``accuracy``, ``reciprocal_rank``, ``softmax_loss`` (nats)
 event          ``event`` (its kind), ``message`` and anything that helps to explain it
 =============  ======================================================================================================
 

@@ -29,6 +29,7 @@ def evaluation_line(line: MetricLine) -> str:
     """An evaluation for people: the whole set, then bits per byte (or, without it, the loss) of each domain."""
     figures = [f"evaluation {line['evaluation']} at step {line['step']:,}"]
     styles = {"loss": "loss {:.4f}", "perplexity": "perplexity {:.2f}", "bits_per_byte": "{:.4f} bits/byte"}
+    styles |= {"accuracy": "accuracy {:.2%}", "reciprocal_rank": "reciprocal rank {:.4f}"}
     figures += [text for text in (_show(line, key, style) for key, style in styles.items()) if text]
     if line.get("holes"):
         figures.append(f"{line['holes']} damaged sequences left out")

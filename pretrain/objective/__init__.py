@@ -1,7 +1,7 @@
 """The objective: what an optimizer step minimises, over one denominator."""
 
 from .balancing.balancer import RoutingStatistics
-from .base import ProbabilitySettings, StrategySettings
+from .base import LossSettings, ProbabilitySettings, StrategySettings
 from .groups import Dropped, LossRange, StepWeights
 from .objective import Objective, StepStatistics
 from .settings import ObjectiveSettings, ReweightingSettings
@@ -10,6 +10,7 @@ from .terms import Term, engine_loss
 __all__ = [
     "Dropped",
     "LossRange",
+    "LossSettings",
     "Objective",
     "ObjectiveSettings",
     "ProbabilitySettings",

@@ -1,12 +1,44 @@
-"""What a reweighting strategy is: settings that say how much a sample's loss makes it count."""
+"""What a loss is, and what a reweighting strategy: settings that say what a token costs, and how much a sample's loss
+makes it count."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import ClassVar, Literal
 
 from torch import Tensor
 
 from data_pipeline.settings import Settings
+
+
+class LossSettings(Settings):
+    """Base of the losses; each lives in a module of ``pretrain.objective.losses`` of its own."""
+
+    kind: str
+    """Which loss."""
+    is_likelihood: ClassVar[bool] = False
+    """Whether it is −log p of the label, p the softmax of the logits."""
+    from_moments: ClassVar[bool] = False
+    """Whether in training it takes the label's logit, and mean and variance of all, in place of the logits
+    (:func:`pretrain.model.linear.head.logit_moments`)."""
+
+    def of_tokens(self, output: Tensor, labels: Tensor, loss_mask: Tensor) -> Tensor:
+        """The loss of every token.
+
+        Args:
+            output: of the model in training: logits [b, T, V], or [b, T, 3] with ``from_moments``.
+            labels: [b, T] int64; where the mask is off any valid index.
+            loss_mask: [b, T] bool.
+
+        Returns:
+            [b, T], at least fp32; 0 where the mask is off.
+        """
+        raise NotImplementedError
+
+    def measures(self) -> Mapping[str, Callable[[Tensor, Tensor], Tensor]]:
+        """What an evaluation tells of a loss that is no likelihood: a name to a function of logits [b, T, V] and labels
+        [b, T] whose values [b, T] are averaged over the tokens. ``loss`` is the loss itself. None for a likelihood."""
+        return {}
 
 
 class StrategySettings(Settings):

@@ -42,19 +42,19 @@ def sequence_squared_log_partition(logits: Tensor, loss_mask: Tensor) -> Tensor:
     return (log_partition.square() * loss_mask).sum(dim=1)
 
 
-def only_gradient_of(logits: Tensor, counted: Tensor) -> None:
+def only_gradient_of(output: Tensor, counted: Tensor) -> None:
     """Make the gradient of logits exactly zero where no loss counts, even where the logits are not finite.
 
     A weight of 0 does not: the derivative of a loss that is not finite is not finite either, and 0 times it is NaN.
 
     Args:
-        logits: [b, T, V], before the backward pass.
+        output: [b, T, V], or what else of each token the loss takes, before the backward pass.
         counted: [b, T] bool.
     """
-    if logits.requires_grad:
+    if output.requires_grad:
 
         def zero(gradient: Tensor) -> None:
             # in place, for it may be larger than the model; it comes from the losses above, and nobody else holds it
             gradient.masked_fill_(~counted[:, :, None], 0.0)
 
-        logits.register_hook(zero)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        output.register_hook(zero)  # type: ignore[no-untyped-call]  # torch leaves it untyped

@@ -15,7 +15,7 @@ from pretrain.model.experts.statistics import Routing
 
 from .balancing.balancer import Balancer, RoutingStatistics
 from .balancing.frequencies import Saved
-from .cross_entropy import only_gradient_of, sequence_squared_log_partition, token_cross_entropy
+from .cross_entropy import only_gradient_of, sequence_squared_log_partition
 from .groups import Dropped, GlobalBatchWeigher, LossRange, OnePassWeigher, StepWeights, Weigher, make_weigher
 from .reweighting import Samples, token_weights
 from .settings import ObjectiveSettings
@@ -27,9 +27,9 @@ class StepStatistics:
     """One optimizer step over all ranks and micro-steps; the same on every rank."""
 
     objective: float
-    """What was minimised, nats."""
+    """What was minimised, in the unit of the loss (of cross-entropy: nats)."""
     source_losses: tuple[float, ...]
-    """Sum of −log p over the labels of each source, nats, unweighted; without dropped sequences."""
+    """Sum of the loss over the labels of each source, unweighted; without dropped sequences."""
     source_labels: tuple[int, ...]
     """Number of labels of each source; without those of dropped sequences."""
     holes: int
@@ -49,7 +49,7 @@ class StepStatistics:
 
     @property
     def loss(self) -> float:
-        """Unweighted mean over all labels of the global batch but those of dropped sequences, nats."""
+        """Unweighted mean over all labels of the global batch but those of dropped sequences."""
         labels = sum(self.source_labels)
         return sum(self.source_losses) / labels if labels else math.nan if self.dropped else 0.0
 
@@ -71,7 +71,7 @@ class _Step:
 
 
 class Objective:
-    """Cross-entropy with per-sample weights, z-loss and losses on routers, each over its one denominator (law 2).
+    """The loss with per-sample weights, PaLM's z-loss and losses on routers, each over its one denominator (law 2).
 
     With l_i the mean loss of sequence i, n_i its labels, u_i its relative weight (``relative_weights``) and c_i = n_i
     (``average: token``) or 1 (``average: sequence``), a step minimises::
@@ -142,28 +142,30 @@ class Objective:
         step = self._current()
         return step.balancer.scores_first or (step.weigher is not None and step.weigher.scores_first)
 
-    def score(self, logits: Tensor, batch: Batch, packed: Tensor | None = None) -> None:
+    def score(self, output: Tensor, batch: Batch, packed: Tensor | None = None) -> None:
         """Take note of a micro-batch's losses and of how it was routed; counts nothing else (law 3).
 
         Args:
-            logits: [b, T, V], without gradient, of a model in evaluation mode; batch: on the same device.
+            output: as of :meth:`micro_step`, without gradient, of a model in evaluation mode.
+            batch: on the same device.
             packed: ``Outputs.routing``.
         """
         step = self._current()
         routing = None if packed is None else Routing(packed)
         if step.weigher is not None and step.weigher.active:
-            own, _ = self._samples(token_cross_entropy(logits, batch.labels, batch.loss_mask), batch)
+            own, _ = self._samples(self._settings.loss.of_tokens(output, batch.labels, batch.loss_mask), batch)
             if step.weigher.scores_first:
                 step.weigher.score(own)
             routing = None if routing is None else routing.without(own.dropped)
         if routing is not None and step.balancer.scores_first:
             step.scored.append(routing)
 
-    def micro_step(self, logits: Tensor, batch: Batch, packed: Tensor | None = None) -> Tensor:
+    def micro_step(self, output: Tensor, batch: Batch, packed: Tensor | None = None) -> Tensor:
         """The loss to hand to the engine for one micro-batch.
 
         Args:
-            logits: [b, T, V]; batch: on the same device.
+            output: logits [b, T, V], or what else the loss takes (``LossSettings.of_tokens``).
+            batch: on the same device.
             packed: ``Outputs.routing``; None for a model without experts.
 
         Returns:
@@ -171,9 +173,9 @@ class Objective:
         """
         step, settings = self._current(), self._settings
         by_token = settings.average == "token"
-        of_tokens = token_cross_entropy(logits, batch.labels, batch.loss_mask)
+        of_tokens = settings.loss.of_tokens(output, batch.labels, batch.loss_mask)
         losses = of_tokens.sum(dim=1)
-        squares = sequence_squared_log_partition(logits, batch.loss_mask) if settings.z_loss else None
+        squares = sequence_squared_log_partition(output, batch.loss_mask) if settings.z_loss else None
         labels = batch.loss_mask.sum(dim=1)
         weights, weighed = (labels > 0).float(), losses
         routing = None if packed is None else Routing(packed)
@@ -185,7 +187,7 @@ class Objective:
                 weighed = (within * of_tokens).sum(dim=1)
         if step.weigher is not None and step.weigher.active:
             dropped = ~losses.detach().isfinite()
-            only_gradient_of(logits, batch.loss_mask & ~dropped[:, None])
+            only_gradient_of(output, batch.loss_mask & ~dropped[:, None])
             losses, weighed, labels = (each.masked_fill(dropped, 0) for each in (losses, weighed, labels))
             squares = None if squares is None else squares.masked_fill(dropped, 0.0)
             routing = None if routing is None else routing.without(dropped)

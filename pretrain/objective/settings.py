@@ -11,12 +11,15 @@ from data_pipeline.settings import Settings
 from pretrain.methods import choice_of
 
 from .balancing.settings import BalancingSettings
-from .base import StrategySettings
+from .base import LossSettings, ProbabilitySettings, StrategySettings
+from .losses.cross_entropy import CrossEntropySettings
 from .strategies.uniform import UniformSettings
 
 if TYPE_CHECKING:
+    Loss = LossSettings
     Strategy = StrategySettings
 else:
+    Loss = choice_of("pretrain.objective.losses", LossSettings)
     Strategy = choice_of("pretrain.objective.strategies", StrategySettings)
 
 
@@ -108,6 +111,8 @@ _DEFAULTS = {name: field.default for name, field in ReweightingSettings.model_fi
 
 
 class ObjectiveSettings(Settings):
+    loss: Loss = CrossEntropySettings()
+    """What a token costs: a loss's ``kind``, or a mapping with it and its settings."""
     average: Literal["token", "sequence"] = "token"
     """What has weight one in the mean: every token, or every sequence's own token mean (the paper's form). They are the
     same where all sequences have the same number of labels."""
@@ -116,3 +121,20 @@ class ObjectiveSettings(Settings):
     reweighting: ReweightingSettings = ReweightingSettings()
     balancing: BalancingSettings = BalancingSettings()
     """Of a model with experts: losses on their routers, and balancing by a bias."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ObjectiveSettings:
+        if self.loss.is_likelihood:
+            return self
+        if self.z_loss:
+            raise ValueError(
+                f"z_loss {self.z_loss} is of the log-partition over all logits, which the loss {self.loss.kind} is "
+                "there to avoid; leave z_loss out"
+            )
+        strategy = self.reweighting.strategy
+        if isinstance(strategy, ProbabilitySettings) and not strategy.neutral:
+            raise ValueError(
+                f"reweighting.strategy {strategy.kind} weighs by p = exp(-loss), and the loss {self.loss.kind} is no "
+                "-log p; take a strategy of the loss range, such as linupper"
+            )
+        return self

@@ -29,7 +29,15 @@ Column: TypeAlias = tuple[list[int], list[float]]
 
 def make_figures(run: Run) -> list[Figure]:
     """Every plot for which the run has data, in reading order."""
-    training = [_loss(run), _heldout(run), _domains(run), _learning_rate(run), _grad_norm(run), _objective(run)]
+    training = [
+        _loss(run),
+        _heldout(run),
+        _ranks(run),
+        _domains(run),
+        _learning_rate(run),
+        _grad_norm(run),
+        _objective(run),
+    ]
     weights = [weights_figure(run), _effective_sample_size(run), shares_figure(run), loss_range_figure(run)]
     weights.append(temperature_figure(run))
     speed = [_throughput(run), *(_part_of_step(run, *part) for part in _PARTS), _mfu(run)]
@@ -56,14 +64,14 @@ def _loss(run: Run) -> Figure | None:
         traces.append(curve(name, *column(lines, "loss"), colour(place), markers=True))
     if not traces:
         return None
-    layout = {**y_axis("nats per token"), "shapes": marks(run, labels=True)}
+    layout = {**y_axis(f"{run.loss_unit} per token"), "shapes": marks(run, labels=True)}
     return Figure("loss", "Loss", traces, layout, note.strip(), wide=True)
 
 
 def _heldout(run: Run) -> Figure | None:
     """A colour for each domain, a dash for each set; bits per byte where the run has them, else the loss."""
     evaluations = sorted({line["evaluation"] for line in run.evaluations})
-    for prefix, unit in (("domain_bits_per_byte/", "bits per byte"), ("domain_loss/", "nats per token")):
+    for prefix, unit in (("domain_bits_per_byte/", "bits per byte"), ("domain_loss/", f"{run.loss_unit} per token")):
         traces = []
         for dash, evaluation in zip(cycle(("solid", "dash", "dot")), evaluations, strict=False):
             lines = [line for line in run.evaluations if line["evaluation"] == evaluation]
@@ -76,6 +84,15 @@ def _heldout(run: Run) -> Figure | None:
     return None
 
 
+def _ranks(run: Run) -> Figure | None:
+    """How the labels rank among all tokens, of a loss that is no likelihood."""
+    traces = []
+    for place, (key, name) in enumerate((("accuracy", "share ranked first"), ("reciprocal_rank", "mean of 1 / rank"))):
+        steps, values = column(run.evaluations, key)
+        traces += [curve(name, steps, values, colour(place), markers=True)] if values else []
+    return Figure("ranks", "Held-out ranks", traces, {"yaxis": {"rangemode": "tozero"}}) if traces else None
+
+
 def _domains(run: Run) -> Figure | None:
     traces, note = [], ""
     for place, name in enumerate(run.names("domain_loss/")):
@@ -84,7 +101,11 @@ def _domains(run: Run) -> Figure | None:
             life = half_life(len(values))
             values, note = smooth(values, life), "Smoothed as above."
         traces += [curve(name, steps, values, colour(place))] if values else []
-    return Figure("domains", "Training loss by domain", traces, y_axis("nats per token"), note) if traces else None
+    return (
+        Figure("domains", "Training loss by domain", traces, y_axis(f"{run.loss_unit} per token"), note)
+        if traces
+        else None
+    )
 
 
 def _learning_rate(run: Run) -> Figure | None:
@@ -104,7 +125,7 @@ def _objective(run: Run) -> Figure | None:
     """What was differentiated, unless it was the loss itself."""
     if all(line.get("objective") == line.get("loss") for line in run.steps):
         return None
-    return _noisy("objective", "Objective", run.column("objective"), "nats", {}, note="What was differentiated.")
+    return _noisy("objective", "Objective", run.column("objective"), run.loss_unit, {}, note="What was differentiated.")
 
 
 def _effective_sample_size(run: Run) -> Figure | None:

@@ -56,6 +56,7 @@ def render(run: Run, now: float) -> str:
         state=summary.state(run, now),
         tiles=summary.tiles(run),
         heldout=summary.heldout_rows(run),
+        loss_unit=run.loss_unit,
         attempts=summary.attempt_rows(run),
         versions=summary.versions(run),
         incidents=summary.incident_rows(incidents),

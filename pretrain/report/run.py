@@ -37,6 +37,13 @@ class Run:
         return section if isinstance(section, dict) else {}
 
     @cached_property
+    def loss_unit(self) -> str:
+        """Of the losses in the lines: nats, unless the run's loss is no likelihood, whose name it then is."""
+        loss = self.section("objective").get("loss")
+        kind = loss.get("kind") if isinstance(loss, dict) else loss
+        return "nats" if kind in (None, "cross_entropy") else str(kind)
+
+    @cached_property
     def last_step(self) -> int:
         """Optimizer steps done as far as any file knows; 0 when none was logged."""
         logged: list[int] = [line["step"] for line in (*self.steps, *self.evaluations, *self.events)]

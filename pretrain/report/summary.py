@@ -86,10 +86,11 @@ def tiles(run: Run) -> list[Tile]:
     if isinstance(tokens := last.get("tokens"), int):
         shown.append(Tile("tokens", _short(tokens), f"{last.get('position', 0):,} sequences", f"{tokens:,}"))
     if _number(loss := last.get("loss")):
-        shown.append(Tile("training loss", f"{loss:.4f}", "nats per token, last line", repr(loss)))
+        shown.append(Tile("training loss", f"{loss:.4f}", f"{run.loss_unit} per token, last line", repr(loss)))
     for name, line in _last_evaluations(run).items():
         detail = [f"perplexity {line['perplexity']:.2f}"] if _number(line.get("perplexity")) else []
         detail += [f"{line['bits_per_byte']:.4f} bits/byte"] if _number(line.get("bits_per_byte")) else []
+        detail += [f"accuracy {line['accuracy']:.2%}"] if _number(line.get("accuracy")) else []
         if _number(line.get("loss")):
             shown.append(Tile(f"{name} loss", f"{line['loss']:.4f}", ", ".join(detail), repr(line["loss"])))
     speed = run.column("tokens_per_second")[1]

@@ -68,7 +68,9 @@ def loss_range_figure(run: Run) -> Figure | None:
     ends = [(name, run.column(f"weights/loss_{key}")) for name, key in (("highest", "max"), ("lowest", "min"))]
     traces = [curve(name, *column, colour(place)) for place, (name, column) in enumerate(ends) if column[1]]
     note = "Mean losses of the sequences of a step."
-    return Figure("loss_range", "Loss range", traces, y_axis("nats"), note, section="weights") if traces else None
+    return (
+        Figure("loss_range", "Loss range", traces, y_axis(run.loss_unit), note, section="weights") if traces else None
+    )
 
 
 def temperature_figure(run: Run) -> Figure | None:

@@ -197,6 +197,10 @@ def plain_adamw(masters: dict[str, Tensor], config: Config) -> Callable[[float],
     return step
 
 
+def cross_entropies(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits, labels, reduction="none")
+
+
 def run_plain(
     config: Config,
     group_size: int,
@@ -205,6 +209,7 @@ def run_plain(
     before_step: Callable[[Decoder, dict[str, Tensor], int], None] = lambda model, masters, step: None,
     initial: Mapping[str, Tensor] | None = None,
     balancing: Any = None,
+    token_losses: Callable[[Tensor, Tensor], Tensor] = cross_entropies,
 ) -> dict[str, Any]:
     """The same steps as a plain loop: one process, the whole batch at once, weights by the paper's formula in numpy.
 
@@ -215,6 +220,7 @@ def run_plain(
         before_step: what is done to the model before a step, by the fp32 weights: (model, weights by name, step).
         initial: values in place of the drawn ones.
         balancing: ``methods.experts.PlainBalancing``, where the routers of the model are balanced.
+        token_losses: from logits [n, V] and labels [n] to losses [n], of which ``losses`` are the means.
     """
     model = Decoder(config.model, VOCABULARY)
     initialize_(model, config.run.seed)
@@ -259,8 +265,8 @@ def run_plain(
         update(RATES[step])
         seen["norms"].append(norm.item())
         seen["objectives"].append(loss.item())
-        labels = batch.labels.masked_fill(~batch.loss_mask, -100)
-        seen["losses"].append(F.cross_entropy(logits.detach().flatten(0, 1), labels.flatten()).item())
+        with torch.no_grad():
+            seen["losses"].append(token_losses(logits[batch.loss_mask], batch.labels[batch.loss_mask]).mean().item())
     seen["parameters"] = masters
     return seen
 
@@ -276,7 +282,8 @@ class PlainObjective:
     """The objective written out sequence by sequence, without any code of pretrain.objective; one object for one run,
     for it remembers the losses of the step before."""
 
-    def __init__(self) -> None:
+    def __init__(self, token_losses: Callable[[Tensor, Tensor], Tensor] = cross_entropies) -> None:
+        self.token_losses = token_losses
         self.step = 0
         self.before: np.ndarray = np.array([])
 
@@ -285,10 +292,10 @@ class PlainObjective:
         means, counts = [], []
         rows = len(batch.tokens)
         for row in range(rows):
-            chosen = logits[row][batch.loss_mask[row]].log_softmax(-1)
-            picked = chosen.gather(1, batch.labels[row][batch.loss_mask[row]][:, None])
-            counts.append(len(picked))
-            means.append(-picked.mean() if len(picked) else logits.sum() * 0.0)
+            mask = batch.loss_mask[row]
+            found = self.token_losses(logits[row][mask], batch.labels[row][mask])
+            counts.append(len(found))
+            means.append(found.mean() if len(found) else logits.sum() * 0.0)
         losses = np.array([mean.item() for mean in means], float)
         weights = np.zeros(rows)
         size = group_size if settings.reweighting.group == "micro_step" else rows

@@ -68,6 +68,19 @@ def test_the_parts_of_a_mixture_add_up() -> None:
     assert (found["dense"].layers, found["dense"].parameters) == (14, 2 * 3072 + 3 * 32 * 48 + 3 * 32 * 12)
 
 
+def test_a_head_of_moments_has_its_work_by_token_and_by_step() -> None:
+    plain, other = config(), config(objective={"loss": "spherical_z"})
+    found, before = by_name(other), by_name(plain)
+    assert (found["head"].flops_per_token, found["head"].flops_per_step) == (6 * 32**2, 4 * VOCABULARY * 32**2)
+    assert before["head"].flops_per_step == 0
+    attention = 12 * 2 * 4 * 8 * LENGTH
+    of_tokens = sum(part.flops_per_token for part in found.values())
+    assert of_tokens == flops_per_token(other.model, VOCABULARY, LENGTH, from_moments=True) - attention
+    large = [memory(each, 10**6, 1)["activations"]["full"]["token"] for each in (other, plain)]
+    assert large[0] == memory(other, 10**3, 1)["activations"]["full"]["token"]
+    assert large[0] < large[1] / 100
+
+
 def held() -> list[tuple[int, int]]:
     """On one rank, of each case after a step: bytes of the optimizer's state and fp32 copy, and of the buffers."""
     from pretrain.distributed import start

@@ -15,7 +15,7 @@ from pretrain.config import Config
 from tests.ranks import run_on_ranks
 
 from .methods import Method, families
-from .steps import relative_difference, run_engine, run_plain, tiny_config
+from .steps import PlainObjective, relative_difference, run_engine, run_plain, tiny_config
 
 BATCH = 16
 Case = tuple[int, int, str]
@@ -64,8 +64,9 @@ def differences(family: str, cases: list[Case]) -> list[tuple[str, dict[str, flo
             config = configured(method, ranks.world_size, (0, case[1], "none"))
             group = BATCH // case[1]
             balancing = method.balancing() if method.balancing else None
-            plain = method.objective, method.optimizer, method.before_step, method.initial(config), balancing
-            references[name, case[1]] = run_plain(config, group, *plain)
+            objective = method.objective or PlainObjective(method.token_losses)
+            plain = objective, method.optimizer, method.before_step, method.initial(config), balancing
+            references[name, case[1]] = run_plain(config, group, *plain, method.token_losses)
     found = []
     for name, method, case in chosen:
         config = configured(method, ranks.world_size, case)

@@ -148,7 +148,7 @@ def test_every_linear_layer_is_made_in_one_place(monkeypatch: pytest.MonkeyPatch
     model = decoder()
     found = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
     assert list(found) == list(made)
-    assert all(found[name] is module and type(module) is DenseLinear for name, module in made.items())
+    assert all(found[name] is module and isinstance(module, DenseLinear) for name, module in made.items())
     assert len(made) == 2 * 7 + 1
     assert all(module.bias is None for module in found.values())
 

@@ -15,6 +15,7 @@ from data_pipeline.settings import build_settings
 from pretrain.model import Decoder, ModelSettings, activation_bytes, initialize_
 from pretrain.model.experts.noise import noise_keys
 from pretrain.objective.cross_entropy import sequence_cross_entropy, sequence_squared_log_partition
+from pretrain.objective.losses.spherical_z import SphericalZSettings
 
 from .steps import LENGTH, batch_of
 
@@ -60,7 +61,7 @@ def model_settings(vocab_size: int = 16, **changes: Any) -> ModelSettings:
 
 
 def measured(
-    settings: ModelSettings, dtype: torch.dtype, recompute: Any = "none", single: bool = False, z_loss: bool = False
+    settings: ModelSettings, dtype: torch.dtype, recompute: Any = "none", single: bool = False, loss: str = ""
 ) -> tuple[int, int]:
     """Bytes alive after the forward pass without the loss, and the most up to the end of the backward pass."""
     device = "cuda" if GPU else "cpu"
@@ -76,15 +77,20 @@ def measured(
     keys = noise_keys(1, batch.run_positions)
     inputs = (tokens, batch.positions, batch.document_ids, batch.labels, batch.loss_mask, keys)
     with Alive(*model.parameters(), *model.buffers(), *gradients, *inputs) as alive:
-        logits, routing = model(tokens, batch.positions, batch.document_ids, single, batch.loss_mask, keys)
-        after = alive.now - logits.untyped_storage().nbytes()
-        loss = sequence_cross_entropy(logits, batch.labels % settings.vocab_size, batch.loss_mask).sum()
-        if z_loss:
-            loss = loss + sequence_squared_log_partition(logits, batch.loss_mask).sum()
+        labels = batch.labels % settings.vocab_size
+        given = labels if loss == "moments" else None
+        output, routing = model(tokens, batch.positions, batch.document_ids, single, batch.loss_mask, keys, given)
+        after = alive.now - output.untyped_storage().nbytes()
+        if loss == "moments":
+            total = SphericalZSettings().of_tokens(output, labels, batch.loss_mask).sum()
+        else:
+            total = sequence_cross_entropy(output, labels, batch.loss_mask).sum()
+        if loss == "z_loss":
+            total = total + sequence_squared_log_partition(output, batch.loss_mask).sum()
         if routing is not None:
-            loss = loss + routing.sum()
-        del logits, routing
-        loss.backward()
+            total = total + routing.sum()
+        del output, routing
+        total.backward()
     return after, alive.most
 
 
@@ -134,7 +140,18 @@ def test_what_is_kept_for_recomputing(case: str, recompute: Literal["full", "low
 def test_the_peak(recompute: Literal["none", "full"], vocab_size: int, z_loss: bool, dtype: torch.dtype) -> None:
     """With a small vocabulary the blocks make the peak, with a large one the loss."""
     settings = model_settings(vocab_size, layers=6)
-    _, most = measured(settings, dtype, recompute, z_loss=z_loss)
+    _, most = measured(settings, dtype, recompute, loss="z_loss" if z_loss else "")
     told = activation_bytes(settings, vocab_size, LENGTH, dtype.itemsize, recompute, z_loss, fused_norms=GPU)
     print(TOKENS * told.peak / most, (most - TOKENS * told.peak) / TOKENS / vocab_size)
     assert TOKENS * told.peak == pytest.approx(most, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_peak_of_a_loss_of_moments(dtype: torch.dtype) -> None:
+    """In one narrow block the loss makes the peak; a vocabulary 128 times as large takes no more for each token."""
+    settings = model_settings(layers=1, heads=2, head_dim=4, intermediate_size=8)
+    _, most = measured(settings, dtype, loss="moments")
+    _, large = measured(settings.model_copy(update={"vocab_size": 2048}), dtype, loss="moments")
+    told = activation_bytes(settings, 16, LENGTH, dtype.itemsize, "none", from_moments=True, fused_norms=GPU)
+    assert TOKENS * told.peak == pytest.approx(most, rel=0.05)
+    assert large - most <= 3 * 4 * (2048 - 16) * settings.hidden_size, "copies of the head's weight in fp32"

@@ -5,10 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
+from torch.utils.flop_counter import FlopCounterMode
 
 from data_pipeline.settings import build_settings
-from pretrain.model import ModelSettings, count_parameters, flops_per_token, linear_layers
+from pretrain.model import (
+    ModelSettings,
+    count_parameters,
+    flops_per_token,
+    linear_layers,
+    moment_flops_per_step,
+)
+from pretrain.model.linear.head import logit_moments
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -109,3 +118,18 @@ def test_flops_are_palms_formula() -> None:
     llama_7b = ModelSettings(hidden_size=4096, layers=32, heads=32, intermediate_size=11_008)
     # 6 x (32 x 202,375,168 + 131,072,000) + 12 x 32 x 4096 x 2048
     assert flops_per_token(llama_7b, 32_000, 2048) == 39_642_464_256 + 3_221_225_472
+
+
+def test_flops_of_the_moments_of_the_logits() -> None:
+    """Against what an operation counter sees of the head: the products with C, and the sum of features besides."""
+    vocabulary, width, tokens = 100, 8, 30
+    settings = ModelSettings(hidden_size=width, layers=1, heads=2, intermediate_size=10)
+    weight, x = torch.randn(vocabulary, width, requires_grad=True), torch.randn(tokens, width, requires_grad=True)
+    labels = torch.arange(tokens)
+    with FlopCounterMode(display=False) as counter:
+        logit_moments(x, weight, labels).sum().backward()
+    once = moment_flops_per_step(settings, vocabulary)
+    assert counter.get_total_flops() == 6 * width**2 * tokens + once + 2 * width * tokens
+    head = flops_per_token(settings, vocabulary, 4) - flops_per_token(settings, vocabulary, 4, from_moments=True)
+    assert head == 6 * width * (vocabulary - width)
+    assert once == 4 * vocabulary * width**2

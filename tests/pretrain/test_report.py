@@ -325,6 +325,39 @@ def test_the_headline_has_the_figures_of_the_last_line_and_the_medians(tmp_path:
     }
 
 
+def test_a_loss_that_is_no_likelihood_has_its_own_unit_and_ranks(tmp_path: Path) -> None:
+    evaluation = {"evaluation": "heldout", "step": 2, "loss": 4.5, "accuracy": 0.25, "reciprocal_rank": 0.5}
+    folder = write_lines(
+        tmp_path / "run",
+        {"step": 1, "loss": 9.0, "objective": 8.0, "domain_loss/a": 9.0},
+        {"step": 2, "loss": 8.0, "objective": 8.0, "domain_loss/a": 8.0},
+        {**evaluation, "domain_loss/a": 4.5, "domain_accuracy/a": 0.25},
+    )
+    for given in ("{kind: spherical_z, a: 0.1}", "spherical_z"):
+        (folder / "config.yaml").write_text(f"objective: {{loss: {given}}}\n")
+        run = read_run(folder)
+        units = {each.id: each.layout["yaxis"]["title"]["text"] for each in make_figures(run) if each.id != "ranks"}
+        assert units == {
+            "loss": "spherical_z per token",
+            "heldout": "spherical_z per token",
+            "domains": "spherical_z per token",
+            "objective": "spherical_z",
+        }
+    (ranks,) = (each for each in make_figures(run) if each.id == "ranks")
+    assert [(trace["name"], list(trace["y"])) for trace in ranks.data] == [
+        ("share ranked first", [0.25]),
+        ("mean of 1 / rank", [0.5]),
+    ]
+    shown = {tile.label: (tile.value, tile.detail) for tile in tiles(run)}
+    assert shown["training loss"] == ("8.0000", "spherical_z per token, last line")
+    assert shown["heldout loss"] == ("4.5000", "accuracy 25.00%")
+    page = words(write_report(folder).read_text())
+    assert "loss, spherical_z per token" in page
+    assert "nats" not in page
+    (folder / "config.yaml").write_text("objective: {loss: {kind: cross_entropy}}\n")
+    assert read_run(folder).loss_unit == "nats"
+
+
 def test_only_the_newest_incidents_are_listed_and_the_page_says_so(tmp_path: Path) -> None:
     folder = write_lines(tmp_path / "run", *({"event": "hole", "step": step} for step in range(1, 301)))
     rows = incident_rows(incidents(read_run(folder)))

@@ -15,6 +15,7 @@ from data_pipeline.settings import nearest
 
 from ..mup import initial_std_factor
 from .base import LAYER_NAME, LinearSettings, block_shapes, layer_shapes
+from .head import Head
 from .kinds.dense import DenseSettings
 
 if TYPE_CHECKING:
@@ -118,4 +119,6 @@ def make_linear(in_features: int, out_features: int, name: str, settings: ModelS
         name: the module's full name in the decoder, for example ``blocks.0.attention.query``: what ``model.linear``
             chooses by.
     """
+    if name == "head":
+        return Head(in_features, out_features, initial_std(name, settings))
     return method_of(name, settings).make(in_features, out_features, initial_std(name, settings))

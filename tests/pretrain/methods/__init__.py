@@ -17,7 +17,7 @@ from data_pipeline.batches import Batch
 from pretrain.config import Config
 from pretrain.model import Decoder
 
-from ..steps import plain_adamw
+from ..steps import cross_entropies, plain_adamw
 
 
 @dataclass(frozen=True)
@@ -37,6 +37,8 @@ class Method:
     """Initial values, by name, that both take in place of the drawn ones."""
     balancing: Callable[[], Any] | None = None
     """Makes the reference's balancing of experts, for one run: ``methods.experts.PlainBalancing``."""
+    token_losses: Callable[[Tensor, Tensor], Tensor] = cross_entropies
+    """The reference's loss of tokens: (logits [n, V], labels [n]) to [n]."""
     stages: tuple[int, ...] = (0, 1, 2, 3)
     """ZeRO stages it allows; that the others are refused is shown by a test of its own."""
     tolerances: Mapping[str, float] = field(default_factory=dict)
