@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 WORKERS ?= 2
 
-.PHONY: setup browser slurm demo demo-short test test-fast lint campaign
+.PHONY: setup browser slurm demo demo-short test test-fast lint campaign studies
 
 setup: $(READY)
 
@@ -49,3 +49,8 @@ lint: setup
 # minutes to hours: what `make test` leaves out
 campaign: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign
+
+# small models that show what the methods do: hours, restartable; writes docs/studies.md
+studies: setup
+	for study in mup_coordinates reweighting parameterizations lr_transfer; do \
+	  OMP_NUM_THREADS=1 $(BIN)/python -m studies.$$study || exit; done

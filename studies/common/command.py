@@ -11,6 +11,7 @@ from .plots import Plot, write_plots
 from .runs import ROOT, Run, Study
 
 Size = TypeVar("Size")
+Found = TypeVar("Found")
 Results = list[dict[str, Any]]
 Do = Callable[[Sequence[Run]], Results]
 """Does runs and returns the results of all that are known; with ``--report`` it does none."""
@@ -20,8 +21,8 @@ def study_command(
     name: str,
     description: str | None,
     sizes: Mapping[str, Size],
-    collect: Callable[[Size, Do], tuple[Results, str]],
-    report: Callable[[Results, Size], tuple[str, list[Plot]]],
+    collect: Callable[[Size, Do], tuple[Found, str]],
+    report: Callable[[Found, Size], tuple[str, list[Plot]]],
 ) -> None:
     """Parse the arguments and do what they say.
 
@@ -41,12 +42,16 @@ def study_command(
     arguments = parser.parse_args()
     chosen = "short" if arguments.short else "large" if arguments.large else "default"
 
+    commits: set[str] = set()
+
     def do(runs: Sequence[Run]) -> Results:
         study = Study(name, runs)
-        return study.results() if arguments.report else study.do(arguments.at_once)
+        results = study.results() if arguments.report else study.do(arguments.at_once)
+        commits.update(each["commit"] for each in results)
+        return results
 
-    results, missing = collect(sizes[chosen], do)
-    text, plots = report(results, sizes[chosen])
+    found, missing = collect(sizes[chosen], do)
+    text, plots = report(found, sizes[chosen])
     text = f"{text.strip()}\n\n{missing}".strip()
     print(text)
     page = ROOT / f"runs/studies/{name}_{chosen}.html"
@@ -54,5 +59,4 @@ def study_command(
     print(f"plots: {page}")
     if not arguments.short:
         suffix, option = ("_large", " --large") if arguments.large else ("", "")
-        commits = {each["commit"] for each in results}
         put_section(f"{name}{suffix}", text, f"python -m studies.{name}{option}", commits)

@@ -100,7 +100,7 @@ class Study:
     def _do_one(self, run: Run, config: Config, threads: int) -> dict[str, Any]:
         folder = ROOT / config.run_folder
         folder.parent.mkdir(parents=True, exist_ok=True)
-        log = folder.with_suffix(".log")
+        log = folder.with_name(f"{folder.name}.log")
         code = train_in_process(BASE, self._arguments(run), ROOT, log, threads)
         attempts = read_attempts(folder) if folder.is_dir() else []
         if code and not (attempts and attempts[-1].reason == "non_finite"):

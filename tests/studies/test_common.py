@@ -12,7 +12,7 @@ import yaml
 
 from data_pipeline.errors import UserError
 from pretrain.config import load_config
-from studies.common import Curve, Interval, Plot, Run, Study, docs, interval, runs, shown, table, write_plots
+from studies.common import Curve, Interval, Plot, Run, Study, command, docs, interval, runs, shown, table, write_plots
 from studies.common.runs import BASE, DATA, outcome
 from tests.system.runs import Runs, write_tiny_data
 
@@ -71,6 +71,49 @@ def test_outcome_of_a_run_that_diverged(tmp_path: Path) -> None:
     assert done["curve"] == pytest.approx([2 * part + 1.5 for part in range(20)])
     assert done["seconds"] == 20.0
     assert diverged.keys() == done.keys() - {"train_loss"}
+    assert done["shares"] == {}
+
+
+def test_the_weight_of_a_source_is_its_mean_over_the_steps_that_weigh(tmp_path: Path) -> None:
+    lines: list[dict[str, Any]] = [{"step": 1, "loss": 1.0, "objective": 1.0, "step_seconds": 1.0}]
+    lines += [{**lines[0], "step": step, "weights/share/a": 0.1 * step, "weights/ess": 0.9} for step in (2, 3)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert outcome(tmp_path, 3)["shares"] == {"a": pytest.approx(0.25)}
+
+
+def test_the_command_of_a_study(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written: list[Any] = []
+    monkeypatch.setattr(command, "ROOT", tmp_path)
+    monkeypatch.setattr(command, "put_section", lambda *given: written.append(given))
+    monkeypatch.setattr(Study, "results", lambda study: [{**run.labels, "commit": "abc"} for run in study.runs[:1]])
+    monkeypatch.setattr(Study, "do", lambda study, at_once: [{"at_once": at_once, "commit": "new"}])
+
+    def start(*arguments: str) -> str:
+        monkeypatch.setattr("sys.argv", ["studies.tiny", *arguments])
+        sizes = {"default": 2, "short": 1, "large": 9}
+        runs_of = {size: [Run({"seed": seed}, {}) for seed in range(size)] for size in sizes.values()}
+        command.study_command(
+            "tiny",
+            "A study.",
+            sizes,
+            lambda size, do: (do(runs_of[size]), "Missing."),
+            lambda found, size: (f"## {size}: {found}\n", []),
+        )
+        return capsys.readouterr().out
+
+    assert start("--short", "--report").startswith("## 1: [{'seed': 0, 'commit': 'abc'}]\n\nMissing.\n")
+    assert (tmp_path / "runs/studies/tiny_short.html").exists()
+    assert not written
+    assert "'at_once': 3" in start("--at-once", "3")
+    start("--large", "--report")
+    assert [given[0] for given in written] == ["tiny", "tiny_large"]
+    assert [given[2:] for given in written] == [
+        ("python -m studies.tiny", {"new"}), ("python -m studies.tiny --large", {"abc"}),
+    ]  # fmt: skip
+    with pytest.raises(SystemExit):
+        start("--short", "--large")
 
 
 @pytest.mark.slow
