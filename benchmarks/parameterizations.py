@@ -8,12 +8,12 @@ dense model with another optimizer. In place of the papers' 512 sequences of 256
 fp32, so that it fits into 24 GB and one core; --rows changes that. Every way of recompute that a model allows is
 measured with the same weights.
 
-Memory is taken in a process for each model and way of recompute: the high-water mark of the resident set over two steps
-(the kernel's, reset after the first step), above what the process had before the model was made; and, counted at the
-dispatcher, the bytes that are alive between forward and backward pass besides weights and logits. Time is CPU time of
-one thread, which other programs on the machine disturb less than the clock; it is taken from one process for each
-model, all alive, which take turns step by step, so that what disturbs falls on all of them alike; ratios are of
-medians. Beside it stands what the papers claim, and `pretrain plan`'s numbers at 1B.
+Each model has a process of its own, beside which only the dense model's is alive. Memory is the high-water mark of the
+resident set over two steps (the kernel's, reset after a first step, and what is free given back), above what the
+process had before the model was made; and, counted at the dispatcher, the bytes that are alive between forward and
+backward pass besides weights and logits. Time is CPU time of one thread, which other programs on the machine disturb
+less than the clock; model and dense model take turns step by step, and ratios are of the medians over the same turns.
+Beside it stands what the papers claim, and `pretrain plan`'s numbers at 1B.
 """
 
 from __future__ import annotations
@@ -37,45 +37,43 @@ from pretrain.costs import memory, parts
 from pretrain.model import count_parameters
 
 RESULTS = Path(__file__).parent / "results"
-WARM_UP = 1
-"""Turns that are not counted: the first one allocates, and holds GaLore's singular value decompositions."""
 
 
-def measure_memory(trial: Trial) -> dict[str, dict[str, Any]]:
-    """Of each model and way of recompute, in a fresh process each."""
+def measure(trial: Trial, turns: int) -> dict[str, dict[str, Any]]:
+    """Of each model and way of recompute: bytes, and median CPU seconds beside those of the dense model's turns."""
     found: dict[str, dict[str, Any]] = {}
-    for kind in KINDS:
-        found[kind] = {}
-        for how in recomputes(trial, kind):
-            with Process(trial, kind) as process:
-                found[kind][how] = process.ask("memory", how)
-            print(
-                f"{trial.size} {kind}, recompute {how}: {found[kind][how]['peak_bytes'] / 2**20:,.0f} MiB", flush=True
-            )
-    return found
-
-
-def measure_time(trial: Trial, turns: int) -> dict[str, dict[str, Any]]:
-    """Of each model and way of recompute: median CPU seconds of forward and backward pass and of the update."""
-    processes = {kind: Process(trial, kind) for kind in KINDS}
-    cases = [(kind, how) for kind in KINDS for how in recomputes(trial, kind)]
-    seconds: dict[tuple[str, str], list[dict[str, float]]] = {case: [] for case in cases}
-    first = {}
-    for turn in range(WARM_UP + turns):
-        for kind, how in cases:
-            taken = processes[kind].ask("step", how)
-            if turn >= WARM_UP:
-                seconds[kind, how].append(taken)
+    with Process(trial, "dense") as dense:
+        for kind in KINDS:
+            if kind == "dense":
+                found[kind] = measure_beside(dense, dense, trial, kind, turns)
             else:
-                first.setdefault(kind, taken["update"])
-        print(f"{trial.size}: turn {turn + 1} of {WARM_UP + turns}", flush=True)
-    for process in processes.values():
-        process.end()
-    found: dict[str, dict[str, Any]] = {kind: {} for kind in KINDS}
-    for (kind, how), taken in seconds.items():
-        found[kind][how] = {key: statistics.median(each[key] for each in taken) for key in ("passes", "update")}
-        found[kind][how]["first_update"] = first[kind]
+                with Process(trial, kind) as process:
+                    found[kind] = measure_beside(process, dense, trial, kind, turns)
     return found
+
+
+def measure_beside(process: Process, dense: Process, trial: Trial, kind: str, turns: int) -> dict[str, Any]:
+    """Of each way of recompute: ``memory``, and ``time`` with that of ``dense`` in the same turns."""
+    ways = recomputes(trial, kind)
+    memory = {how: process.ask("memory", how) for how in ways}
+    seconds: dict[str, list[dict[str, float]]] = {how: [] for how in ways}
+    base: list[dict[str, float]] = []
+    for _ in range(turns):
+        base.append(dense.ask("step", "none"))
+        for how in ways:
+            seconds[how].append(process.ask("step", how))
+    first = process.ask("first", "none")
+    found = {}
+    for how in ways:
+        found[how] = {"memory": memory[how], "time": {**_median(seconds[how]), **first}, "dense": _median(base)}
+        ratio = sum(_median(seconds[how]).values()) / sum(_median(base).values())
+        size = memory[how]["peak_bytes"] / 2**20
+        print(f"{trial.size} {kind}, recompute {how}: {size:,.0f} MiB, {ratio:.2f} of the dense step", flush=True)
+    return found
+
+
+def _median(taken: list[dict[str, float]]) -> dict[str, float]:
+    return {key: statistics.median(each[key] for each in taken) for key in ("passes", "update")}
 
 
 def planned(size: str) -> dict[str, dict[str, Any]]:
@@ -106,10 +104,7 @@ def main() -> None:
     )
     commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=RESULTS, capture_output=True, text=True, check=False)
     result = {
-        "measured": {
-            trial.size: {**trial._asdict(), "memory": measure_memory(trial), "time": measure_time(trial, turns)}
-            for trial in trials
-        },
+        "measured": {trial.size: {**trial._asdict(), "found": measure(trial, turns)} for trial in trials},
         "planned": {size: planned(size) for size in ("60m", "130m", "1b")},
         "turns": turns,
         "machine": f"{platform.processor() or platform.machine()}, threads: {os.environ['OMP_NUM_THREADS']}, fp32",

@@ -29,8 +29,8 @@ def render(result: Result) -> str:
         "",
         "Peak memory is the resident set's high-water mark above what the process had before the model was made: "
         "weights, gradients, optimizer state, activations and the allocator's gaps. Kept is what lives from the "
-        "forward to the backward pass besides weights and logits. The step is over that of the dense model without "
-        f"recompute, with its two parts beside it; GaLore's update has 1 / {GALORE_GAP} of its decompositions. The "
+        "forward to the backward pass besides weights and logits. The step is in CPU seconds over those of the dense "
+        f"model without recompute in the same turns, with its two parts beside it; GaLore's update has 1 / {GALORE_GAP} of its decompositions. The "
         f"last column is computed from the parts for the papers' {WHOLE_BATCH:,} tokens a step.",
     ]
     for size, measured in result["measured"].items():
@@ -46,12 +46,11 @@ def _measured(size: str, measured: Result) -> Iterator[str]:
     blocks = f", only {measured['layers']} blocks" if measured["layers"] else ""
     yield f"## {size.upper()}, {measured['rows']} sequences of {measured['length']} tokens{blocks}, measured"
     yield ""
-    times = {case: _parts(taken) for case, taken in _cases(measured["time"])}
-    dense = times["dense", "none"]
-    base = measured["memory"]["dense"]["none"]
+    base = measured["found"]["dense"]["none"]["memory"]
     rows = []
-    for (kind, how), memory in _cases(measured["memory"]):
-        passes, update = times[kind, how]
+    for (kind, how), found in _cases(measured["found"]):
+        memory, (passes, update) = found["memory"], _parts(found["time"])
+        dense = found["dense"]["passes"], found["dense"]["update"]
         scale = WHOLE_BATCH / tokens
         rows.append(
             (
@@ -79,7 +78,8 @@ def _measured(size: str, measured: Result) -> Iterator[str]:
     )
     yield from _table((*heads, "step", "forward and backward", "update", f"step of {WHOLE_BATCH:,} tokens"), rows)
     yield ""
-    yield f"The dense step took {sum(dense):.2f} CPU seconds, {dense[1]:.2f} s of it the update."
+    dense = measured["found"]["dense"]["none"]["dense"]
+    yield f"The dense step took {sum(dense.values()):.2f} CPU seconds, {dense['update']:.2f} s of it the update."
 
 
 def _parts(taken: dict[str, float]) -> tuple[float, float]:
