@@ -30,7 +30,8 @@ def render(result: Result) -> str:
         "Peak memory is the resident set's high-water mark above what the process had before the model was made: "
         "weights, gradients, optimizer state, activations and the allocator's gaps. Kept is what lives from the "
         "forward to the backward pass besides weights and logits. The step is in CPU seconds over those of the dense "
-        f"model without recompute in the same turns, with its two parts beside it; GaLore's update has 1 / {GALORE_GAP} of its decompositions. The "
+        "model without recompute in the same turns, with its two parts beside it; GaLore's update has "
+        f"1 / {GALORE_GAP} of its decompositions. The "
         f"last column is computed from the parts for the papers' {WHOLE_BATCH:,} tokens a step.",
     ]
     for size, measured in result["measured"].items():
