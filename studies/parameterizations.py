@@ -24,12 +24,11 @@ from pretrain.config import load_config
 
 from .common import Curve, Interval, Plot, Run, interval, shown, table
 from .common.command import Do, Results, study_command
-from .common.runs import BASE, RESULTS, commit, prepare_data, whole_seeds
+from .common.runs import BASE, RESULTS, VOCABULARY, commit, prepare_data, whole_seeds
 from .parameterization_costs import Cost, measure
 
 DENSE, LOST = "dense", "lost"
 TUNING_SEED = 1
-VOCABULARY = 1024
 COSTS = RESULTS / "parameterizations_costs.json"
 
 

@@ -20,9 +20,12 @@ from typing import Any
 
 import numpy as np
 
+from pretrain.config import load_config
+from pretrain.model import count_parameters
+
 from .common import Curve, Interval, Plot, Run, interval, shown, table
 from .common.command import Do, Results, study_command
-from .common.runs import prepare_data, whole_seeds
+from .common.runs import BASE, VOCABULARY, prepare_data, whole_seeds
 from .noise import prepare_noise
 
 UNIFORM = ("uniform", math.inf)
@@ -54,6 +57,7 @@ class Size:
     warmup: int = 15
     evaluations: int = 10
     lr: float = 0.016
+    lr_from: str = "the best for uniform weights of 0.008, 0.016 and 0.032 with seed 1"
     overrides: Mapping[str, Any] = field(default_factory=dict)
     """Of ``studies/base.yaml``."""
 
@@ -74,6 +78,7 @@ SIZES = {
         warmup=200,
         evaluations=40,
         lr=0.001,
+        lr_from="not tuned",
         overrides={
             "model.hidden_size": 512,
             "model.layers": 8,
@@ -210,14 +215,22 @@ def verdict(results: Sequence[dict[str, Any]], size: Size, mixture: str) -> str:
 def report(results: Sequence[dict[str, Any]], size: Size) -> tuple[str, list[Plot]]:
     """The section of docs/studies.md, and the plots."""
     seeds = len({each["seed"] for each in results})
+    shape = [f"{key}={value}" for key, value in size.overrides.items() if key.startswith("model.")]
+    parameters = count_parameters(load_config(BASE, shape).model, VOCABULARY).total
     text = f"""## Reweighting of sequences by their loss
 
-Held-out loss, nats per token, after {size.steps} steps of {size.batch} sequences of 128 tokens, on the text of Python's
-standard library; {seeds} seeds, one learning rate ({size.lr:g}), reweighting from step {size.warmup} on. The row of
-uniform has losses; the others have differences to it, seed by seed on the same batches: below 0 is better, bold where
-the 95 % interval is not around 0. With {2 * (len(size.methods) - 1)} comparisons of each domain, one in twenty is bold
-by chance. The steps are those to the loss (mean of code and docs) with which uniform ends. The last column is the
-share of the weight, over the reweighted steps, that the named domain got.
+Held-out loss, nats per token, after {size.steps} steps of {size.batch} sequences of 128 tokens, on the text of
+Python's standard library; {seeds} seeds, one learning rate ({size.lr:g}, {size.lr_from}),
+reweighting from step {size.warmup} on. The row of uniform has losses; the others have differences to it, seed by seed
+on the same batches: below 0 is better, bold where the 95 % interval is not around 0. With
+{2 * (len(size.methods) - 1)} comparisons of each domain, one in twenty is bold by chance. The steps are those to the
+loss (mean of code and docs) with which uniform ends. The last column is the share of the weight, over the reweighted
+steps, that the named domain got.
+
+This is the beginning of the training of a model of {parameters / 1e6:.2f}M parameters, on
+{size.steps * size.batch * 128 / 1e6:.1f}M tokens. The paper's have 124M and more, and its gains are said to grow with
+the size. The rate is that of uniform weights for all; weights make a batch of {size.batch} smaller in effect (r = 0.4
+more than r = 1), which another rate or a larger batch might make up for.
 
 The paper expects LinUpper to be the best. In the mean of code and docs:
 

@@ -37,6 +37,8 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "studies/results"
 DATA = ROOT / "studies/data.yaml"
 BASE = ROOT / "studies/base.yaml"
+VOCABULARY = 1024
+"""Of ``studies/data.yaml``."""
 CURVE_POINTS = 20
 _APPENDING = threading.Lock()
 

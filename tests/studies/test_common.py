@@ -58,7 +58,9 @@ def test_tables_and_plots(tmp_path: Path) -> None:
 
 
 def test_the_configurations_of_the_studies_build() -> None:
-    assert load_config(BASE).data.sources["code"].path == yaml.safe_load(DATA.read_text())["output"]
+    data = yaml.safe_load(DATA.read_text())
+    assert load_config(BASE).data.sources["code"].path == data["output"]
+    assert data["tokenizer"]["train"]["vocab_size"] == runs.VOCABULARY
 
 
 def test_outcome_of_a_run_that_diverged(tmp_path: Path) -> None:

@@ -15,13 +15,12 @@ from data_pipeline.errors import UserError
 from pretrain.config import load_config
 from pretrain.model import count_parameters
 from studies.common import Run
-from studies.common.runs import BASE
+from studies.common.runs import BASE, VOCABULARY
 from studies.parameterization_costs import Cost, LiveBytes, measure, quartiles
 from studies.parameterizations import (
     DENSE,
     LOST,
     SIZES,
-    VOCABULARY,
     Found,
     Size,
     arguments,
