@@ -32,6 +32,8 @@ class SweepSettings(Settings):
     """Values of keys: every combination is a member."""
     cases: tuple[dict[str, Any], ...] = ()
     """Settings that go together; every case is combined with the whole grid. ``label`` names a case, if it has one."""
+    exclude: tuple[dict[str, Any], ...] = ()
+    """Combinations to leave out: a member goes that has all values of one of these."""
 
     @model_validator(mode="after")
     def _check(self) -> SweepSettings:
@@ -43,6 +45,9 @@ class SweepSettings(Settings):
         for number, case in enumerate(self.cases):
             if both := sorted(set(case) & set(self.grid)):
                 raise ValueError(f"cases.{number} and grid both set {', '.join(both)}; leave it to one of them")
+        for number, excluded in enumerate(self.exclude):
+            if not any(excluded.items() <= row.items() for row in _combinations(self)):
+                raise ValueError(f"exclude.{number} fits no member; mend it, or take it out")
         return self
 
 
@@ -91,6 +96,10 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> tuple[SweepSettin
 
 def expand(sweep: SweepSettings) -> list[dict[str, Any]]:
     """What each member changes: every case with every combination of the grid, the last key fastest."""
+    return [row for row in _combinations(sweep) if not any(values.items() <= row.items() for values in sweep.exclude)]
+
+
+def _combinations(sweep: SweepSettings) -> list[dict[str, Any]]:
     rows = [dict(zip(sweep.grid, values, strict=True)) for values in itertools.product(*sweep.grid.values())]
     return [{**case, **row} for case in sweep.cases or ({},) for row in rows]
 

@@ -2,15 +2,15 @@
 
 With P parameters on R ranks, s bytes for a value (2 in bf16, 4 in fp32) and B elements of a bucket::
 
-    weights        P s                      ZeRO 3: P s / R, and the two largest layers gathered
+    weights        P s                      ZeRO 3: P s / R, and what DeepSpeed keeps gathered, up to 10^9 of them
     gradients      P s                      ZeRO 2 and 3: B s on their way
-    their sums     4 P (ZeRO 1 in bf16), 4 P / R (ZeRO 2 and 3, and ZeRO 1 in fp32)
+    their sums     4 P (ZeRO 1 in bf16), 4 P / R (ZeRO 1 in fp32, and 2), 8 P / R (ZeRO 3: a copy for the step)
     optimizer      its fp32 state and copy of the weights: all at ZeRO 0, else a share of 1 / R
     activations    :func:`pretrain.costs.memory`
-    buckets        2 B s of collectives
+    buckets        2 B s; where DeepSpeed reduces at the end (ZeRO 0, ZeRO 1 in bf16), a copy of up to 5 10^8 gradients
     context        what CUDA, its libraries and NCCL hold: 1.5 GB
 
-The allocator's gaps and short-lived tensors are the error bar.
+The allocator's gaps and short-lived tensors are the error bar (``benchmarks/memory_estimate.py``).
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ from pretrain.model import parameter_shapes
 from .findings import Finding, Request, size
 
 CONTEXT_BYTES = 1.5e9
-ERROR_BAR = 0.15
+ERROR_BAR = 0.25
 """The estimate may be off by this part of it."""
 _BUCKET = 50_000_000
+_REDUCED_TOGETHER, _LIVE = 500_000_000, 1_000_000_000
+"""DeepSpeed's own bounds: elements reduced in one flat copy, and of parameters that ZeRO 3 leaves gathered."""
 
 
 @dataclass(frozen=True)
@@ -57,15 +59,18 @@ def estimate(config: Config, vocab_size: int, ranks: int) -> MemoryEstimate:
     bucket = min((config.engine.bucket_elements or _BUCKET) if stage else 0, count)
     weights = float(count * value)
     gradients = float(count * value)
-    if stage == 0 and bf16:
-        gradients += 4.0 * count  # the copy that the fp32 step reads
+    buckets = 2.0 * bucket * value
+    if stage == 0:
+        buckets = float(min(count, _REDUCED_TOGETHER) * value) if ranks > 1 else 0.0
+        gradients += 4.0 * count if bf16 else 0.0  # the copy that the fp32 step reads
     elif stage == 1:
         gradients += 4.0 * count if bf16 else 4.0 * count / ranks
-    elif stage >= 2:
-        gradients = 4.0 * count / ranks + bucket * value
+        if bf16 and ranks > 1:
+            buckets = 6.0 * min(count, _REDUCED_TOGETHER)  # in fp32, and what goes over the wire
+    else:
+        gradients = (4.0 if stage == 2 else 8.0) * count / ranks + bucket * value
     if stage == 3:
-        largest = sorted((math.prod(shape) for shape in shapes.values()), reverse=True)[:2]
-        weights = count * value / ranks + sum(largest) * value
+        weights = (count / ranks + min(count, _LIVE)) * value
     optimizer = float(costs["optimizer_state_of_a_rank"])
     if config.engine.offload_optimizer == "cpu":
         optimizer, gradients = 0.0, gradients - (4.0 * count / ranks if stage >= 2 else 0.0)
@@ -76,7 +81,7 @@ def estimate(config: Config, vocab_size: int, ranks: int) -> MemoryEstimate:
         optimizer=optimizer,
         activations=float(costs["activations"][how]["micro_batch"]),
         buffers=float(costs["buffers"]),
-        buckets=2.0 * bucket * value,
+        buckets=buckets,
     )
 
 

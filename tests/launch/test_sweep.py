@@ -14,12 +14,14 @@ from launch.__main__ import bytes_of
 from launch.preflight import Request
 from launch.slurm import node_range
 from launch.sweep_settings import load_sweep
+from pretrain.model import count_parameters
 from pretrain.monitor import AttemptsLog
 from tests.system.runs import Runs
 
 from .runs_of_tests import write_steps
 
-SHIPPED = sorted((Path(__file__).parents[2] / "configs" / "sweeps").glob("*.yaml"))
+ROOT = Path(__file__).parents[2]
+SHIPPED = sorted((ROOT / "configs" / "sweeps").glob("*.yaml"))
 
 
 def write(runs: Runs, **content: Any) -> Path:
@@ -36,12 +38,14 @@ def test_a_grid_is_every_combination_of_every_case(runs: Runs) -> None:
         grid={"optimizer.lr": [1e-3, 3e-3], "engine.zero_stage": [1, 2]},
         cases=[{"label": "thin", "model.hidden_size": 32}, {"model.hidden_size": 64, "model.layers": 1}],
         overrides=["training.steps=7"],
+        exclude=[{"label": "thin", "engine.zero_stage": 2, "optimizer.lr": 3e-3}],
     )
     settings, members = load_sweep(path, ("monitor.log_every=2",))
     assert settings.name == "s"
     assert [member.name for member in members][:2] == ["thin-lr_0.001-zero_stage_1", "thin-lr_0.001-zero_stage_2"]
+    assert "thin-lr_0.003-zero_stage_2" not in [member.name for member in members]
     assert [member.name for member in members][-1] == "hidden_size_64-layers_1-lr_0.003-zero_stage_2"
-    assert len(members) == 8
+    assert len(members) == 7
     last = members[-1].config
     assert (last.optimizer.lr, last.engine.zero_stage, last.model.hidden_size, last.model.layers) == (3e-3, 2, 64, 1)
     assert (last.training.steps, last.monitor.log_every) == (7, 2)
@@ -57,6 +61,7 @@ def test_a_grid_is_every_combination_of_every_case(runs: Runs) -> None:
         ({"grid": {"optimizer.rate": [1e-3]}}, "member rate_0.001: .*unknown key 'optimizer.rate'"),
         ({"grid": {"optimizer.lr": [1e-3, 1e-3]}}, "two members would be named lr_0.001"),
         ({"grid": {"optimizer.lr": [1e-3]}, "gird": {}}, "did you mean 'grid'"),
+        ({"grid": {"optimizer.lr": [1e-3]}, "exclude": [{"optimizer.lr": 1.0}]}, "exclude.0 fits no member"),
     ],
 )
 def test_wrong_files_are_refused(runs: Runs, content: dict[str, Any], told: str) -> None:
@@ -68,6 +73,26 @@ def test_wrong_files_are_refused(runs: Runs, content: dict[str, Any], told: str)
 def test_every_member_of_a_shipped_sweep_builds(path: Path) -> None:
     _, members = load_sweep(path)
     assert len(members) > 1
+    for member in members:
+        assert count_parameters(member.config.model, 1000).total > 0  # built on the meta device
+
+
+def test_the_families_of_optimal_sparsity_have_the_papers_parameters() -> None:
+    """algorithms: N = 2 V d + 16 (4 d^2 + 6 d^2 E + d E), active with k for E; here with the norms' (2 L + 1) d."""
+    _, members = load_sweep(ROOT / "configs/sweeps/optimal_sparsity.yaml")
+    assert len(members) == 3 * (6 * 4 - 1)
+    vocabulary, millions = 99_600, {}
+    for member in members[::5]:
+        width, experts, top_k = (
+            member.values[f"model.{key}"] for key in ("hidden_size", "experts.number", "experts.top_k")
+        )
+        counted = count_parameters(member.config.model, vocabulary)
+        rest = 2 * vocabulary * width + 33 * width + 16 * width * experts
+        assert counted.total == rest + 16 * width**2 * (4 + 6 * experts)
+        assert counted.active == rest + 16 * width**2 * (4 + 6 * top_k)
+        millions[member.name] = (counted.total / 1e6, counted.active / 1e6)
+    assert members[0].name == "d512-number_8-top_k_2"
+    assert millions["d512-number_8-top_k_2"] == pytest.approx((320, 170), rel=0.01), "the released 320M-A170M"
 
 
 def pretend(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> list[str]:
