@@ -7,7 +7,6 @@ where it is used, when it is first used.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cached_property
@@ -17,12 +16,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from .kernel import load
+from .numpy_kernel import Widen
 from .permutation import IntArray
-
-Rows = npt.NDArray[np.unsignedinteger[Any]]
-
-_WORD = 8
-"""Booleans in 64 bits."""
+from .recycled import Recycled
+from .rows import Rows, Tokens
 
 HOLE = -1
 """The sample id of a row that holds no sample."""
@@ -123,7 +121,7 @@ class Batch:
         return Batch(**moved)
 
 
-def make_batch(rows: Rows, eos_id: int, source_ids: IntArray, sample_ids: IntArray, run_positions: IntArray) -> Batch:
+def make_batch(rows: Tokens, eos_id: int, source_ids: IntArray, sample_ids: IntArray, run_positions: IntArray) -> Batch:
     """Build one batch; no tensor shares memory with the arguments.
 
     Args:
@@ -133,64 +131,46 @@ def make_batch(rows: Rows, eos_id: int, source_ids: IntArray, sample_ids: IntArr
         sample_ids: [b]; -1 makes the row a hole, and its tokens EOS.
         run_positions: [b].
     """
-    if (holes := sample_ids < 0).any():
-        rows = np.where(holes[:, None], rows.dtype.type(eos_id), rows)
-    maker = BatchMaker(rows, eos_id, source_ids, sample_ids, run_positions, size=len(rows))
-    return next(maker.each(1))[0]
+    widen = load().widen(Rows.of(rows), eos_id, sample_ids, len(rows))
+    maker = BatchMaker(widen, eos_id, source_ids, sample_ids, run_positions, len(rows))
+    return next(maker.each(Recycled((1, *rows.shape), np.int64)))[0]
 
 
 class BatchMaker:
-    """Makes batches of one size of their rows, all of which are looked through in one go.
+    """Makes batches of one size.
 
     Args:
-        rows: [n, T + 1], contiguous; each sequence with the token that follows it, EOS where ``sample_ids`` is -1.
+        widen: makes the tokens of each.
         eos_id: the token that ends a document.
         source_ids, sample_ids, run_positions: int64 [n].
         size: rows of a batch; divides n.
     """
 
     def __init__(
-        self, rows: Rows, eos_id: int, source_ids: IntArray, sample_ids: IntArray, run_positions: IntArray, size: int
+        self,
+        widen: Widen,
+        eos_id: int,
+        source_ids: IntArray,
+        sample_ids: IntArray,
+        run_positions: IntArray,
+        size: int,
     ) -> None:
-        count, stride = len(rows) // size, rows.shape[1]
-        self._rows, self._eos_id = rows.reshape(count, size, stride), eos_id
-        row, place = np.divmod(_find(rows, eos_id), stride)
-        if (last := place == stride - 1).any():
-            row, place = row[~last], place[~last]
-        batch = row // size
-        ends = (row % size * (stride - 1) + place).astype(np.int32)
-        cuts = np.searchsorted(batch, np.arange(count + 1)).tolist()
-        self._ends = [ends[begin:end] for begin, end in itertools.pairwise(cuts)]
-        several = np.zeros(count, np.bool_)
-        several[batch[(place < stride - 2) & (sample_ids[row] >= 0)]] = True
-        self._single = (~several).tolist()
+        self._widen, self._eos_id = widen, eos_id
+        count = len(sample_ids) // size
         ids = np.empty((count, 3, size), np.int64)
         for number, values in enumerate((source_ids, sample_ids, run_positions)):
             ids[:, number] = values.reshape(count, size)
         self._ids = torch.from_numpy(ids).unbind()
 
-    def each(self, together: int) -> Iterator[tuple[Batch, ...]]:
-        """The batches, so many at a time; no two share memory."""
-        shape = (together, *self._rows.shape[1:])
-        for first in range(0, len(self._rows), together):
-            # one piece of memory for all: many smaller ones are given back to the system, and faulted in anew each time
-            into = np.empty(shape, np.int64)
-            np.copyto(into, self._rows[first : first + together])
+    def each(self, memory: Recycled) -> Iterator[tuple[Batch, ...]]:
+        """The batches, as many at a time as ``memory`` makes room for, int64 [.., b, T + 1]; no two share memory."""
+        for first in range(0, len(self._ids), memory.shape[0]):
             made = []
-            for number, tokens in enumerate(into, first):
-                rows, ids = torch.from_numpy(tokens), self._ids[number]
-                batch = Batch(rows, self._eos_id, ids, self._ends[number], self._single[number])
+            for number, tokens in enumerate(memory.take(), first):
+                rows = torch.from_numpy(tokens)
+                ends, single = self._widen(number, rows)
+                batch = Batch(rows, self._eos_id, self._ids[number], ends, single)
                 # as the properties would, but numpy cuts ten times as fast as torch
                 vars(batch).update(tokens=torch.from_numpy(tokens[:, :-1]), labels=torch.from_numpy(tokens[:, 1:]))
                 made.append(batch)
             yield tuple(made)
-
-
-def _find(rows: Rows, token: int) -> IntArray:
-    """Where ``token`` stands in ``rows``, seen as one flat row; ascending."""
-    found = (rows == token).ravel()
-    whole = found.size // _WORD * _WORD
-    # a look at eight at once: it is rare
-    words = (found[:whole].view(np.uint64) != 0).nonzero()[0]
-    places = (words[:, None] * _WORD + np.arange(_WORD)).ravel()
-    return np.concatenate([places[found[places]], whole + found[whole:].nonzero()[0]])

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from .layout import BlockLayout
 from .permutation import IntArray
+from .rows import Part, Tokens
 
 if TYPE_CHECKING:
     from .reader import TokenSource
 
-Tokens = npt.NDArray[np.unsignedinteger[Any]]
 BoolArray = npt.NDArray[np.bool_]
 
 _EMPTY = -1
@@ -36,6 +36,7 @@ class BlockMemory:
     def __init__(self, limit: int = 128 << 20) -> None:
         self._limit = limit
         self._room = np.empty((0, 1), np.uint8)
+        self._used = np.zeros(0, np.bool_)
 
     def lend(self, sources: Sequence[TokenSource]) -> list[KeptBlocks | None]:
         """The part of each source; all is forgotten that was kept before. ``None`` where there is no room for a block.
@@ -48,32 +49,44 @@ class BlockMemory:
         shape = (min(self._limit // place, sum(counts)), place)
         if self._room.shape != shape:
             self._room = np.empty(shape, np.uint8)
-        numbers = np.full(shape[0], _EMPTY)
+        numbers, self._used = np.full(shape[0], _EMPTY), np.zeros(shape[0], np.bool_)
         first = np.cumsum(counts) - counts
         return [
-            KeptBlocks(self._room, numbers, int(begin), layout, source.seq_len) if shape[0] else None
+            KeptBlocks(self._room, numbers, self._used, int(begin), layout, source.seq_len) if shape[0] else None
             for begin, layout, source in zip(first, layouts, sources, strict=True)
         ]
+
+    def release(self) -> None:
+        """The rows that were found so far are needed no longer: other blocks may take the places of theirs."""
+        self._used[:] = False
 
 
 class KeptBlocks:
     """The blocks of one source that are in a :class:`BlockMemory`.
 
     Args:
-        room: uint8 [places, bytes of the largest block].
+        room: uint8 [places, bytes of the largest block]; :attr:`room`.
         numbers: int64 [places], shared by all sources: the number of the block that is kept there, -1 for none.
+        used: bool [places], shared by all sources: where the rows that were found since the last
+            :meth:`BlockMemory.release` lie.
         first: what the source's block 0 is numbered as there.
         layout: of the source.
         seq_len: tokens per sequence.
     """
 
     def __init__(
-        self, room: npt.NDArray[np.uint8], numbers: IntArray, first: int, layout: BlockLayout, seq_len: int
+        self,
+        room: npt.NDArray[np.uint8],
+        numbers: IntArray,
+        used: BoolArray,
+        first: int,
+        layout: BlockLayout,
+        seq_len: int,
     ) -> None:
-        self._numbers, self._first = numbers, first
+        self._numbers, self._used, self._first = numbers, used, first
         places, stride = room.shape
         length, item = layout.block_tokens, layout.token_bytes
-        self._bytes, self._place_bytes, self._block_bytes = room.data.cast("B"), stride, layout.block_bytes
+        self.room, self._block_bytes = room, layout.block_bytes
         shape = (places, length // seq_len, seq_len + 1)
         self._rows: Tokens = np.ndarray(shape, layout.token_dtype, room, 0, (stride, seq_len * item, item))
 
@@ -83,21 +96,31 @@ class KeptBlocks:
         places = numbers % len(self._numbers)
         return places, self._numbers[places] == numbers
 
+    def use(self, places: IntArray) -> None:
+        """What is at the places [n] is needed until the next :meth:`BlockMemory.release`."""
+        self._used[places] = True
+
+    def is_used(self, places: IntArray) -> BoolArray:
+        """Where something is needed still [n]."""
+        return self._used[places]
+
     def is_empty(self, places: IntArray) -> BoolArray:
         """Where nothing is kept yet [n]."""
         empty: BoolArray = self._numbers[places] == _EMPTY
         return empty
 
-    def rows(self, places: IntArray, within: IntArray) -> Tokens:
-        """The sequences ``within`` [n] of what is at ``places`` [n]: [n, seq_len + 1], copied."""
-        return self._rows[places, within]
+    def rows(self, which: IntArray | slice, places: IntArray, within: IntArray) -> Part:
+        """The sequences ``within`` [n] of what is at ``places`` [n], as the rows ``which`` [n]; not copied."""
+        return Part(which, self._rows, (places, within))
 
-    def clear(self, place: int) -> memoryview:
-        """A place where nothing is kept any more, to be filled with the bytes of a block."""
-        self._numbers[place] = _EMPTY
-        begin = place * self._place_bytes
-        return self._bytes[begin : begin + self._block_bytes]
+    def content(self, place: int) -> memoryview:
+        """The bytes of a block at a place, to be filled."""
+        return self.room[place, : self._block_bytes].data
 
-    def keep(self, place: int, block: int) -> None:
-        """What the place was filled with is that block, checked."""
-        self._numbers[place] = self._first + block
+    def clear(self, places: IntArray) -> None:
+        """Nothing is kept any more at the places [n]: they may be filled with the bytes of blocks."""
+        self._numbers[places] = _EMPTY
+
+    def keep(self, places: IntArray, blocks: IntArray) -> None:
+        """What the places [n] were filled with are these blocks [n], checked."""
+        self._numbers[places] = blocks + self._first

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from .block_memory import KeptBlocks, Tokens
+from .block_memory import KeptBlocks
 from .damage import DamagedBlockError
+from .kernel import load
 from .layout import BlockLayout
 from .permutation import IntArray
+from .rows import Part, Rows, Tokens
 from .shard_files import ShardFiles
 
 _WHOLE_BLOCK = 0.5
@@ -47,13 +49,53 @@ class Wanted(NamedTuple):
     spans: IntArray | None
     """[2, n] the blocks ``[first, stop)`` of the shard to fetch together with each; None: all."""
 
-    def blocks_of(self, some: IntArray) -> Iterator[Block]:
-        """Of each of the sequences ``some``."""
-        spans: Iterable[Span] = itertools.repeat(None, len(some))
+    def some(self, which: IntArray) -> Wanted:
+        """Those of the indices ``which`` [k]."""
+        spans = None if self.spans is None else self.spans[:, which]
+        return Wanted(self.shards[which], self.blocks[which], self.numbers[which], self.within[which], spans)
+
+    def block(self, index: int) -> Block:
+        """That of one of the sequences."""
+        span = None if self.spans is None else (int(self.spans[0, index]), int(self.spans[1, index]))
+        return Block(int(self.numbers[index]), int(self.shards[index]), int(self.blocks[index]), span)
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """Where the sequences that follow each other in one file begin and end."""
+        if not len(self.shards):
+            return iter(())
+        changed = self.shards[1:] != self.shards[:-1]
         if self.spans is not None:
-            spans = zip(*self.spans[:, some].tolist(), strict=True)
-        numbers, shards, blocks = (values[some].tolist() for values in (self.numbers, self.shards, self.blocks))
-        return map(Block, numbers, shards, blocks, spans)
+            changed = changed | (self.spans[:, 1:] != self.spans[:, :-1]).any(axis=0)
+        return itertools.pairwise([0, *(changed.nonzero()[0] + 1).tolist(), len(self.shards)])
+
+
+class Notes:
+    """What a read is at, for another thread to look at."""
+
+    def __init__(self) -> None:
+        self.at = np.zeros(1, np.int64)
+        """[1], which of the blocks it is; whoever reads them counts on."""
+        self._run: tuple[int, IntArray] | None = None
+        self._seen: tuple[tuple[int, IntArray], int, tuple[int, int]] | None = None
+
+    def begin(self, shard: int, blocks: IntArray) -> None:
+        """The blocks [n] of a shard, by its row, are read from now on."""
+        self.at[0] = 0
+        self._run = shard, blocks
+
+    def end(self) -> None:
+        """Nothing is read any more."""
+        self._run = None
+
+    def look(self) -> tuple[int, int] | None:
+        """(row of the shard, block) that is being read, or None; the same object as long as it is the same read."""
+        run, number = self._run, int(self.at[0])
+        if run is None:
+            return None
+        if self._seen is None or self._seen[0] is not run or self._seen[1] != number:
+            shard, blocks = run
+            self._seen = run, number, (shard, int(blocks[min(number, len(blocks) - 1)]))
+        return self._seen[2]
 
 
 class CheckedBlocks:
@@ -70,72 +112,91 @@ class CheckedBlocks:
         self._files, self._layout, self._seq_len = files, layout, seq_len
         self._offset, self._stride, self._block_bytes = layout.data_offset(0), layout.member_stride, layout.block_bytes
         self._many = layout.block_tokens // seq_len * _WHOLE_BLOCK
+        self._kernel = load()
         # one bit a block: 19 MB for the 10^13 tokens of 10^5 shards
         self._bits = bytearray((count + 7) // 8)
         self._checked = np.frombuffer(self._bits, np.uint8)
         self._damaged: Damaged = {}
         self._tokens: Tokens = np.empty(layout.block_tokens + 1, layout.token_dtype)
         self._content = self._tokens.data.cast("B")
-        self.reading: tuple[int, int] | None = None
-        """(row of the shard, block) that a read is at; a new tuple for each."""
+        self._notes = Notes()
 
-    def rows(self, wanted: Wanted, kept: KeptBlocks | None) -> tuple[Tokens, Damaged]:
-        """The sequences [n, seq_len + 1] in a new array, and what is wrong, by row; what stands in those is undefined.
+    @property
+    def reading(self) -> tuple[int, int] | None:
+        """(row of the shard, block) that a read is at; a new tuple for each."""
+        return self._notes.look()
+
+    def rows(self, wanted: Wanted, kept: KeptBlocks | None) -> tuple[Rows, Damaged]:
+        """The sequences [n, seq_len + 1], and what is wrong, by row; what stands in those is undefined.
 
         Args:
             wanted: n of them.
-            kept: blocks that need no reading; those that are read for the first time are put there.
+            kept: blocks that need no reading; those that are read for the first time are put there. The rows that were
+                found there are good until its memory is released.
 
         Raises:
             OSError: the disk.
         """
         try:
-            if kept is None:
-                rows: Tokens = np.empty((len(wanted.numbers), self._seq_len + 1), self._layout.token_dtype)
-                missing = np.arange(len(rows))
-            else:
+            count, parts = len(wanted.numbers), []
+            missing = np.arange(count)
+            if kept is not None:
                 places, there = kept.find(wanted.numbers)
+                kept.use(places[there])
                 if not there.all():
                     self._fill(wanted, kept, places, there)
                     there = kept.find(wanted.numbers)[1]
-                rows, missing = kept.rows(places, wanted.within), (~there).nonzero()[0]
-            damaged = self._read_missing(wanted, missing, rows) if missing.size else {}
-            return rows, damaged
+                    kept.use(places[there])
+                if there.all():
+                    return Rows(count, [kept.rows(slice(None), places, wanted.within)]), {}
+                missing, found = (~there).nonzero()[0], there.nonzero()[0]
+                parts.append(kept.rows(found, places[found], wanted.within[found]))
+            read: Tokens = np.empty((len(missing), self._seq_len + 1), self._layout.token_dtype)
+            parts.append(Part(missing, read, (np.arange(len(missing)),)))
+            damaged = self._read_missing(wanted.some(missing), read)
+            return Rows(count, parts), {int(missing[row]): error for row, error in damaged.items()}
         finally:
-            self.reading = None
+            self._notes.end()
 
     def _fill(self, wanted: Wanted, kept: KeptBlocks, places: IntArray, there: BoolArray) -> None:
         """Read blocks to where they are kept: those that must be read as a whole now, and others where there is room.
 
-        Left out is what would take the place of another that is wanted now.
+        Left out is what would take the place of another that is wanted now, by this source or another.
         """
-        taken = set(places[there].tolist())
         order, edges = _by_block(wanted, (~there).nonzero()[0])
         first = order[edges[:-1]]
         first = first[~self._is_checked(wanted.numbers[first]) | kept.is_empty(places[first])]
-        for place, block in zip(places[first].tolist(), wanted.blocks_of(first), strict=True):
-            if place in taken:
-                continue
-            taken.add(place)
-            try:
-                self._read(block, kept.clear(place))
-            except DamagedBlockError:
-                continue  # it is met again with the sequences that are missing
-            kept.keep(place, block.number)
+        first = first[~kept.is_used(places[first])]
+        first = first[np.sort(np.unique(places[first], return_index=True)[1])]
+        blocks, places = wanted.some(first), places[first]
+        kept.clear(places)
+        for begin, end in blocks.runs():
+            while begin < end:
+                right = self._read_run(blocks, begin, end, kept.room, places, self._block_bytes, True)
+                if right:
+                    self._mark(blocks.numbers[begin : begin + right])
+                    kept.keep(places[begin : begin + right], blocks.numbers[begin : begin + right])
+                if (begin := begin + right) < end:
+                    with suppress(DamagedBlockError):  # it is met again with the sequences that are missing
+                        self._read(blocks.block(begin), kept.content(int(places[begin])))
+                        kept.keep(places[begin : begin + 1], blocks.numbers[begin : begin + 1])
+                    begin += 1
 
-    def _read_missing(self, wanted: Wanted, missing: IntArray, rows: Tokens) -> Damaged:
-        """Read the sequences ``missing``: each by itself where few of a checked block are wanted, else whole blocks."""
-        order, edges = _by_block(wanted, missing)
+    def _read_missing(self, wanted: Wanted, rows: Tokens) -> Damaged:
+        """Read all sequences: each by itself where few of a checked block are wanted, else whole blocks."""
+        if not len(rows):
+            return {}
+        order, edges = _by_block(wanted, np.arange(len(rows)))
         counts = np.diff(edges)
         single = self._is_checked(wanted.numbers[order[edges[:-1]]]) & (counts < self._many)
         failed = self._read_single(wanted, order[np.repeat(single, counts)], rows) if single.any() else set()
         damaged: Damaged = {}
-        for number, block in enumerate(wanted.blocks_of(order[edges[:-1]])):
+        for number in range(len(counts)):
             some = order[edges[number] : edges[number + 1]].tolist()
             if single[number] and failed.isdisjoint(some):
                 continue
             try:
-                self._read(block, self._content)
+                self._read(wanted.block(some[0]), self._content)
             except DamagedBlockError as error:
                 damaged |= dict.fromkeys(some, error)
                 continue
@@ -146,25 +207,50 @@ class CheckedBlocks:
 
     def _read_single(self, wanted: Wanted, some: IntArray, rows: Tokens) -> set[int]:
         """Read the sequences ``some`` one by one; returns those where that failed: reading their blocks says why."""
-        content, row_bytes = rows.data.cast("B"), rows.strides[0]
-        offsets = self._offset + wanted.blocks[some] * self._stride
-        offsets += wanted.within[some] * (self._seq_len * self._layout.token_bytes)
-        opened: tuple[int, Span] | None = None
+        pieces, memory = wanted.some(some), rows.view(np.uint8)
         failed = set()
-        for row, offset, (_, shard, block, span) in zip(
-            some.tolist(), offsets.tolist(), wanted.blocks_of(some), strict=True
-        ):
-            self.reading = (shard, block)
-            begin = row * row_bytes
-            try:
-                if opened != (shard, span):
-                    file, opened = self._files.open(shard, block, span), (shard, span)
-                got = os.preadv(file.descriptor, [content[begin : begin + row_bytes]], offset - file.start)
-            except (OSError, DamagedBlockError):
-                got = -1
-            if got != row_bytes:
-                failed.add(row)
+        for begin, end in pieces.runs():
+            while begin < end:
+                begin += self._read_run(pieces, begin, end, memory, some, memory.shape[1], False)
+                if begin < end:
+                    failed.add(int(some[begin]))
+                    begin += 1
         return failed
+
+    def _read_run(
+        self,
+        pieces: Wanted,
+        begin: int,
+        end: int,
+        memory: npt.NDArray[np.uint8],
+        places: IntArray,
+        size: int,
+        whole: bool,
+    ) -> int:
+        """Read blocks, checked, or sequences of one file to ``memory[places]``; returns how many are right before the
+        first that is not, or can't be opened."""
+        shard, block, span = pieces.block(begin)[1:]
+        run = slice(begin, end)
+        offsets = self._offset + pieces.blocks[run] * self._stride
+        self._notes.begin(shard, pieces.blocks[run])
+        try:
+            expected = None
+            if whole:
+                if not self._damaged.keys().isdisjoint(pieces.numbers[run].tolist()):
+                    return 0
+                expected = self._files.checksums(shard, block)[pieces.blocks[run]]
+            else:
+                offsets += pieces.within[run] * (self._seq_len * self._layout.token_bytes)
+            file = self._files.open(shard, block, span)
+        except DamagedBlockError:
+            return 0
+        return self._kernel.read(
+            file.descriptor, offsets - file.start, memory, places[run], size, expected, self._notes.at
+        )
+
+    def _mark(self, numbers: IntArray) -> None:
+        """The blocks [n] were found to be what was written."""
+        np.bitwise_or.at(self._checked, numbers >> 3, (1 << (numbers & 7)).astype(np.uint8))
 
     def _is_checked(self, numbers: IntArray) -> BoolArray:
         """Whether each block [n] was found to be what was written."""
@@ -183,7 +269,7 @@ class CheckedBlocks:
         number, shard, block, span = wanted
         if number in self._damaged:
             raise self._damaged[number]
-        self.reading = (shard, block)
+        self._notes.begin(shard, np.array([block]))
         while True:
             try:
                 start = self._offset + block * self._stride

@@ -145,6 +145,12 @@ def index_bytes(entries: npt.NDArray[np.void]) -> bytes:
     return npy_header(INDEX_DTYPE.descr, len(entries), _NPY_HEADER_BYTES) + entries.astype(INDEX_DTYPE).tobytes()
 
 
+def index_entries(content: bytes) -> npt.NDArray[np.void]:
+    """The entries in what :func:`index_bytes` made. Its header is not looked at: numpy's parser evaluates it as Python,
+    and a damaged one ends in whatever Python makes of that."""
+    return np.frombuffer(content, INDEX_DTYPE, offset=_NPY_HEADER_BYTES)
+
+
 def read_index(path: Path) -> npt.NDArray[np.void]:
     """Read an ``.idx`` sidecar.
 
@@ -165,8 +171,7 @@ def read_index(path: Path) -> npt.NDArray[np.void]:
     entry_bytes = len(content) - _NPY_HEADER_BYTES
     if entry_bytes < 0 or entry_bytes % INDEX_DTYPE.itemsize:
         raise DataError(f"the block index {path} can't be read ({len(content)} bytes are no whole index). {advice}")
-    # numpy's parser evaluates the header as Python: a damaged one ends in whatever Python makes of it
-    entries = np.frombuffer(content, INDEX_DTYPE, offset=_NPY_HEADER_BYTES)
+    entries = index_entries(content)
     if index_bytes(entries) != content:
         raise DataError(f"the block index {path} does not hold offsets and CRCs. {advice}")
     return entries

@@ -12,12 +12,13 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .block_memory import KeptBlocks, Tokens
+from .block_memory import KeptBlocks
 from .checked_blocks import CheckedBlocks, Damaged, Wanted
 from .damage import OnDamage
 from .errors import UserError
 from .manifest import Manifest, load_manifest, read_manifest
 from .permutation import IntArray
+from .rows import Rows, Tokens
 from .shard_files import LocalShards
 from .shard_table import ShardTable
 from .storage import StorageSettings, open_store
@@ -144,36 +145,42 @@ class TokenSource:
             raise error
         return rows
 
-    def read_or_damage(
-        self, indices: npt.ArrayLike, windows: IntArray | None = None, kept: KeptBlocks | None = None
-    ) -> tuple[Tokens, Damaged]:
+    def read_or_damage(self, indices: npt.ArrayLike, windows: IntArray | None = None) -> tuple[Tokens, Damaged]:
         """As :meth:`read`, but with what is wrong, by row, in place of an exception; such rows are EOS.
 
         Args:
             indices: of the sequences [n].
             windows: [2, n]: the first sequence, and the one after the last, of what to fetch together with each
                 sequence where the storage is remote; None: whole shards.
-            kept: this source's part of a :class:`~data_pipeline.block_memory.BlockMemory`: what is there is not read
-                again, and blocks that are read for the first time go there.
 
         Raises:
             IndexError: an index lies outside ``range(sequences)``.
             OSError: the disk.
         """
+        found, damage = self.find_or_damage(indices, windows)
+        rows = found.copy()
+        for row in damage:
+            rows[row] = self.eos_id
+        return rows, damage
+
+    def find_or_damage(
+        self, indices: npt.ArrayLike, windows: IntArray | None = None, kept: KeptBlocks | None = None
+    ) -> tuple[Rows, Damaged]:
+        """As :meth:`read_or_damage`, but nothing is copied out of ``kept``; what stands in damaged rows is undefined.
+
+        Args:
+            indices: of the sequences [n], one or more.
+            windows: as above.
+            kept: this source's part of a :class:`~data_pipeline.block_memory.BlockMemory`: what is there is not read
+                again, and blocks that are read for the first time go there. The rows are good until that is released.
+        """
         wanted = np.asarray(indices, np.int64)
-        if not len(wanted):
-            return np.empty((0, self.seq_len + 1), self._layout.token_dtype), {}
-        if int(wanted.view(np.uint64).max()) >= self.sequences:  # as would be a negative one
+        if len(wanted) and int(wanted.view(np.uint64).max()) >= self.sequences:  # as would be a negative one
             raise IndexError(f"sequences {wanted.min()} to {wanted.max()} of a source that has {self.sequences}")
         shards, blocks, within = self._locate(wanted)
         spans = None if windows is None else self._spans(shards, windows)
         with self._lock:
-            rows, damage = self._blocks.rows(
-                Wanted(shards, blocks, self._first_blocks[shards] + blocks, within, spans), kept
-            )
-        for row in damage:
-            rows[row] = self.eos_id
-        return rows, damage
+            return self._blocks.rows(Wanted(shards, blocks, self._first_blocks[shards] + blocks, within, spans), kept)
 
     def place(self, index: int) -> Place:
         """Where sequence ``index`` lies."""

@@ -13,7 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, BinaryIO, Generic, TypeVar
+from typing import BinaryIO, Generic, TypeVar
 
 import crc32c
 import numpy as np
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from .damage import DamagedBlockError, OnDamage, Reason
 from .errors import DataError
-from .layout import SHARD_FOLDER, BlockLayout
+from .layout import SHARD_FOLDER, BlockLayout, index_entries
 from .permutation import IntArray
 from .shard_table import ShardTable
 
@@ -241,8 +241,7 @@ class ShardFiles(ABC):
         if hashlib.sha256(content).digest() != self.shards.idx_sha256[shard].tobytes():
             message = f"the block index {path} is not the one the manifest names (its SHA-256 differs). {advice}"
             raise DamagedBlockError(message, *where, "index")
-        entries: npt.NDArray[Any] = np.load(io.BytesIO(content), allow_pickle=False)
-        return entries["crc32c"].astype(np.uint32)
+        return index_entries(content)["crc32c"].astype(np.uint32)
 
 
 class LocalShards(ShardFiles):

@@ -8,17 +8,20 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .batches import HOLE, Batch, BatchMaker, Rows
+from .batches import HOLE, Batch, BatchMaker
 from .block_memory import BlockMemory
 from .checked_blocks import Damaged
 from .damage import Damage, OnDamage
+from .kernel import load
 from .order import Order
 from .permutation import IntArray
 from .reader import TokenSource
+from .recycled import Recycled
+from .rows import Part, Rows
 from .schedule import Steps
 from .upcoming import Upcoming, windows_of
 
-_BYTES_AT_ONCE = 2 << 20
+_BYTES_AT_ONCE = 8 << 20
 """Of tokens that are read in one go, at most,"""
 _SECONDS_AT_ONCE = 0.01
 """and how long that may take: a step that is ready must not wait long for those that come later."""
@@ -63,8 +66,9 @@ class StepReader:
         on_damage: OnDamage,
     ) -> None:
         self._upcoming, self._order, self._sources, self._on_damage = upcoming, order, tuple(sources), on_damage
-        self._kept = memory.lend(sources)
-        self._at_once = 1
+        self._blocks, self._kept = memory, memory.lend(sources)
+        self._kernel, self._memory, self._at_once = load(), Recycled((), np.int64), 1
+        self._row_bytes = max((source.seq_len + 1) * source.manifest.layout.token_bytes for source in sources)
         self._located: Steps | None = None
         """Steps that could not be read together with those before."""
         self._made: Iterator[Step] = iter(())
@@ -93,12 +97,13 @@ class StepReader:
             steps = steps.part(0, 1)  # the disk may have failed in a later one, which must not hold up this one
             rows, damaged = self._read(steps)
         quick = time.perf_counter() - began < _SECONDS_AT_ONCE
-        self._at_once = min(4 * len(rows), _BYTES_AT_ONCE // rows[0].nbytes) if quick else len(rows) // 2
+        count = len(steps.sequence)
+        self._at_once = min(4 * count, _BYTES_AT_ONCE // self._row_bytes) if quick else count // 2
         if damaged and self._on_damage == "stop":
             first = min(damaged)
             if not (whole := first // steps.sequences):
                 raise damaged[first]
-            steps, rows, damaged = steps.part(0, whole), rows[: whole * steps.sequences], {}
+            steps, damaged = steps.part(0, whole), {}
         left = len(self._located) - len(steps)
         self._located = self._located.part(len(steps), len(steps) + left) if left else None
         return self._make(steps, rows, damaged)
@@ -113,23 +118,29 @@ class StepReader:
             holes[number] = (*holes.get(number, ()), hole)
             sample_ids[row] = HOLE
         edges, (micro_steps, size) = steps.edges, steps.shape
-        maker = BatchMaker(rows, self._sources[0].eos_id, steps.source, sample_ids, steps.positions, size)
-        for number, batches in enumerate(maker.each(micro_steps)):
+        eos_id = self._sources[0].eos_id
+        widen = self._kernel.widen(rows, eos_id, sample_ids, size)
+        maker = BatchMaker(widen, eos_id, steps.source, sample_ids, steps.positions, size)
+        shape = (micro_steps, size, rows.length)
+        if self._memory.shape != shape:
+            self._memory = Recycled(shape, np.int64)
+        for number, batches in enumerate(maker.each(self._memory)):
             yield Step(edges[number], edges[number + 1], steps.global_batch, batches, holes.get(number, ()))
 
     def _read(self, steps: Steps) -> tuple[Rows, Damaged]:
-        """The tokens of the steps, [n, T + 1], and what is wrong with them, by row."""
+        """Where the tokens of the steps lie, [n, T + 1], and what is wrong with them, by row."""
+        self._blocks.release()
         if len(self._sources) == 1:
             return self._read_source(0, steps.sequence)
-        first = self._sources[0]
-        rows: Rows = np.empty((len(steps.source), first.seq_len + 1), first.manifest.layout.token_dtype)
+        parts: list[Part] = []
         damaged: Damaged = {}
         for number in np.unique(steps.source).tolist():
             places = np.flatnonzero(steps.source == number)
-            rows[places], wrong = self._read_source(number, steps.sequence[places])
+            rows, wrong = self._read_source(number, steps.sequence[places])
+            parts += rows.at(places)
             damaged |= {int(places[row]): error for row, error in wrong.items()}
-        return rows, damaged
+        return Rows(len(steps.source), parts), damaged
 
     def _read_source(self, number: int, sequences: IntArray) -> tuple[Rows, Damaged]:
         windows = windows_of(self._order, self._sources, number, sequences)
-        return self._sources[number].read_or_damage(sequences, windows, self._kept[number])
+        return self._sources[number].find_or_damage(sequences, windows, self._kept[number])

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from data_pipeline import kernel
+
 from .beginning import open_beginning
 from .check import check_run, warnings
 from .checkpoint import complete_checkpoints
@@ -61,6 +63,7 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
             name: {"sequences": source.sequences, "drawn": drawn, "epochs": drawn / source.sequences}
             for name, source, drawn in zip(data.names, data.sources, needed, strict=True)
         },
+        "batches": kernel.describe(),
         "warnings": warnings(config, ranks),
     }
 
@@ -103,6 +106,7 @@ def show_plan(plan: dict[str, Any]) -> str:
             f"source        {name}: {source['drawn']:,} of its {source['sequences']:,} sequences = "
             f"{source['epochs']:.2f} epochs"
         )
+    lines.append(f"batches       made by {plan['batches']}")
     lines += [f"warning       {warning}" for warning in plan["warnings"]]
     return "\n".join(lines)
 

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+from data_pipeline import kernel
 from data_pipeline.damage import DamageLedger, inherit_ledger
 from data_pipeline.errors import (
     EXIT_CRASH,
@@ -108,6 +109,7 @@ class Session:
         hosts = ranks.gather_objects(socket.gethostname())
         together(ranks, lambda: self._begin(config, data, attempts, state, origin, beginning, hosts, damage))
         self._tell_missing(data, state)
+        self._tell_kernel()
         # rank 0's look decides: on a network file system another rank may not see the folder yet
         if ranks.broadcast_object(config.data.on_damage == "hole" or (folder / DAMAGE).is_dir()):
             self._ledger = together(
@@ -198,6 +200,17 @@ class Session:
         if (missing := sum(self._ranks.gather_objects(missing))) and self._monitor:
             told = f"{missing} shards are missing or not of their size: their sequences will be holes"
             self._monitor.event({"event": "missing_shards", "step": state.step, "message": told})
+
+    def _tell_kernel(self) -> None:
+        """Say at the start what makes the batches, and on which hosts it is the slow way. Collective."""
+        made = self._ranks.gather_objects((socket.gethostname(), kernel.describe()))
+        if self._ranks.rank == 0:
+            print(f"batches are made by {made[0][1]}", flush=True)
+            slow = sorted({f"{host}: {words}" for host, words in made if words.startswith("NumPy")})
+            for line in slow:
+                print(
+                    f"warning: batches are made several times more slowly than they could be; {line}", file=sys.stderr
+                )
 
     def end(self, reason: Reason, code: int, error: BaseException | None = None, signal: str | None = None) -> int:
         """Print why this rank ends, record it in attempts.jsonl; returns ``code``."""

@@ -13,6 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data_pipeline.batches import Batch, BatchMaker, make_batch
+from data_pipeline.kernel import load
+from data_pipeline.recycled import Recycled
+from data_pipeline.rows import Rows
 
 EOS = 2
 
@@ -75,9 +78,10 @@ def test_batches_made_together_are_those_made_one_by_one(
     count = len(tokens)
     ids = np.arange(count) + 7
     ids[[row for row in holes if row < count]] = -1
-    tokens[ids < 0] = EOS
     sources, positions = np.arange(count) % 3, np.arange(count) + 100
-    made = list(BatchMaker(tokens, EOS, sources, ids, positions, size).each(together))
+    widen = load().widen(Rows.of(tokens), EOS, ids, size)
+    maker = BatchMaker(widen, EOS, sources, ids, positions, size)
+    made = list(maker.each(Recycled((together, size, tokens.shape[1]), np.int64)))
     assert [len(batches) for batches in made] == [together] * repeats
     for number, batch in enumerate(batch for batches in made for batch in batches):
         part = slice(number * size, (number + 1) * size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from data_pipeline import step_reader
 from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.block_memory import BlockMemory
 from data_pipeline.errors import DataError
+from data_pipeline.kernel import load
 from data_pipeline.layout import shard_path
 from data_pipeline.loader import StepLoader
 from data_pipeline.order import Order, OrderSource
@@ -24,6 +26,8 @@ from data_pipeline.shard_files import OpenFile, ShardFiles
 from data_pipeline.step_reader import Step
 from data_pipeline.testing import write_token_dataset
 from data_pipeline.windowed import Windows
+
+from .kernels import KINDS, using
 
 SEQ = 16
 PLACE = {64: 192, 128: 320}
@@ -47,6 +51,12 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 @pytest.fixture
 def copied(folders: list[Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(folders[0], tmp_path / "data"))
+
+
+@pytest.fixture(params=KINDS)
+def either_kernel(request: pytest.FixtureRequest) -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patched:
+        yield from using(request.param, patched)
 
 
 def sources_of(folders: list[Path]) -> list[TokenSource]:
@@ -98,21 +108,40 @@ def test_steps_are_the_same_whatever_is_kept(folders: list[Path], places: int, b
 def reads_of(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
     """Counts the blocks and single sequences that are read from now on, and the checks."""
     counts = {"blocks": 0, "rows": 0, "checks": 0}
-    preadv, check = os.preadv, ShardFiles.check
+    kind, by_itself, check = type(load()), OpenFile.read, ShardFiles.check
+    together = kind.read
 
-    def counting(descriptor: int, buffers: list[memoryview], offset: int) -> int:
-        counts["rows" if len(buffers[0]) == 2 * (SEQ + 1) else "blocks"] += 1
-        return preadv(descriptor, buffers, offset)
+    def counting(kernel: Any, descriptor: int, offsets: Any, *rest: Any) -> int:
+        right = together(kernel, descriptor, offsets, *rest)
+        assert right == len(offsets)
+        counts["rows" if rest[2] == 2 * (SEQ + 1) else "blocks"] += right
+        counts["checks"] += 0 if rest[3] is None else right
+        return right
+
+    def counting_one(file: OpenFile, into: memoryview, offset: int) -> int:
+        counts["blocks"] += 1
+        return by_itself(file, into, offset)
 
     def checking(files: ShardFiles, shard: int, block: int, content: memoryview) -> None:
         counts["checks"] += 1
         check(files, shard, block, content)
 
-    monkeypatch.setattr(os, "preadv", counting)
+    monkeypatch.setattr(kind, "read", counting)
+    monkeypatch.setattr(OpenFile, "read", counting_one)
     monkeypatch.setattr(ShardFiles, "check", checking)
     return counts
 
 
+def read_kept(source: TokenSource, memory: BlockMemory, kept: Any, indices: list[int]) -> tuple[Any, Any]:
+    """The sequences, EOS where they are damaged, and what is wrong, as a loader reads them."""
+    memory.release()
+    rows, damage = source.find_or_damage(indices, kept=kept)
+    tokens = rows.copy()
+    tokens[list(damage)] = source.eos_id
+    return tokens, damage
+
+
+@pytest.mark.usefixtures("either_kernel")
 def test_a_block_with_room_is_read_and_checked_once(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     counts = reads_of(monkeypatch)
     sources = sources_of(folders)
@@ -126,6 +155,7 @@ def test_a_block_with_room_is_read_and_checked_once(folders: list[Path], monkeyp
     assert counts == {"blocks": 2 * blocks, "rows": 0, "checks": 2 * blocks}
 
 
+@pytest.mark.usefixtures("either_kernel")
 def test_without_room_blocks_are_checked_once_and_their_sequences_read_singly(
     folders: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -166,6 +196,7 @@ def overwrite(path: Path, offset: int) -> None:
         handle.write(b"\x07\x00" * 40)
 
 
+@pytest.mark.usefixtures("either_kernel")
 @pytest.mark.parametrize("change", ["cut", "overwritten", "removed"])
 @pytest.mark.parametrize("on_damage", ["stop", "hole"])
 def test_a_file_that_changes_under_a_running_loader(
@@ -209,30 +240,34 @@ def test_a_file_that_changes_under_a_running_loader(
             assert found == (wanted if 8 * number + row not in lost else [source.eos_id] * (SEQ + 1))
 
 
+@pytest.mark.usefixtures("either_kernel")
 def test_a_damaged_block_leaves_nothing_behind_in_its_place(copied: Path) -> None:
     """Place 0 is the only one: a block that is found damaged on the way there must not pass for itself or another."""
     source = TokenSource(copied, "web", "train", SEQ)
     overwrite(shard_path(copied, "000000"), source.manifest.layout.data_offset(1))
     whole = source.read(np.arange(4))
-    (kept,) = BlockMemory(PLACE[64]).lend([source])
+    memory = BlockMemory(PLACE[64])
+    (kept,) = memory.lend([source])
     assert kept is not None
     for _ in range(2):
-        assert np.array_equal(source.read_or_damage([1], kept=kept)[0], whole[[1]])
-        rows, damage = source.read_or_damage([5, 2], kept=kept)
+        assert np.array_equal(read_kept(source, memory, kept, [1])[0], whole[[1]])
+        rows, damage = read_kept(source, memory, kept, [5, 2])
         assert list(damage) == [0]
         assert damage[0].block == 1
         assert (rows[0] == source.eos_id).all()
         assert np.array_equal(rows[1], whole[2])
-        rows, damage = source.read_or_damage([6], kept=kept)
+        rows, damage = read_kept(source, memory, kept, [6])
         assert list(damage) == [0]
 
 
+@pytest.mark.usefixtures("either_kernel")
 def test_a_disk_error_leaves_nothing_behind_in_its_place(folders: list[Path], monkeypatch: pytest.MonkeyPatch) -> None:
     """The error of the disk is made, for a real one can't be; it comes when half of the block is there."""
     (source,) = sources_of(folders[:1])
     whole = source.read(np.arange(8))
-    (kept,) = BlockMemory(PLACE[64]).lend([source])
-    assert np.array_equal(source.read_or_damage([0], kept=kept)[0], whole[[0]])
+    memory = BlockMemory(PLACE[64])
+    (kept,) = memory.lend([source])
+    assert np.array_equal(read_kept(source, memory, kept, [0])[0], whole[[0]])
     read = OpenFile.read
 
     def failing(file: OpenFile, into: memoryview, offset: int) -> int:
@@ -241,13 +276,15 @@ def test_a_disk_error_leaves_nothing_behind_in_its_place(folders: list[Path], mo
 
     fresh = TokenSource(folders[0], "web", "train", SEQ)  # has checked nothing yet
     with monkeypatch.context() as patched:
+        patched.setattr(type(load()), "read", lambda *_: 0)
         patched.setattr(OpenFile, "read", failing)
         with pytest.raises(OSError, match="Input/output error"):
-            fresh.read_or_damage([4], kept=kept)
+            read_kept(fresh, memory, kept, [4])
     assert OpenFile.read is read
-    assert np.array_equal(fresh.read_or_damage([0, 4], kept=kept)[0], whole[[0, 4]])
+    assert np.array_equal(read_kept(fresh, memory, kept, [0, 4])[0], whole[[0, 4]])
 
 
+@pytest.mark.usefixtures("either_kernel")
 def test_batches_stay_as_they_were_handed_out(folders: list[Path]) -> None:
     """Whatever is read later, and whatever their owner does to the others."""
     sources = sources_of(folders)
@@ -279,7 +316,7 @@ def test_steps_are_read_together_only_while_that_is_quick(
 ) -> None:
     sources = sources_of(folders[:1])
     monkeypatch.setattr(step_reader, "_SECONDS_AT_ONCE", 0.02 if slow else 60)
-    read, sizes = sources[0].read_or_damage, []
+    read, sizes = sources[0].find_or_damage, []
 
     def reading(indices: np.ndarray, *rest: Any) -> Any:
         sizes.append(len(indices))
@@ -287,7 +324,7 @@ def test_steps_are_read_together_only_while_that_is_quick(
             time.sleep(0.005 * len(indices))
         return read(indices, *rest)
 
-    monkeypatch.setattr(sources[0], "read_or_damage", reading)
+    monkeypatch.setattr(sources[0], "find_or_damage", reading)
     with loader_of(order_of(sources), sources, end_step=20 if slow else 2000) as loader:
         steps = list(loader)
     assert [rows_of(step) for step in steps[:20]] == tokens_of(order_of(sources), sources_of(folders[:1]), 20)

@@ -313,13 +313,13 @@ def test_a_stuck_read_does_not_hold_up_the_end(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_the_wait_is_measured(order: Order, sources: list[TokenSource], monkeypatch: pytest.MonkeyPatch) -> None:
-    read = sources[0].read_or_damage
+    read = sources[0].find_or_damage
 
     def slow(*arguments: Any) -> Any:
         time.sleep(0.2)
         return read(*arguments)
 
-    monkeypatch.setattr(sources[0], "read_or_damage", slow)
+    monkeypatch.setattr(sources[0], "find_or_damage", slow)
     with make_loader(order, sources, prefetch=0) as loader:
         loader.next_step()
         assert loader.waited >= 0.2
@@ -401,7 +401,7 @@ def test_a_failing_disk_holds_up_its_own_step_only(
     bad = {int(sample) for sample in expected[7].micro_batches[0].sample_ids if sample < sources[0].sequences}
     bad -= {int(sample) for step in expected[:7] for sample in step.micro_batches[0].sample_ids}
     assert bad
-    read = sources[0].read_or_damage
+    read = sources[0].find_or_damage
     reads = []
 
     def failing(indices: np.ndarray, *arguments: Any) -> Any:
@@ -410,7 +410,7 @@ def test_a_failing_disk_holds_up_its_own_step_only(
             raise OSError(5, "Input/output error")
         return read(indices, *arguments)
 
-    monkeypatch.setattr(sources[0], "read_or_damage", failing)
+    monkeypatch.setattr(sources[0], "find_or_damage", failing)
     with make_loader(order, sources) as loader:
         found = [loader.next_step() for _ in range(7)]
         for _ in range(2):

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline import kernel
 from data_pipeline.errors import UserError
 from pretrain.check import check_run
 from pretrain.config import load_config
@@ -162,6 +163,7 @@ def test_plan_in_figures(runs: Runs) -> None:
     assert "34,720 parameters, 15,520 outside embedding and head; vocabulary 300" in text
     assert "20 steps of 256 tokens, 5,120 tokens in all; 4 micro-steps a step" in text
     assert f"a: {drawn[0]} of its {data.sources[0].sequences} sequences" in text
+    assert f"batches       made by {kernel.describe()}" in text
     assert not runs.run_folder("planned").exists()
 
 

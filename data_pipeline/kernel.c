@@ -1,0 +1,252 @@
+/* The inner loops of making batches: blocks read and held against their CRC32C, and rows of tokens widened to what a
+ * model takes while EOS is looked for. Plain C and POSIX; kernel.py compiles and binds it, and says what does the same
+ * without it. Nothing here is reached by more than one thread with the same memory. */
+
+#include <errno.h>
+#include <stddef.h>
+#include <stdint.h>
+#include <string.h>
+#include <unistd.h>
+
+#if defined(__x86_64__)
+#include <immintrin.h>
+#define SSE42 __attribute__((target("sse4.2")))
+#define AVX2 __attribute__((target("avx2")))
+#define AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,prefer-vector-width=512")))
+#elif defined(__aarch64__) && defined(__linux__)
+#include <arm_acle.h>
+#include <sys/auxv.h>
+#ifndef HWCAP_CRC32
+#define HWCAP_CRC32 (1 << 7)
+#endif
+#endif
+
+#define INLINE static inline __attribute__((always_inline))
+
+/* ---- CRC32C ---------------------------------------------------------------------------------------------------------
+ * Reflected, polynomial 0x1EDC6F41. A message is cut into three lanes whose CRCs are taken side by side, for one step of
+ * the CPU's instruction takes three times as long as it takes to begin the next; they are joined as zlib's crc32_combine
+ * does it: crc(A B) = crc(A) x^(8 |B|) mod P + crc(B). */
+
+#define POLYNOMIAL 0x82f63b78u
+
+/* a b mod P; bit 31 is x^0 */
+static uint32_t multiply(uint32_t a, uint32_t b) {
+    uint32_t product = 0;
+    for (uint32_t bit = 1u << 31; bit; bit >>= 1) {
+        if (a & bit) product ^= b;
+        b = b & 1 ? b >> 1 ^ POLYNOMIAL : b >> 1;
+    }
+    return product;
+}
+
+/* x^(8 bytes) mod P */
+static uint32_t power(uint64_t bytes) {
+    uint32_t result = 1u << 31, square = 1u << 23;
+    for (; bytes; bytes >>= 1, square = multiply(square, square))
+        if (bytes & 1) result = multiply(result, square);
+    return result;
+}
+
+static uint32_t table[8][256];
+
+static __attribute__((constructor)) void make_table(void) {
+    for (uint32_t byte = 0; byte < 256; byte++) {
+        uint32_t crc = byte;
+        for (int bit = 0; bit < 8; bit++) crc = crc & 1 ? crc >> 1 ^ POLYNOMIAL : crc >> 1;
+        table[0][byte] = crc;
+    }
+    for (int step = 1; step < 8; step++)
+        for (uint32_t byte = 0; byte < 256; byte++)
+            table[step][byte] = table[step - 1][byte] >> 8 ^ table[0][table[step - 1][byte] & 255];
+}
+
+INLINE uint64_t word(const uint8_t *at) {
+    uint64_t value;
+    memcpy(&value, at, sizeof value);
+    return value;
+}
+
+/* one step of eight bytes, and of one */
+INLINE uint32_t step8_table(uint32_t crc, uint64_t value) {
+    uint32_t low = crc ^ (uint32_t)value, high = (uint32_t)(value >> 32);
+    return table[7][low & 255] ^ table[6][low >> 8 & 255] ^ table[5][low >> 16 & 255] ^ table[4][low >> 24] ^
+           table[3][high & 255] ^ table[2][high >> 8 & 255] ^ table[1][high >> 16 & 255] ^ table[0][high >> 24];
+}
+INLINE uint32_t step1_table(uint32_t crc, uint8_t value) { return crc >> 8 ^ table[0][(crc ^ value) & 255]; }
+
+/* ``first`` and ``last``: the powers by which the CRC of a lane moves over the second lane, and over the third */
+#define DEFINE_CRC(NAME, TARGET, STEP8, STEP1)                                                                          \
+    TARGET static uint32_t NAME(const uint8_t *bytes, size_t count, uint32_t first, uint32_t last) {                    \
+        size_t lane = count / 24 * 8;                                                                                   \
+        uint32_t a = ~0u, b = ~0u, c = ~0u;                                                                             \
+        const uint8_t *end = bytes + count, *at = bytes;                                                                \
+        for (; at < bytes + lane; at += 8) {                                                                            \
+            a = (uint32_t)STEP8(a, word(at));                                                                           \
+            b = (uint32_t)STEP8(b, word(at + lane));                                                                    \
+            c = (uint32_t)STEP8(c, word(at + 2 * lane));                                                                \
+        }                                                                                                               \
+        for (at = bytes + 3 * lane; end - at >= 8; at += 8) c = (uint32_t)STEP8(c, word(at));                           \
+        for (; at < end; at++) c = STEP1(c, *at);                                                                       \
+        return multiply(multiply(~a, first) ^ ~b, last) ^ ~c;                                                           \
+    }
+
+DEFINE_CRC(crc_table, , step8_table, step1_table)
+#if defined(__x86_64__)
+DEFINE_CRC(crc_hardware, SSE42, _mm_crc32_u64, _mm_crc32_u8)
+#elif defined(__aarch64__) && defined(__linux__)
+#pragma GCC push_options
+#pragma GCC target("+crc")
+DEFINE_CRC(crc_hardware, , __crc32cd, __crc32cb)
+#pragma GCC pop_options
+#endif
+
+static int has_crc(void) {
+#if defined(__x86_64__)
+    return __builtin_cpu_supports("sse4.2") != 0;
+#elif defined(__aarch64__) && defined(__linux__)
+    return (getauxval(AT_HWCAP) & HWCAP_CRC32) != 0;
+#else
+    return 0;
+#endif
+}
+
+/* The CRC32C of ``count`` bytes. ``portable``: without the CPU's instruction, as where there is none. */
+uint32_t headrace_crc32c(const uint8_t *bytes, int64_t count, int portable) {
+    static _Thread_local int64_t known = -1;
+    static _Thread_local uint32_t first, last;
+    if (count != known) {
+        int64_t lane = count / 24 * 8;
+        first = power((uint64_t)lane), last = power((uint64_t)(count - 2 * lane)), known = count;
+    }
+#if defined(__x86_64__) || (defined(__aarch64__) && defined(__linux__))
+    if (!portable && has_crc()) return crc_hardware(bytes, (size_t)count, first, last);
+#endif
+    return crc_table(bytes, (size_t)count, first, last);
+}
+
+/* ---- reading --------------------------------------------------------------------------------------------------------
+ * Fill into[k] with ``size`` bytes of the file from byte offsets[k] on, k = 0 .. count - 1, and hold their CRC32C against
+ * expected[k] (NULL: don't). Returns how many were read and right before the first one that was not: short, refused by
+ * the disk or other bytes. ``at``: always the k that is being read, for others to look at. */
+int64_t headrace_read(int descriptor, int64_t count, const int64_t *offsets, uint8_t *const *into, int64_t size,
+                      const uint32_t *expected, volatile int64_t *at, int portable) {
+    for (int64_t k = 0; k < count; k++) {
+        *at = k;
+        for (int64_t done = 0; done < size;) {
+            ssize_t got = pread(descriptor, into[k] + done, (size_t)(size - done), (off_t)(offsets[k] + done));
+            if (got < 0 && errno == EINTR) continue;
+            if (got <= 0) return k;
+            done += got;
+        }
+        if (expected && headrace_crc32c(into[k], size, portable) != expected[k]) return k;
+    }
+    return count;
+}
+
+/* ---- rows -> batches ------------------------------------------------------------------------------------------------*/
+
+struct rows {
+    const void *const *sources; /* [count] where the tokens of each row lie */
+    const int64_t *samples;     /* [count] negative: a hole, which is filled with EOS; its source is not looked at */
+    int64_t count;
+    int64_t length; /* tokens of a row, T + 1: the sequence and the token that follows it */
+    int64_t token_bytes;
+    uint32_t eos;
+};
+
+#define CHUNK 128
+#define LINE 64
+
+/* Tokens to int64, and whether one of them is EOS. */
+#define WIDEN(TOKEN, COUNT)                                                                                             \
+    TOKEN found = 0;                                                                                                    \
+    for (int64_t i = 0; i < (COUNT); i++) into[i] = from[i];                                                            \
+    for (int64_t i = 0; i < (COUNT); i++) found |= (TOKEN)(from[i] == eos)
+
+/* One row; what is found goes to ``ends``, counted from ``base``. Meanwhile the row at ``next`` is brought near: rows lie
+ * anywhere in memory, and the CPU guesses none of them by itself. */
+#define DEFINE_ROW(NAME, TARGET, TOKEN)                                                                                 \
+    TARGET static int32_t *NAME(const TOKEN *restrict from, int64_t length, uint32_t token, int64_t *restrict into,     \
+                                const char *next, int32_t *ends, int32_t base) {                                        \
+        const TOKEN eos = (TOKEN)token;                                                                                 \
+        for (int64_t place = 0; place < length; place += CHUNK, from += CHUNK, into += CHUNK) {                         \
+            int64_t count = length - place < CHUNK ? length - place : CHUNK;                                            \
+            int any;                                                                                                    \
+            if (next)                                                                                                   \
+                for (int64_t line = 0; line < CHUNK * (int64_t)sizeof(TOKEN); line += LINE, next += LINE)               \
+                    __builtin_prefetch(next, 0, 3);                                                                     \
+            if (count == CHUNK) {                                                                                       \
+                WIDEN(TOKEN, CHUNK);                                                                                    \
+                any = found;                                                                                            \
+            } else {                                                                                                    \
+                WIDEN(TOKEN, count);                                                                                    \
+                any = found;                                                                                            \
+            }                                                                                                           \
+            if (any)                                                                                                    \
+                for (int64_t i = 0; i < count; i++)                                                                     \
+                    if (from[i] == eos) *ends++ = base + (int32_t)(place + i);                                          \
+        }                                                                                                               \
+        return ends;                                                                                                    \
+    }
+
+DEFINE_ROW(row16_plain, , uint16_t)
+DEFINE_ROW(row32_plain, , uint32_t)
+#if defined(__x86_64__)
+DEFINE_ROW(row16_avx2, AVX2, uint16_t)
+DEFINE_ROW(row32_avx2, AVX2, uint32_t)
+DEFINE_ROW(row16_avx512, AVX512, uint16_t)
+DEFINE_ROW(row32_avx512, AVX512, uint32_t)
+#endif
+
+typedef int32_t *row16(const uint16_t *restrict, int64_t, uint32_t, int64_t *restrict, const char *, int32_t *, int32_t);
+typedef int32_t *row32(const uint32_t *restrict, int64_t, uint32_t, int64_t *restrict, const char *, int32_t *, int32_t);
+
+/* 0: plain, 1: AVX2, 2: AVX-512 */
+static int width(void) {
+#if defined(__x86_64__)
+    if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl")) return 2;
+    if (__builtin_cpu_supports("avx2")) return 1;
+#endif
+    return 0;
+}
+
+/* The rows [first, first + count) as int64 [count, T + 1] into ``into``. ``ends`` [count T + 1] gets where the
+ * tokens, the last of each row left out, seen as one flat row of count T, are EOS: ascending. Returns how many these are; ``single``
+ * becomes whether no row that is no hole has an EOS before its last token but one. ``portable``: no wider instructions
+ * than any CPU of this kind has. */
+int64_t headrace_batch(const struct rows *rows, int64_t first, int64_t count, int64_t *into, int32_t *ends,
+                       int64_t *single, int portable) {
+    row16 *widen16 = row16_plain;
+    row32 *widen32 = row32_plain;
+#if defined(__x86_64__)
+    static row16 *const kinds16[] = {row16_plain, row16_avx2, row16_avx512};
+    static row32 *const kinds32[] = {row32_plain, row32_avx2, row32_avx512};
+    int kind = portable ? 0 : width();
+    widen16 = kinds16[kind], widen32 = kinds32[kind];
+#endif
+    int64_t length = rows->length;
+    int32_t *found = ends, tokens = (int32_t)(length - 1);
+    *single = 1;
+    for (int64_t k = 0; k < count; k++, into += length) {
+        int64_t row = first + k;
+        int32_t base = (int32_t)k * tokens, *before = found;
+        if (rows->samples[row] < 0) {
+            for (int64_t i = 0; i < length; i++) into[i] = rows->eos;
+            for (int32_t i = 0; i < tokens; i++) *found++ = base + i;
+            continue;
+        }
+        int more = row + 1 < rows->count && rows->samples[row + 1] >= 0;
+        const char *next = more ? rows->sources[row + 1] : NULL;
+        if (rows->token_bytes == 2)
+            found = widen16(rows->sources[row], length, rows->eos, into, next, found, base);
+        else
+            found = widen32(rows->sources[row], length, rows->eos, into, next, found, base);
+        if (found > before && found[-1] == base + tokens) found--; /* the token that follows is nobody's end */
+        if (found > before && before[0] < base + tokens - 1) *single = 0;
+    }
+    return found - ends;
+}
+
+/* What of this CPU is used: bit 0 its CRC32C instruction, bits 1 and 2 the width of vectors. */
+int headrace_features(void) { return has_crc() | width() << 1; }

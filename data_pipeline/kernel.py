@@ -1,0 +1,213 @@
+"""The native kernel (``kernel.c``): compiled when it is first wanted, checked, and bound by ctypes.
+
+Nothing is built at installation, so that a clone, a code snapshot and an installed package behave alike: the library
+lies in the user's cache folder under a hash of all that it depends on, and a process that does not find it there
+compiles it (a second). Without a compiler NumPy does the same, more slowly; :func:`describe` says which it is.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import crc32c
+import numpy as np
+import numpy.typing as npt
+
+from .errors import UserError
+from .numpy_kernel import NumpyKernel, Widen
+from .permutation import IntArray
+from .rows import Rows
+
+if TYPE_CHECKING:
+    import torch
+
+SWITCH = "HEADRACE_KERNEL"
+"""The environment variable that chooses: unset or ``auto``, or ``numpy``."""
+
+_SOURCE = Path(__file__).with_name("kernel.c")
+_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared")
+_COMPILERS = ("cc", "gcc", "clang")
+_COMPILE_SECONDS = 120
+_TOKENS = {np.dtype("<u2"), np.dtype("<u4")}
+_WIDTHS = ("plain", "AVX2", "AVX-512")
+
+
+class _RowTable(ctypes.Structure):
+    """``struct rows`` of the kernel."""
+
+    _fields_ = (
+        ("sources", ctypes.c_void_p),
+        ("samples", ctypes.c_void_p),
+        ("count", ctypes.c_int64),
+        ("length", ctypes.c_int64),
+        ("token_bytes", ctypes.c_int64),
+        ("eos", ctypes.c_uint32),
+    )
+
+
+class NativeKernel:
+    """The functions of a compiled kernel; all of them let other threads run meanwhile.
+
+    Args:
+        library: the compiled file.
+        portable: leave out the instructions that not every CPU of this kind has.
+
+    Raises:
+        OSError: it can't be loaded, or does not compute what it should.
+    """
+
+    def __init__(self, library: Path, portable: bool = False) -> None:
+        loaded = ctypes.CDLL(str(library))
+        self._portable = int(portable)
+        self._crc32c = _declare(loaded.headrace_crc32c, ctypes.c_uint32, "pid")
+        self._read = _declare(loaded.headrace_read, ctypes.c_int64, "dippippd")
+        self._batch = _declare(loaded.headrace_batch, ctypes.c_int64, "piipppd")
+        features = 0 if portable else _declare(loaded.headrace_features, ctypes.c_int, "")()
+        self.features = f"CRC32C by {'the CPU' if features & 1 else 'tables'}, {_WIDTHS[features >> 1]} vectors"
+        """What of this CPU is used."""
+        example = np.arange(10_007, dtype=np.uint64).astype(np.uint8)
+        if self.crc32c(example) != crc32c.crc32c(example.data):
+            raise OSError(f"{library} computes a wrong CRC32C")
+
+    def crc32c(self, content: npt.NDArray[np.uint8]) -> int:
+        """The CRC32C of some bytes [n], contiguous."""
+        return int(self._crc32c(content.ctypes.data, content.size, self._portable))
+
+    def read(
+        self,
+        descriptor: int,
+        offsets: IntArray,
+        memory: npt.NDArray[np.uint8],
+        places: IntArray,
+        size: int,
+        expected: npt.NDArray[np.uint32] | None,
+        at: npt.NDArray[np.int64],
+    ) -> int:
+        """As :meth:`NumpyKernel.read`."""
+        into = memory.ctypes.data + places * memory.strides[0]
+        offsets = np.ascontiguousarray(offsets)
+        crcs = None if expected is None else (expected := np.ascontiguousarray(expected)).ctypes.data
+        pointers = (offsets.ctypes.data, into.ctypes.data, size, crcs, at.ctypes.data)
+        return int(self._read(descriptor, len(offsets), *pointers, self._portable))
+
+    def widen(self, rows: Rows, eos_id: int, samples: IntArray, size: int) -> Widen:
+        """As :meth:`NumpyKernel.widen`; the memory of the rows must stay as it is until the last batch is made."""
+        dtypes = rows.dtypes
+        if len(dtypes) > 1 or not dtypes <= _TOKENS:
+            return NumpyKernel().widen(rows, eos_id, samples, size)
+        sources, samples = rows.addresses(), np.ascontiguousarray(samples)
+        (dtype,) = dtypes
+        table = _RowTable(sources.ctypes.data, samples.ctypes.data, len(samples), rows.length, dtype.itemsize, eos_id)
+        ends = np.empty(size * (rows.length - 1) + 1, np.int32)
+        single = ctypes.c_int64()
+        batch, portable = self._batch, self._portable
+        alive = (rows, sources, samples, table)
+        pointer, ends_pointer, single_pointer = ctypes.addressof(table), ends.ctypes.data, ctypes.addressof(single)
+
+        def fill(number: int, into: torch.Tensor) -> tuple[npt.NDArray[np.int32], bool]:
+            assert alive
+            found = batch(pointer, number * size, size, into.data_ptr(), ends_pointer, single_pointer, portable)
+            return ends[:found].copy(), single.value != 0
+
+        return fill
+
+
+Kernel = NativeKernel | NumpyKernel
+
+
+def load() -> Kernel:
+    """What makes batches in this process."""
+    return _find()[0]
+
+
+def describe() -> str:
+    """The same in words."""
+    return _find()[1]
+
+
+@cache
+def _find() -> tuple[Kernel, str]:
+    chosen = os.environ.get(SWITCH) or "auto"
+    if chosen not in ("auto", "numpy"):
+        raise UserError(f"{SWITCH} is {chosen!r}; it may be `auto` (or unset) or `numpy`.")
+    if chosen == "numpy":
+        return NumpyKernel(), f"NumPy, for {SWITCH}=numpy"
+    if sys.byteorder != "little" or ctypes.sizeof(ctypes.c_void_p) != 8:
+        return NumpyKernel(), "NumPy, for the native kernel needs a little-endian machine of 64 bits"
+    try:
+        kernel = _built()
+    except (OSError, subprocess.SubprocessError, RuntimeError) as error:
+        return NumpyKernel(), f"NumPy, for the native kernel can't be had: {' '.join(str(error).split())}"
+    return kernel, f"the native kernel ({kernel.features})"
+
+
+def _built() -> NativeKernel:
+    """The kernel from the cache folder, or compiled to there, or to a folder that lasts as long as loading it."""
+    try:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "headrace-kernel"
+        library = folder / f"{_key()}.so"
+        if not library.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            _compile(library)
+        return NativeKernel(library)
+    except (OSError, RuntimeError):  # a folder that can't be written, no home, what another machine compiled
+        with tempfile.TemporaryDirectory(prefix="headrace-kernel-") as temporary:
+            library = Path(temporary) / "kernel.so"
+            _compile(library)
+            return NativeKernel(library)
+
+
+def _key() -> str:
+    """A hash of all that the compiled file depends on."""
+    parts = (
+        _SOURCE.read_bytes(),
+        *_FLAGS,
+        os.environ.get("CC", ""),
+        platform.machine(),
+        sys.platform,
+        *platform.libc_ver(),
+    )
+    return hashlib.sha256(b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)).hexdigest()
+
+
+def _compile(library: Path) -> None:
+    """Make the library, complete or not at all.
+
+    Raises:
+        RuntimeError: there is no compiler, or it refuses.
+    """
+    command = shlex.split(os.environ.get("CC", "")) or [name for name in _COMPILERS if shutil.which(name)][:1]
+    if not command:
+        raise RuntimeError(f"no C compiler was found ($CC, {', '.join(_COMPILERS)})")
+    handle, temporary = tempfile.mkstemp(".part", library.name, library.parent)
+    os.close(handle)
+    try:
+        done = subprocess.run(
+            [*command, *_FLAGS, "-o", temporary, str(_SOURCE)],
+            stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
+            timeout=_COMPILE_SECONDS,
+        )  # fmt: skip
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(command)} ended with {done.returncode}: {done.stdout[-500:]}")
+        os.replace(temporary, library)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+
+
+_TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_int}
+
+
+def _declare(function: Any, result: Any, arguments: str) -> Any:
+    function.restype, function.argtypes = result, [_TYPES[kind] for kind in arguments]
+    return function

@@ -1,0 +1,191 @@
+"""The native kernel against NumPy and plain Python, bit by bit; built, or replaced, and never silently."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import crc32c
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data_pipeline import kernel
+from data_pipeline.errors import UserError
+from data_pipeline.kernel import NativeKernel
+from data_pipeline.numpy_kernel import NumpyKernel
+from data_pipeline.rows import Part, Rows
+
+EOS = 2
+KERNELS = ("native", "portable", "numpy")
+
+
+@pytest.fixture(scope="module")
+def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """Compiled for these tests, with what this CPU has and without."""
+    library = tmp_path_factory.mktemp("kernel") / "kernel.so"
+    try:
+        kernel._compile(library)
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    return {"native": NativeKernel(library), "portable": NativeKernel(library, portable=True), "numpy": NumpyKernel()}
+
+
+def in_pieces(tokens: np.ndarray, seed: int) -> Rows:
+    """The rows [n, T + 1], some of them in the middle of a larger array, in any order; the others by themselves."""
+    rng = np.random.default_rng(seed)
+    order = rng.permutation(len(tokens))
+    first, rest = np.split(order, [rng.integers(len(tokens) + 1)])
+    room = np.full((3, 1 + 2 * len(tokens), tokens.shape[1]), 7, tokens.dtype)
+    above, along = rng.integers(0, 3, len(first)), 1 + rng.permutation(2 * len(tokens))[: len(first)]
+    room[above, along] = tokens[first]
+    return Rows(len(tokens), [Part(first, room, (above, along)), Part(rest, tokens[rest], (np.arange(len(rest)),))])
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    length=st.one_of(st.integers(2, 20), st.sampled_from([64, 127, 128, 129, 130, 255, 256, 257, 400])),
+    size=st.integers(1, 4), count=st.integers(1, 3), share=st.sampled_from([0.0, 0.003, 0.1, 0.7, 1.0]),
+    wide=st.booleans(), seed=st.integers(0, 1 << 20), hole=st.sampled_from([0.0, 0.3]),
+)  # fmt: skip
+def test_batches_are_equal_to_the_bit(
+    kernels: dict[str, Any], length: int, size: int, count: int, share: float, wide: bool, seed: int, hole: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    shape = (size * count, length)
+    tokens = rng.integers(3, 1 << 31 if wide else 1 << 16, shape).astype(np.uint32 if wide else np.uint16)
+    tokens[rng.random(shape) < share] = EOS
+    samples = np.where(rng.random(len(tokens)) < hole, -1, np.arange(len(tokens)))
+    made = {name: one.widen(in_pieces(tokens, seed), EOS, samples, size) for name, one in kernels.items()}
+    for number in range(count):
+        part = slice(number * size, (number + 1) * size)
+        expected = np.where(samples[part, None] < 0, EOS, tokens[part].astype(np.int64))
+        ends = np.flatnonzero(expected[:, :-1] == EOS)
+        inside = [EOS in row[:-2] and sample >= 0 for row, sample in zip(expected, samples[part], strict=True)]
+        for name in KERNELS:
+            into = torch.full((size, length), -1)
+            found, single = made[name](number, into)
+            assert np.array_equal(into.numpy(), expected), name
+            assert found.dtype == np.int32
+            assert np.array_equal(found, ends), name
+            assert single is not any(inside), name
+
+
+def test_nothing_is_written_beside_a_batch(kernels: dict[str, Any]) -> None:
+    tokens = np.full((4, 130), EOS, np.uint16)
+    for name in KERNELS:
+        room = torch.full((4, 2, 130), -1)
+        kernels[name].widen(Rows.of(tokens), EOS, np.arange(4), 2)(1, room[2])
+        assert (room[2] == EOS).all()
+        assert (room[[0, 1, 3]] == -1).all(), name
+
+
+def test_tokens_of_another_dtype_are_taken_too(kernels: dict[str, Any]) -> None:
+    tokens = np.array([[5, EOS, 7], [8, 9, 10]], np.int64)
+    mixed = Rows(2, [Part(np.array([1]), tokens.astype(np.uint16), (np.array([1]),)),
+                     Part(np.array([0]), tokens.astype(np.uint32), (np.array([0]),))])  # fmt: skip
+    for name in KERNELS:
+        for rows in (Rows.of(tokens), mixed):
+            into = torch.empty((2, 3), dtype=torch.int64)
+            ends, single = kernels[name].widen(rows, EOS, np.arange(2), 2)(0, into)
+            assert (into.tolist(), ends.tolist(), single) == (tokens.tolist(), [1], True)
+
+
+def test_crc32c_is_the_library_s(kernels: dict[str, Any]) -> None:
+    rng = np.random.default_rng(0)
+    sizes = [*range(80), *rng.integers(80, 3000, 60).tolist(), 131_074, 262_148]
+    for size in sizes:
+        content = rng.integers(0, 256, size + 3).astype(np.uint8)[3:]  # not aligned
+        for name in ("native", "portable"):
+            assert kernels[name].crc32c(content) == crc32c.crc32c(content.tobytes()), (name, size)
+    assert kernels["native"].crc32c(np.frombuffer(b"123456789", np.uint8)) == 0xE3069283  # RFC 3720's check value
+
+
+@pytest.mark.parametrize("name", KERNELS)
+def test_reads_up_to_the_first_that_is_wrong(kernels: dict[str, Any], name: str, tmp_path: Path) -> None:
+    rng = np.random.default_rng(1)
+    blocks = rng.integers(0, 256, (5, 100)).astype(np.uint8)
+    path = tmp_path / "file"
+    path.write_bytes(b"head" + blocks.tobytes())
+    crcs = np.array([crc32c.crc32c(block.tobytes()) for block in blocks], np.uint32)
+    offsets, places, at = 4 + 100 * np.arange(5), np.array([4, 0, 3, 6, 1]), np.zeros(1, np.int64)
+
+    def read(size: int, expected: Any, offsets: Any = offsets, places: Any = places) -> tuple[int, Any]:
+        memory = np.full((7, 128), 255, np.uint8)
+        descriptor = os.open(path, os.O_RDONLY)
+        try:
+            return kernels[name].read(descriptor, offsets, memory, places, size, expected, at), memory
+        finally:
+            os.close(descriptor)
+
+    for expected in (crcs, None):
+        right, memory = read(100, expected)
+        assert (right, at[0]) == (5, 4)
+        assert np.array_equal(memory[places, :100], blocks)
+        memory[places, :100] = 255
+        assert (memory == 255).all()
+    assert read(100, crcs[::2], offsets[::2], places[::2])[0] == 3
+    assert read(100, None, offsets[:0], places[:0])[0] == 0
+    wrong = crcs.copy()
+    wrong[2] ^= 1
+    assert (read(100, wrong)[0], at[0]) == (2, 2)
+    os.truncate(path, 4 + 399)
+    assert (read(100, crcs)[0], at[0]) == (3, 3)
+    assert (read(100, None)[0], at[0]) == (3, 3)
+    assert kernels[name].read(-1, offsets, np.empty((7, 100), np.uint8), places, 100, None, at) == 0
+
+
+def test_without_a_compiler_numpy_does_it_and_says_so(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv(kernel.SWITCH, raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    found, words = kernel._find.__wrapped__()
+    assert isinstance(found, NumpyKernel)
+    assert words == "NumPy, for the native kernel can't be had: no C compiler was found ($CC, cc, gcc, clang)"
+    monkeypatch.setenv("CC", "false")
+    monkeypatch.setenv("PATH", os.defpath)
+    found, words = kernel._find.__wrapped__()
+    assert isinstance(found, NumpyKernel)
+    assert words.startswith("NumPy, for the native kernel can't be had: false ended with 1")
+    assert not list((tmp_path / "headrace-kernel").iterdir())
+
+
+def test_the_kernel_is_chosen_by_a_variable_that_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(kernel.SWITCH, "numpy")
+    assert isinstance(kernel._find.__wrapped__()[0], NumpyKernel)
+    monkeypatch.setenv(kernel.SWITCH, "fast")
+    with pytest.raises(UserError, match="HEADRACE_KERNEL is 'fast'; it may be `auto`"):
+        kernel._find.__wrapped__()
+
+
+def test_the_library_is_kept_complete_and_a_broken_one_is_not_used(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    kernel._built()
+    (library,) = (tmp_path / "headrace-kernel").iterdir()
+    compiled = library.stat().st_mtime_ns
+    kernel._built()
+    assert library.stat().st_mtime_ns == compiled
+    library.unlink()
+    library.write_bytes(b"\x7fELF")
+    assert isinstance(kernel._built(), NativeKernel)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(library))  # no folder can be made there
+    assert isinstance(kernel._built(), NativeKernel)
+
+
+def test_a_kernel_that_computes_wrong_is_refused(
+    kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    source = tmp_path / "kernel.c"
+    source.write_text(kernel._SOURCE.read_text().replace("0x82f63b78u", "0xedb88320u"))
+    monkeypatch.setattr(kernel, "_SOURCE", source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv(kernel.SWITCH, raising=False)
+    found, words = kernel._find.__wrapped__()
+    assert isinstance(found, NumpyKernel)
+    assert "computes a wrong CRC32C" in words
