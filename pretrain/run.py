@@ -206,11 +206,9 @@ class Session:
         made = self._ranks.gather_objects((socket.gethostname(), kernel.describe()))
         if self._ranks.rank == 0:
             print(f"batches are made by {made[0][1]}", flush=True)
-            slow = sorted({f"{host}: {words}" for host, words in made if words.startswith("NumPy")})
-            for line in slow:
-                print(
-                    f"warning: batches are made several times more slowly than they could be; {line}", file=sys.stderr
-                )
+            for host, words in sorted({(host, words) for host, words in made if words.startswith("NumPy")}):
+                told = f"{host} makes batches more slowly than it could: by {words}"
+                print(f"warning: {told}", file=sys.stderr, flush=True)
 
     def end(self, reason: Reason, code: int, error: BaseException | None = None, signal: str | None = None) -> int:
         """Print why this rank ends, record it in attempts.jsonl; returns ``code``."""
