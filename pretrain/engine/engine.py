@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from data_pipeline import Batch
-from data_pipeline.errors import HeadraceError
 from pretrain.config import Config
 from pretrain.distributed import Distributed, set_timeout_of_all_groups
 from pretrain.model import Decoder, Outputs
@@ -28,13 +27,7 @@ from .deepspeed_module import import_deepspeed
 from .gradients import scale_gradients
 from .initial import Given, fill_model
 from .masters import write_masters
-from .shards import attach_matrices, shape_of
-
-if TYPE_CHECKING:
-    from .files import CheckpointFiles
-
-TAG = "deepspeed"
-"""Name of DeepSpeed's folder inside a checkpoint."""
+from .shards import attach_matrices, shape_of, shards_of
 
 
 @contextmanager
@@ -93,17 +86,17 @@ class Engine:
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )
-        attach_matrices(optimizer, self._optimizer, model, self._stage, ranks)
+        shapes = {name: shape_of(parameter) for name, parameter in model.named_parameters()}
+        shards = shards_of(self._optimizer, optimizer.param_groups, model, self._stage, ranks)
+        attach_matrices(optimizer, shards, shapes, self._stage, ranks)
         if initial is not None and config.training.precision == "bf16":
             write_masters(model, initial, self._stage, ranks, self._master())
         set_timeout_of_all_groups(config.resilience.collective_timeout_seconds)
         if self._stage == 0 and ranks.world_size == 1:
             self._engine.enable_backward_allreduce = False  # copies every gradient twice to reduce it with nobody
-        from .files import CheckpointFiles  # imports DeepSpeed, which has to find its accelerator chosen
+        from .saving import EngineCheckpoints  # imports DeepSpeed, which has to find its accelerator chosen
 
-        self._engine.checkpoint_engine = CheckpointFiles(self._engine.checkpoint_engine)
-        # copies of DeepSpeed's own tools: an error of the disk there would come between its barriers
-        self._engine._copy_recovery_script = lambda folder: None
+        self.checkpoints = EngineCheckpoints(self._engine, optimizer, shards, shapes, self._stage, ranks)
 
     def _build(self, deepspeed: Any, config: Config, vocab_size: int, settings: dict[str, Any]) -> Decoder:
         """The decoder without values."""
@@ -211,25 +204,15 @@ class Engine:
         Raises:
             OSError: this rank could not write (on the rank concerned only).
         """
-        files: CheckpointFiles = self._engine.checkpoint_engine
-        try:
-            self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
-        except OSError as error:
-            # the others wait for this rank in a barrier of DeepSpeed's: to go on to the next collective would hang all
-            raise HeadraceError(f"DeepSpeed could not save below {folder}: {error}") from error
-        return files.written()
+        return self.checkpoints.save(folder)
 
     def load(self, folder: Path) -> None:
-        """Restore what :meth:`save` wrote on the same number of ranks and ZeRO stage. Collective."""
-        groups = self._optimizer.param_groups
-        configured = [{key: value for key, value in group.items() if key != "params"} for group in groups]
-        path, _ = self._engine.load_checkpoint(str(folder), tag=TAG)
-        if path is None:
-            raise HeadraceError(
-                f"DeepSpeed found no state to load below {folder / TAG}, though its files are complete."
-            )
-        for group, settings in zip(self._optimizer.param_groups, configured, strict=True):
-            group.update(settings)  # the configuration decides, not what it was when the checkpoint was saved
+        """Restore what :meth:`save` wrote, on any number of ranks and ZeRO stage. Collective.
+
+        Where tensors lie as they did when it was saved, DeepSpeed reads its own files; else every rank takes what it
+        needs by name. Both give the same bits.
+        """
+        self.checkpoints.load(folder)
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Every parameter, whole, in fp32 from the optimizer's own copy, on the CPU. Collective."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,17 @@ class CheckpointFiles(_base.CheckpointEngine):  # type: ignore[misc, name-define
 
     DeepSpeed's own lets an error of the disk out of the middle of ``save_checkpoint``, where the other ranks wait in a
     barrier for the rank that failed.
+
+    Args:
+        default: DeepSpeed's own, which reads.
+        check: called with the path and the content of a file that is about to be written; may raise.
     """
 
-    def __init__(self, default: Any) -> None:
+    def __init__(self, default: Any, check: Callable[[str, Any], None]) -> None:
         super().__init__()
         self.name = "headrace"
         self._default = default
+        self._check = check
         self._files: list[Path] = []
         self._error: OSError | None = None
 
@@ -34,6 +40,7 @@ class CheckpointFiles(_base.CheckpointEngine):  # type: ignore[misc, name-define
         if "single_partition_of_fp32_groups" in optimizer:
             # DeepSpeed's bf16 optimizer of stage 1 leaves this out, without which DeepSpeed's own tool refuses the file
             optimizer.setdefault("zero_stage", 1)
+        self._check(path, state_dict)
         try:
             with open(path, "wb") as handle:
                 torch.save(state_dict, handle)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from .deepspeed_module import import_deepspeed
-from .engine import TAG
+from .layout import TAG
 
 
 class StoredTensor(Protocol):

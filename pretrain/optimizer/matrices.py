@@ -128,6 +128,15 @@ class MatrixUnit:
         limit = round_elements // ranks.world_size if self._is_replicated else round_elements
         self.rounds = _rounds(parts, _owners(parts, len(held)), here, len(held), limit)
 
+    @property
+    def homes(self) -> dict[str, Tensor]:
+        """For each matrix that this rank owns, a tensor in which it lies, by name."""
+        return {name: home for now in self.rounds for name, home in self.homes_in(now).items()}
+
+    def homes_in(self, now: Round) -> dict[str, Tensor]:
+        """The same of a round's matrices."""
+        return {piece.name: self.tensors[piece.tensor] for piece in now.own}
+
     def gather(self, now: Round, read: Callable[[Piece], Tensor]) -> dict[str, Tensor]:
         """The matrices [m, n] that this rank owns in a round. Collective.
 

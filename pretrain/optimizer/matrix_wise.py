@@ -16,6 +16,9 @@ from .matrices import MatrixUnit, Piece, pieces_of
 
 Group = dict[str, Any]
 
+MATRICES = "matrices"
+"""Key of what is kept for whole matrices, by their names, in the state of a tensor."""
+
 
 class MatrixWise(torch.optim.Optimizer):
     """Base: AdamW for the groups that are not marked ``matrix``, a subclass's rule for the matrices of the others.
@@ -36,6 +39,8 @@ class MatrixWise(torch.optim.Optimizer):
     """Of matrices and their updates on the way between ranks."""
     spread = True
     """Where every rank holds all matrices, each computes a share of the updates for all."""
+    keeps_matrices = False
+    """Whether the state of a matrix is one of the whole matrix (:meth:`matrix_state`), and not sharded like it."""
 
     def __init__(self, groups: list[Group], settings: AdamSettings) -> None:
         others = [group for group in groups if not group["matrix"]]
@@ -53,6 +58,16 @@ class MatrixWise(torch.optim.Optimizer):
         """
         made = [MatrixUnit(tensors, pieces, ranks, self.dtype, self.spread) for tensors, pieces in units]
         self._units = {unit.tensors[0]: unit for unit in made}
+
+    def homes(self) -> dict[str, Tensor]:
+        """For each matrix that this rank keeps state of as a whole, the tensor with whose state."""
+        found = {name: home for unit in self._units.values() for name, home in unit.homes.items()}
+        return found if self.keeps_matrices else {}
+
+    def matrix_state(self, home: Tensor, name: str) -> dict[str, Any]:
+        """What is kept of a whole matrix, to be read and changed; it is saved, and follows the matrix to its owner."""
+        state: dict[str, Any] = self.state[home].setdefault(MATRICES, {}).setdefault(name, {})
+        return state
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nothing calls an optimizer with a closure
@@ -78,8 +93,7 @@ class MatrixWise(torch.optim.Optimizer):
             matrices = unit.gather(
                 now, lambda piece: self.read(group, unit.tensors[piece.tensor], piece).to(unit.device, unit.dtype)
             )
-            homes = {piece.name: unit.tensors[piece.tensor] for piece in now.own}
-            for piece, values in unit.scatter(now, self.updates(group, matrices, homes)):
+            for piece, values in unit.scatter(now, self.updates(group, matrices, unit.homes_in(now))):
                 piece.add(unit.tensors[piece.tensor], values, -group["lr"] * self.factor(piece.shape))
 
     def _unit(self, group: Group) -> MatrixUnit:

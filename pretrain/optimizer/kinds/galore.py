@@ -107,6 +107,7 @@ class GaLore(MatrixWise):
     authors' code, the moments stay as they are when the singular vectors change.
     """
 
+    keeps_matrices = True
     spread = False  # at stage 0 DeepSpeed saves what rank 0 holds: every rank has to hold the state of all matrices
 
     def __init__(self, groups: list[Group], settings: GaLoreSettings) -> None:
@@ -116,14 +117,14 @@ class GaLore(MatrixWise):
     def updates(self, group: Group, matrices: dict[str, Tensor], homes: dict[str, Tensor]) -> dict[str, Tensor]:
         found = {}
         for name, gradient in matrices.items():
-            states = self.state[homes[name]].setdefault("matrices", {})
-            found[name] = self._update(gradient, states.setdefault(name, {"step": 0}), homes[name].device)
+            found[name] = self._update(gradient, self.matrix_state(homes[name], name), homes[name].device)
         return found
 
     def _update(self, gradient: Tensor, state: dict[str, Any], home: torch.device) -> Tensor:
         """The state lies on ``home``, which may be the host; the arithmetic is done where the gradient lies."""
         settings, here = self._settings, gradient.device
         is_tall = gradient.shape[0] >= gradient.shape[1]
+        state.setdefault("step", 0)
         if state["step"] % settings.gap == 0:
             state["basis"] = leading_vectors(gradient, settings.rank).to(home)
         basis: Tensor = state["basis"].to(here)
