@@ -102,12 +102,16 @@ def export(
 
 @app.command("verify-checkpoint")
 def verify_checkpoint(checkpoint: Annotated[Path, typer.Argument(help="a step_... folder")]) -> None:
-    """Read every byte of a checkpoint and compare it with its manifest."""
-    from .checkpoint import intact, read_state
+    """Read every byte of a checkpoint, compare it with its manifest, and see that every parameter is there whole."""
+    from .checkpoint import intact_layout, read_state
 
-    files = intact(checkpoint)
-    step, size = read_state(checkpoint)["step"], sum(file.bytes for file in files)
-    print(f"{checkpoint}: step {step:,}, {len(files)} files, {size:,} bytes, all as they were saved")
+    files, layout = intact_layout(checkpoint)
+    saved, size = read_state(checkpoint), sum(file.bytes for file in files)
+    print(
+        f"{checkpoint}: step {saved['step']:,}, {len(files)} files, {size:,} bytes, all as they were saved; "
+        f"{len(layout.shapes)} parameters, whole, saved by {saved['topology']['world_size']} ranks at ZeRO stage "
+        f"{saved['topology']['zero_stage']}"
+    )
 
 
 def main() -> None:

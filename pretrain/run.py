@@ -35,7 +35,7 @@ from .initial_weights import Weights
 from .monitor import AttemptsLog, Monitor, Reason, read_attempts
 from .run_folder import CHECKPOINTS, DAMAGE, lock_run_folder, open_run_folder, set_aside, versions, write_config
 from .signals import StopRequest
-from .state import TrainState, config_changes, resume_state
+from .state import TrainState, config_changes, group_change, resume_state, topology_changes
 from .train import NonFiniteError, StoppedError, TooManyHolesError, Trainer
 
 
@@ -170,6 +170,7 @@ class Session:
         self._monitor = Monitor(
             self._folder, state.step, config.total_steps, config.monitor.tensorboard, state.evaluated
         )
+        moved = topology_changes(origin, config, self._ranks) if origin else []
         attempts.start(
             hosts=sorted(set(hosts)),
             world_size=self._ranks.world_size,
@@ -178,12 +179,16 @@ class Session:
             resumed_from=str(origin) if origin else None,
             initial_weights=_identity(beginning.weights) if beginning and beginning.weights else None,
             masks=[_identity(source.weights) for source in beginning.mask_sources] if beginning else [],
+            topology_changes=moved,
             superseded_lines=self._monitor.superseded,
             lost_steps=self._monitor.lost_steps,
         )
         for line in _where_it_stands(self._folder, config, state, origin, beginning, self._monitor.lost_steps):
             print(line, flush=True)
-        for line in warnings(config, self._ranks.world_size):
+        for change in moved:
+            print(f"topology changed since that checkpoint: {change}", flush=True)
+        regrouped = group_change(origin, config, self._ranks) if origin else None
+        for line in [*([regrouped] if regrouped else []), *warnings(config, self._ranks.world_size)]:
             print(f"warning: {line}", file=sys.stderr, flush=True)
         if origin is not None and state.holes and self._folder.resolve() not in origin.resolve().parents:
             inherit_ledger(self._folder / DAMAGE, origin.parent.parent / DAMAGE, state.position)

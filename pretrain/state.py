@@ -77,7 +77,7 @@ def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) 
 
     Raises:
         UserError: the checkpoint is of another model, of other data or another order, of other skipped ranges before
-            its position, or of a topology from which this one can't be restored; the message says what differs.
+            its position, or of another precision; the message says what differs.
         DataError: ``state.json`` can't be read.
     """
     saved = read_state(path)
@@ -94,10 +94,7 @@ def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) 
         "Give its settings back, or choose another run.name",
     )
     change = _accepted_change(path, config, saved["data"], data.identity)
-    there, here = saved["topology"], _topology(config, ranks)
-    if there["zero_stage"] == here["zero_stage"] == 0:
-        there = {**there, "world_size": here["world_size"]}  # stage 0 shards nothing
-    _same("the topology", path, there, here, "This version resumes on the topology that saved; start that one again")
+    _same_precision(path, saved["topology"]["precision"], config.training.precision)
     state = TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
     loss_range = LossRange(**saved["loss_range"]) if saved["loss_range"] else None
     changes = [*state.data_changes, *([f"from step {state.step + 1} on: {change}"] if change else [])]
@@ -150,6 +147,27 @@ def config_changes(path: Path, config: Config) -> list[str]:
     there, here = (_flat(content) for content in (read_state(path)["config"], plain(config)))
     keys = sorted(key for key in there.keys() | here.keys() if not key.startswith(("run.", "resume")))
     return [f"{key}: {there.get(key)!r} -> {here.get(key)!r}" for key in keys if there.get(key) != here.get(key)]
+
+
+def topology_changes(path: Path, config: Config, ranks: Distributed) -> list[str]:
+    """What is different about the topology from that which saved a checkpoint, as ``key: old -> new``."""
+    there, here = read_state(path)["topology"], _topology(config, ranks)
+    return [f"{key}: {there[key]} -> {here[key]}" for key in here if there[key] != here[key]]
+
+
+def group_change(path: Path, config: Config, ranks: Distributed) -> str | None:
+    """What another number of ranks or micro-batch does to the objective since a checkpoint; None: nothing."""
+    saved = read_state(path)
+    there = saved["config"]["training"]["micro_batch"] * saved["topology"]["world_size"]
+    here = config.training.micro_batch * ranks.world_size
+    reweighting = config.objective.reweighting
+    if there == here or reweighting.off or reweighting.group != "micro_step":
+        return None
+    return (
+        f"samples are weighed against each other in groups of {here} (training.micro_batch x ranks), which were of "
+        f"{there} before: the objective is another one. Keep the product, or set objective.reweighting.group to a "
+        "global batch's, to be independent of it."
+    )
 
 
 def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -208,6 +226,16 @@ def _topology(config: Config, ranks: Distributed) -> dict[str, Any]:
         "offload_optimizer": config.engine.offload_optimizer,
         "precision": config.training.precision,
     }
+
+
+def _same_precision(path: Path, there: str, here: str) -> None:
+    """Another precision is not another layout of the same run: every loss after it would be another."""
+    if there != here:
+        raise UserError(
+            f"{path} can't be resumed: it was trained in another precision (precision: {there!r} in the checkpoint, "
+            f"{here!r} now). Give training.precision={there}, or begin a new run with its weights "
+            f"(model.weights_from={path})."
+        )
 
 
 def _same(what: str, path: Path, there: dict[str, Any], here: dict[str, Any], mend: str) -> None:

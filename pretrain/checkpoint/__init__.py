@@ -2,13 +2,14 @@
 
 from .manifest import intact, read_manifest
 from .random_state import seed_generators
-from .store import CheckpointError, CheckpointStore, complete_checkpoints, read_state, step_of
+from .store import CheckpointError, CheckpointStore, complete_checkpoints, intact_layout, read_state, step_of
 
 __all__ = [
     "CheckpointError",
     "CheckpointStore",
     "complete_checkpoints",
     "intact",
+    "intact_layout",
     "read_manifest",
     "read_state",
     "seed_generators",

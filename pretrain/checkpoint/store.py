@@ -5,6 +5,7 @@
     checkpoints/step_000000500/
         MANIFEST.json     written last: every file with size and hash
         state.json        step, position, tokens, what the data, model and topology were
+        layout.json       where every element of weights and optimizer state lies, by name (pretrain.engine.layout)
         rank_00000.pt     random states of each rank
         deepspeed/        what DeepSpeed saves, readable by its own tools
 
@@ -27,9 +28,10 @@ from data_pipeline.errors import DataError, HeadraceError, UserError
 from data_pipeline.files import fsync_folder, publish, publish_json
 from pretrain.config import CheckpointSettings
 from pretrain.distributed import Distributed
-from pretrain.engine import Engine
+from pretrain.engine import Engine, read_layout
+from pretrain.engine.layout import Layout
 
-from .manifest import NAME, FileRecord, problems, read_manifest, record_file, write_manifest
+from .manifest import NAME, FileRecord, intact, problems, read_manifest, record_file, write_manifest
 from .random_state import random_states, restore_random_states
 
 _SAVING = ".saving_"
@@ -185,10 +187,10 @@ class CheckpointStore:
         return [problem for part in self._ranks.gather_objects(problems(path, share, hashes=True)) for problem in part]
 
     def load(self, path: Path, engine: Engine) -> None:
-        """Restore the engine and this rank's random states from a checkpoint of the same topology."""
+        """Restore the engine and this rank's random states from a checkpoint of any topology."""
         engine.load(path)
         own = path / f"rank_{self._ranks.rank:05d}.pt"
-        # stage 0 may come back on more ranks than saved it: a new rank starts its generators afresh
+        # on more ranks than saved it, a new rank has started its generators afresh
         if own.exists():
             restore_random_states(torch.load(own, weights_only=False))
 
@@ -214,6 +216,20 @@ def complete_checkpoints(folder: Path) -> list[Path]:
         if files is not None and not problems(path, files, hashes=False):
             complete.append(path)
     return complete
+
+
+def intact_layout(path: Path) -> tuple[list[FileRecord], Layout]:
+    """The files of a checkpoint of which every byte is as it was saved, and what lies where in them.
+
+    Raises:
+        UserError: ``path`` is no complete checkpoint.
+        DataError: it is damaged, or its record does not account for every element of every parameter.
+    """
+    files, layout = intact(path), read_layout(path)
+    known = {file.path for file in files}
+    if missing := sorted({layout.model, *(place.file for place in layout.places)} - known):
+        raise DataError(f"{path}: layout.json names files that were not saved: {', '.join(missing[:4])}")
+    return files, layout
 
 
 def read_state(path: Path) -> dict[str, Any]:

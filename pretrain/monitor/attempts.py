@@ -44,6 +44,8 @@ class Attempt:
     """``path`` and ``sha256`` of ``model.weights_from``, where the attempt began with those."""
     masks: tuple[dict[str, str], ...]
     """The same of every ``mask_from`` of pruned linear layers."""
+    topology_changes: tuple[str, ...]
+    """How the topology differs from that of the checkpoint resumed from, as ``key: old -> new``."""
     stopped: float | None = None
     last_step: int | None = None
     reason: Reason | None = None
@@ -93,6 +95,7 @@ class AttemptsLog:
         resumed_from: str | None,
         initial_weights: Mapping[str, str] | None = None,
         masks: Sequence[Mapping[str, str]] = (),
+        topology_changes: Sequence[str] = (),
         superseded_lines: int = 0,
         lost_steps: int = 0,
     ) -> int:
@@ -109,6 +112,7 @@ class AttemptsLog:
                 "resumed_from": resumed_from,
                 "initial_weights": dict(initial_weights) if initial_weights else None,
                 "masks": [dict(each) for each in masks],
+                "topology_changes": list(topology_changes),
                 "superseded_lines": superseded_lines,
                 "lost_steps": lost_steps,
             }
@@ -178,4 +182,5 @@ def _started(line: dict[str, Any]) -> Attempt:
         lost_steps=line["lost_steps"],
         initial_weights=line["initial_weights"],
         masks=tuple(line["masks"]),
+        topology_changes=tuple(line["topology_changes"]),
     )

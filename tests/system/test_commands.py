@@ -100,7 +100,10 @@ def test_verify_checkpoint(finished: Runs) -> None:
     good = pretrain("verify-checkpoint", checkpoint)
     assert good.returncode == 0
     size = sum(path.stat().st_size for path in checkpoint.rglob("*") if path.is_file() and path.name != "MANIFEST.json")
-    assert good.stdout == f"{checkpoint}: step 2, 4 files, {size:,} bytes, all as they were saved\n"
+    assert good.stdout == (
+        f"{checkpoint}: step 2, 5 files, {size:,} bytes, all as they were saved; 21 parameters, whole, "
+        "saved by 1 ranks at ZeRO stage 1\n"
+    )
     victim = checkpoint / "rank_00000.pt"
     content = victim.read_bytes()
     victim.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))

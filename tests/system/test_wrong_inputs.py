@@ -103,7 +103,7 @@ def test_every_rank_agrees_and_the_reason_is_recorded(runs: Runs) -> None:
 
 @pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit(runs: Runs, tmp_path: Path) -> None:
-    """Another model, other data, another order, another topology, a damaged or missing checkpoint: all told apart."""
+    """Another model, other data, another order, another precision, a damaged or missing checkpoint: all told apart."""
     config = str(runs.config("run", training={"steps": 4, "global_batch": 8, "micro_batch": 2, "precision": "fp32"}))
     assert train(config).returncode == 0
     checkpoint = runs.run_folder("run") / "checkpoints" / "step_000000004"
@@ -112,8 +112,7 @@ def test_a_checkpoint_that_does_not_fit(runs: Runs, tmp_path: Path) -> None:
         "run.seed=5": ["the order of the data differs", "seed"],
         "data.sources.b.weight=0.7": ["the order of the data differs"],
         "data.seq_len=16": ["the order of the data differs", "had 411 sequences"],
-        "engine.zero_stage=2": ["the topology differs (zero_stage: 1 in the checkpoint, 2 now)"],
-        "training.precision=bf16": ["precision: 'fp32' in the checkpoint, 'bf16' now"],
+        "training.precision=bf16": ["precision: 'fp32' in the checkpoint, 'bf16' now", "model.weights_from="],
     }.items():
         ended = train(config, override, "training.steps=8")
         assert ended.returncode == 2, ended.stderr
@@ -142,4 +141,4 @@ def test_a_checkpoint_that_does_not_fit(runs: Runs, tmp_path: Path) -> None:
     assert damaged.returncode == 2
     assert f"{victim} has other content than when it was saved" in damaged.stderr
     assert train(config, "training.steps=8", "resume=never").returncode == 0
-    assert (runs.run_folder("run") / "before_attempt_10" / "metrics.jsonl").exists()
+    assert (runs.run_folder("run") / "before_attempt_9" / "metrics.jsonl").exists()
