@@ -9,7 +9,7 @@
                   "weights": KEYS, "state": KEYS,   what leads from the file's content to the fp32 weights, and to the
                                                     mapping of optimizer state; each state of N elements lies alike
                   "parts": [[NUMBER, START, LENGTH, OFFSET], ...],
-                  "matrices": [NAME, ...]}]}        kept whole in the state, under "matrices"
+                  "matrices": [NAME, ...]}]}        kept whole in the state, under "matrices"; of a stack, NAME[3]
 
 A part are LENGTH consecutive elements of parameter NUMBER (in the order of "parameters"), row by row from START, which
 lie at OFFSET. The parameters' parts need not be on all ranks, nor on each in equal shares; they may be on several.

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import gc
 import math
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,9 @@ import torch
 from torch import Tensor
 
 from pretrain.config import Config
-from pretrain.distributed import Distributed
 from tests.ranks import run_on_ranks
 
-from .steps import RATES, VOCABULARY, micro_batches, relative_difference, tiny_config
+from .steps import EngineRun, relative_difference, tiny_config
 
 BATCH = 12
 STEPS = 2
@@ -59,27 +57,8 @@ def configured(kind: str, stage: int, world_size: int) -> Config:
     return tiny_config(**{**sections, "engine": engine, "training": training})
 
 
-class Run:
-    """An engine that can make one step of the run after the other."""
-
-    def __init__(self, config: Config, ranks: Distributed, empty: bool) -> None:
-        from pretrain.engine import Engine
-        from pretrain.objective import Objective
-
-        gc.collect()
-        self.config, self.ranks = config, ranks
-        self.engine = Engine(config, VOCABULARY, ranks, empty=empty)
-        self.objective = Objective(config.objective, 2, ranks)
-
-    def step(self, step: int) -> float:
-        batches = micro_batches(step, self.ranks, self.config.training.micro_batch, BATCH)
-        self.engine.update_buffers(step)
-        self.engine.begin_step(len(batches))
-        self.objective.begin_step(step, batches)
-        for batch in batches:
-            self.engine.backward(self.objective.micro_step(self.engine.forward(batch), batch))
-        self.engine.step(RATES[step])
-        return float(self.objective.end_step().loss)
+class Run(EngineRun):
+    """Steps of an engine, and what it holds."""
 
     def held(self) -> dict[str, Any]:
         """Everything that makes up the state, whole, by name, gathered from the ranks by plain indexing."""
@@ -155,7 +134,7 @@ def save(run: Run, folder: Path) -> None:
     run.ranks.barrier()
     run.engine.save(folder)
     held, model = run.held(), run.model()
-    next_loss = run.step(STEPS)
+    next_loss, _, _ = run.step(STEPS)
     if run.ranks.rank == 0:
         torch.save((held, model, next_loss), folder / "held.pt")
     run.ranks.barrier()
@@ -176,7 +155,7 @@ def compare(run: Run, folder: Path, where: str) -> None:
     for name, value in weights.items():
         assert torch.equal(value.flatten(), held[f"weights of {name}"]), f"{where}: {name} by DeepSpeed"
     assert run.engine._engine.global_steps == STEPS
-    loss = run.step(STEPS)
+    loss, _, _ = run.step(STEPS)
     tolerance = 3e-2 if run.config.training.precision == "bf16" else 1e-5
     assert loss == pytest.approx(next_loss, rel=tolerance), where
 
