@@ -292,12 +292,12 @@ def test_what_updates_matrices_and_can_not_be_told_where_they_lie_is_refused() -
     settings = MuonSettings()
     groups = groups_of(settings, blocks_0_attention_query_weight=(6, 4))
     with pytest.raises(HeadraceError, match="SGD is to update whole matrices, and is no pretrain"):
-        attach_matrices(torch.optim.SGD(groups, lr=0.1), None, nn.Module(), 1, Distributed(0, 1, torch.device("cpu")))
+        attach_matrices(torch.optim.SGD(groups, lr=0.1), [], {}, 1, Distributed(0, 1, torch.device("cpu")))
 
 
 def moved_weights() -> list[str]:
     from pretrain.distributed import start
-    from pretrain.engine.shards import attach_matrices
+    from pretrain.engine.shards import shards_of
 
     ranks, found = start(60), []
     for stage in (1, 2, 3):
@@ -311,7 +311,7 @@ def moved_weights() -> list[str]:
             else:
                 optimizer.param_groups[number]["params"][0].data += 1.0
             try:
-                attach_matrices(optimizer, wrapper, engine._engine.module, stage, ranks)
+                shards_of(wrapper, optimizer.param_groups, engine._engine.module, stage, ranks)
             except HeadraceError as error:
                 found.append(str(error))
     return found

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from pretrain.config import Config
+from pretrain.distributed import Distributed
 from tests.ranks import run_on_ranks
 
 from .steps import EngineRun, relative_difference, tiny_config
@@ -122,7 +123,10 @@ def visit(root: Path, kinds: list[str], others: list[int], saves: bool) -> int:
                     compare(run, folder_of(root, kind, world_size, other), f"{kind}, ZeRO {stage}")
                     loaded += 1
             if saves:
-                save(Run(config, ranks, empty=False), folder_of(root, kind, ranks.world_size, stage))
+                folder = folder_of(root, kind, ranks.world_size, stage)
+                save(Run(config, ranks, empty=False), folder)
+                if kind == "adamw" and stage:
+                    load_with_other_clipping(folder, ranks, stage)
     return loaded
 
 
@@ -138,6 +142,15 @@ def save(run: Run, folder: Path) -> None:
     if run.ranks.rank == 0:
         torch.save((held, model, next_loss), folder / "held.pt")
     run.ranks.barrier()
+
+
+def load_with_other_clipping(folder: Path, ranks: Distributed, stage: int) -> None:
+    """Where nothing has moved DeepSpeed loads, and would bring back the bound that the gradient was clipped by."""
+    config = configured("adamw", stage, ranks.world_size)
+    changed = config.model_copy(update={"optimizer": config.optimizer.model_copy(update={"clip_norm": 0.25})})
+    run = Run(changed, ranks, empty=True)
+    run.engine.load(folder)
+    assert run.engine._engine.optimizer.clip_grad == 0.25
 
 
 def compare(run: Run, folder: Path, where: str) -> None:
