@@ -16,8 +16,9 @@ from .runs import Runs, environment
 LEGS = ((4, 3), (2, 1), (3, 2), (1, 0))
 """Ranks and ZeRO stage of four steps each."""
 STEPS = 4
-TOLERANCE = 2e-5
-"""Relative, of a step's loss, in fp32. Measured: 2e-6 at most after these 16 steps."""
+TOLERANCE = 1e-6
+"""Relative, of a step's loss, in fp32; ten times as much of the objective. Measured on two CPU cores: at most 3e-8 and
+2e-7 in these 16 steps."""
 
 
 def rows(runs: Runs, name: str, step: int) -> list[ExplainedRow]:
