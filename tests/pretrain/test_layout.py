@@ -197,6 +197,10 @@ def test_what_is_in_no_file_is_not_made_up(tmp_path: Path) -> None:
     tensors = cut(SHAPES, 1000, list(SHAPES))
     with pytest.raises(HeadraceError, match="elements 34 to 54 of matrix are not in the checkpoint"):
         plan_copies(layout, [Shard(torch.zeros(1000), 0, (), tensors[0])])
+    first, _, *others = cut(SHAPES, 20, sorted(SHAPES, reverse=True))
+    layout = Saved(tmp_path, SHAPES, [first, *others]).layout
+    with pytest.raises(HeadraceError, match="elements 19 to 54 of matrix are not in the checkpoint"):
+        plan_copies(layout, [Shard(torch.zeros(54), 0, (), (Part("matrix", 0, 54, 0),))])
 
 
 def anonymous_bytes() -> int:
