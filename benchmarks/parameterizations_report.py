@@ -22,10 +22,12 @@ CLAIMS = (
 def render(result: Result) -> str:
     """All of it: a table for each size, the papers' claims, the plan's numbers."""
     machine = f"{result['machine']}, torch {result['torch']}, commit {result['commit'][:12]}"
+    rows = next(iter(result["measured"].values()))["rows"]
+    command = f"python benchmarks/parameterizations.py --rows {rows} --turns {result['turns']}"
     lines = [
         "# Parameterizations of the linear layers",
         "",
-        f"`python benchmarks/parameterizations.py` on {machine}; medians of {result['turns']} turns.",
+        f"`{command}` on {machine}; medians of {result['turns']} turns.",
         "",
         "Peak memory is the resident set's high-water mark above what the process had before the model was made: "
         "weights, gradients, optimizer state, activations and the allocator's gaps. Kept is what lives from the "
