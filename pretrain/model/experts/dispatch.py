@@ -42,9 +42,8 @@ class Dispatch:
 
     def combine(self, y: Tensor, weights: Tensor) -> Tensor:
         """Σ_k w_k y of each token's slots: [n K, d] in the order of the experts, weights [n, K] -> [n, d]."""
-        back: Tensor = _Permute.apply(y, self)  # type: ignore[no-untyped-call]  # torch leaves it untyped
-        by_token = back.view(-1, self.slots, y.shape[-1])
-        return torch.bmm(weights[:, None, :].to(y.dtype), by_token).squeeze(1)
+        made: Tensor = _Combine.apply(y, weights, self)  # type: ignore[no-untyped-call]  # torch leaves it untyped
+        return made
 
 
 class _Gather(torch.autograd.Function):
@@ -60,12 +59,18 @@ class _Gather(torch.autograd.Function):
         return by_slot.view(-1, plan.slots, by_slot.shape[-1]).sum(dim=1), None
 
 
-class _Permute(torch.autograd.Function):
+class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, y: Tensor, plan: Dispatch) -> Tensor:
+    def forward(ctx: Any, y: Tensor, weights: Tensor, plan: Dispatch) -> Tensor:
         ctx.plan = plan
-        return y.index_select(0, plan.places)
+        ctx.save_for_backward(y, weights)
+        by_token = y.index_select(0, plan.places).view(-1, plan.slots, y.shape[-1])
+        return by_token.mul_(weights[..., None]).sum(dim=1)
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].index_select(0, ctx.plan.order), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+        (y, weights), plan = ctx.saved_tensors, ctx.plan
+        of_slots = gradients[0].index_select(0, plan.order // plan.slots)
+        of_weights = (of_slots * y).sum(dim=-1, dtype=weights.dtype)
+        by_slot = weights.flatten().index_select(0, plan.order)
+        return of_slots.mul_(by_slot[:, None]), of_weights.index_select(0, plan.places).view_as(weights), None
