@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -159,8 +159,11 @@ def _check_shapes(weights: Weights, settings: ModelSettings, vocab_size: int) ->
         )
 
 
-_NOT_COMPUTED = {"vocab_size", "init_std", "init_scaled_residual", "linear", "weights_from", "mup"}
-"""Settings that say how a model starts, and those that are compared in another way."""
+_NOT_COMPUTED: Any = {
+    **dict.fromkeys(("vocab_size", "init_std", "init_scaled_residual", "linear", "weights_from", "mup"), True),
+    "experts": {"jitter", "capacity"},
+}
+"""Settings that say how a model starts, those of training alone, and those that are compared in another way."""
 
 
 def _check_same_function(weights: Weights, settings: ModelSettings) -> None:

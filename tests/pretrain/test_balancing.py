@@ -12,6 +12,7 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from data_pipeline.settings import build_settings
+from pretrain.check import check_run, warnings
 from pretrain.distributed import Distributed
 from pretrain.model.experts.statistics import Routing
 from pretrain.objective.balancing.balancer import Balancer
@@ -282,3 +283,40 @@ def test_refusals(experts: dict[str, Any] | None, balancing: dict[str, Any], tol
     with pytest.raises(UserError) as caught:
         tiny_config(model={"experts": mixture}, objective={"balancing": balancing})
     assert told in str(caught.value)
+
+
+def told_before_a_run(world_size: int = 1, **sections: Any) -> str:
+    mixture = {"number": 4, "top_k": 2, "intermediate_size": 8}
+    training = {"global_batch": 8, "micro_batch": 2, **sections.pop("training", {})}
+    config = tiny_config(model={"experts": mixture}, training=training, **sections)
+    with pytest.raises(UserError) as caught:
+        check_run(config, world_size)
+    return str(caught.value)
+
+
+def test_what_a_run_can_not_do_is_told_before_it() -> None:
+    exact = {"losses": [{**BALANCE, "coefficient": 1.0}]}
+    weighed = {"strategy": "linupper", "temperature": 1.0}
+    told = told_before_a_run(objective={"balancing": {**exact, "sample_weights": True}, "reweighting": weighed})
+    assert "4 micro-steps" in told
+    assert "group=global_batch" in told
+    one_pass = {**weighed, "group": "global_batch_one_pass"}
+    told = told_before_a_run(objective={"balancing": exact, "reweighting": one_pass})
+    assert "would be multiplied too" in told
+    late = {"losses": [{**BALANCE, "coefficient": 1.0, "change": {"to": 0.0, "end_step": 3}}]}
+    told = told_before_a_run(objective={"balancing": late})
+    assert "objective.balancing.losses.0.change ends at step 3" in told
+    for fine in (
+        {"balancing": {**exact, "sample_weights": True}, "reweighting": {**weighed, "group": "global_batch"}},
+        {"balancing": exact, "reweighting": weighed},
+    ):
+        assert "nowhere" in told_before_a_run(objective=fine), "the data is what is missing"
+    assert "nowhere" in told_before_a_run(4, objective={"balancing": exact, "reweighting": one_pass})
+
+
+def test_routing_that_is_not_causal_is_warned_of() -> None:
+    mixture = {"number": 4, "top_k": 2, "intermediate_size": 8}
+    assert warnings(tiny_config(model={"experts": mixture}), 1) == []
+    chosen = {**mixture, "routing": "expert_choice", "normalised": False}
+    (told,) = warnings(tiny_config(model={"experts": chosen}), 1)
+    assert "expert_choice lets later tokens decide" in told

@@ -57,6 +57,32 @@ def test_compiling_changes_no_update() -> None:
     assert compiled["losses"] != plain["losses"], "nothing was compiled"
 
 
+def mixtures(changes: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """On one rank: what ``run_engine`` saw of a mixture of experts under each of some sections."""
+    from pretrain.distributed import start
+
+    ranks, experts = start(60), {"number": 4, "top_k": 2, "intermediate_size": 12, "shared": 1}
+    model = {"layers": 1, "experts": experts}
+    return [run_engine(tiny_config(model=model, **sections), ranks) for sections in changes]
+
+
+@pytest.mark.slow
+def test_experts_compile_and_coefficient_0_is_none() -> None:
+    balance = {"kind": "load_balance", "coefficient": 0.0}
+    later = {**balance, "coefficient": 0.1, "change": {"to": 0.0, "end_step": 1, "shape": "at_once"}}
+    changes: list[dict[str, Any]] = [
+        {"training": {"micro_batch": 4}},
+        {"training": {"micro_batch": 4, "compile": True}},
+        {"training": {"micro_batch": 4}, "objective": {"balancing": {"losses": [balance]}}},
+        {"training": {"micro_batch": 4}, "objective": {"balancing": {"losses": [later]}}},
+    ]
+    plain, compiled, off, changed = run_on_ranks(mixtures, 1, changes)[0]
+    assert relative_difference(compiled["gradients"], plain["gradients"]) < 1e-5
+    assert relative_difference(compiled["parameters"], plain["parameters"]) < 1e-4
+    assert_same_bits(plain, off)
+    assert changed["objectives"][0] > plain["objectives"][0] + 0.09
+
+
 def accumulated(dtype: torch.dtype) -> dict[str, Tensor]:
     """Eight micro-steps of one sequence through a bf16 decoder, their gradients summed in ``dtype``."""
     config, alone = tiny_config(), Distributed(0, 1, torch.device("cpu"))

@@ -4,6 +4,7 @@ written out from the routers' logits of the whole batch."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,8 +18,9 @@ from pretrain.model import Decoder
 from pretrain.objective.balancing.base import RouterLossSettings
 
 from . import Method
-from .optimizers import muon
+from .optimizers import galore, muon
 
+GALORE = galore(rank=6, gap=2)
 EXPERTS = {"number": 4, "top_k": 2, "intermediate_size": 12}
 
 
@@ -133,9 +135,8 @@ METHODS = {
     ),
     "expert choice": experts({"routing": "expert_choice", "normalised": False}),
     "hybrid": experts({"routing": {"kind": "hybrid", "threshold": 0.5, "top_p": 0.7}, "entropy": {}}),
-    "muon": Method(
-        {**muon().sections, "model": {"experts": EXPERTS}}, optimizer=muon().optimizer, tolerances=muon().tolerances
-    ),
+    "muon": replace(muon(), sections={**muon().sections, "model": {"experts": EXPERTS}}),
+    "galore": replace(GALORE, sections={**GALORE.sections, "model": {"experts": EXPERTS}}),
     "every loss": balanced(
         {"entropy": {"order": 1.4}, "shared": 1},
         {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,30 +16,42 @@ from . import Method
 Step = Callable[[float], None]
 
 
+def each_matrix(masters: dict[str, Tensor]) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, weight and gradient of every parameter, of stacked experts each by itself."""
+    for name, weight in masters.items():
+        assert weight.grad is not None
+        if weight.dim() == 3:
+            yield from ((f"{name}[{i}]", weight[i], weight.grad[i]) for i in range(len(weight)))
+        else:
+            yield name, weight, weight.grad
+
+
+def is_plain_matrix(name: str, weight: Tensor) -> bool:
+    return name.startswith("blocks.") and weight.dim() == 2 and "router" not in name
+
+
 def plain_muon(masters: dict[str, Tensor], config: Config) -> Step:
     """github.com/KellerJordan/Muon, matrix by matrix in fp32; AdamW by its equations for what is not in a block."""
     settings = config.optimizer
     assert isinstance(settings, MuonSettings)
-    momenta = {name: torch.zeros_like(p) for name, p in masters.items()}
-    squares = {name: torch.zeros_like(p) for name, p in masters.items()}
+    momenta: dict[str, Tensor] = {}
+    squares: dict[str, Tensor] = {}
     steps = 0
 
     def step(rate: float) -> None:
         nonlocal steps
         steps += 1
-        for name, weight in masters.items():
-            gradient = weight.grad
-            assert gradient is not None
+        for name, weight, gradient in each_matrix(masters):
+            momenta.setdefault(name, torch.zeros_like(weight))
             exempt = "norm" in name or "embedding" in name
             decay = 0.0 if exempt else settings.weight_decay
-            if name.startswith("blocks.") and weight.dim() > 1 and "router" not in name:
+            if is_plain_matrix(name, weight):
                 momenta[name] = settings.momentum * momenta[name] + (1 - settings.momentum) * gradient
                 direction = momenta[name]
                 if settings.nesterov:
                     direction = (1 - settings.momentum) * gradient + settings.momentum * momenta[name]
-                stack = direction.view(-1, *weight.shape[-2:])
-                update = torch.stack([plain_orthogonalize(each, settings.iterations) for each in stack]).view_as(weight)
-                rows, columns = weight.shape[-2:]
+                update = plain_orthogonalize(direction, settings.iterations)
+                rows, columns = weight.shape
                 ratio = max(1, rows / columns) ** 0.5
                 if settings.adjust_lr == "match_rms_adamw":
                     ratio = 0.2 * max(rows, columns) ** 0.5
@@ -48,7 +60,7 @@ def plain_muon(masters: dict[str, Tensor], config: Config) -> Step:
                 lr = rate * (settings.adam_lr or settings.lr) / settings.lr
                 first, second = settings.betas
                 momenta[name] = first * momenta[name] + (1 - first) * gradient
-                squares[name] = second * squares[name] + (1 - second) * gradient**2
+                squares[name] = second * squares.get(name, torch.zeros_like(weight)) + (1 - second) * gradient**2
                 mean, square = momenta[name] / (1 - first**steps), squares[name] / (1 - second**steps)
                 weight.mul_(1 - lr * decay).sub_(mean / (square.sqrt() + settings.eps), alpha=lr)
 
@@ -83,10 +95,8 @@ def plain_galore(masters: dict[str, Tensor], config: Config) -> Step:
 
     def step(rate: float) -> None:
         nonlocal steps
-        for name, weight in masters.items():
-            gradient = weight.grad
-            assert gradient is not None
-            projected = name.startswith("blocks.") and weight.dim() == 2
+        for name, weight, gradient in each_matrix(masters):
+            projected = is_plain_matrix(name, weight)
             if projected:
                 if steps % settings.gap == 0:
                     bases[name] = plain_vectors(gradient, settings.rank)
