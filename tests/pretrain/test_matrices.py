@@ -11,7 +11,7 @@ from torch import Tensor
 
 from data_pipeline.errors import HeadraceError
 from pretrain.distributed import Distributed
-from pretrain.optimizer.matrices import MatrixUnit, Piece
+from pretrain.optimizer.matrices import MatrixUnit, Piece, pieces_of
 from tests.ranks import run_on_ranks
 
 SHAPES = {"a": (4, 6), "b": (5, 3), "c": (2, 2), "d": (7, 1), "e": (3, 8)}
@@ -200,3 +200,14 @@ def test_parts_that_make_no_whole_are_refused(held: list[tuple[int, int]]) -> No
     pieces = [Piece("a", (4, 6), start, stop - start, 0, start) for start, stop in held]
     with pytest.raises(HeadraceError, match=re.escape(f"elements {held} of a [4, 6], not each element once")):
         MatrixUnit([torch.zeros(24)], pieces, ALONE)
+
+
+def test_a_stack_is_as_many_matrices() -> None:
+    """Elements 5 to 20 of [3, 2, 4]: the end of the first matrix, the second, the beginning of the third."""
+    pieces = pieces_of("x", (3, 2, 4), 5, 15, tensor=2, offset=100)
+    assert pieces == [
+        Piece("x[0]", (2, 4), 5, 3, 2, 100),
+        Piece("x[1]", (2, 4), 0, 8, 2, 103),
+        Piece("x[2]", (2, 4), 0, 4, 2, 111),
+    ]
+    assert pieces_of("x", (2, 4)) == [Piece("x", (2, 4), 0, 8, 0, 0)]

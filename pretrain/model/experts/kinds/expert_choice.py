@@ -46,6 +46,7 @@ class ExpertChoiceSettings(RoutingSettings):
         places = by_score.argsort(dim=1, descending=True, stable=True)
         ranks = torch.arange(length, device=places.device)[None, :, None].expand_as(places)
         rank = torch.empty_like(places).scatter_(1, places, ranks)
-        kept = (rank < wanted[:, None, None]) & counted[..., None]
+        # those that don't count rank after all that do, and no more than these are wanted
+        kept = rank < wanted[:, None, None]
         experts = torch.arange(number, device=places.device).expand_as(kept)
         return Choice(experts, scores.scores, kept)
