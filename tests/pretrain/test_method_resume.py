@@ -31,7 +31,8 @@ KEEPS_STATE = {
     "optimizers": ("muon", "galore"),
     "reweighting": ("one-pass",),
 }
-"""What a resumed run needs more of than weights and Adam's moments: buffers, state of matrices, the loss range."""
+"""What a resumed run needs more of than weights and Adam's moments: buffers, state of matrices, the loss range. Experts
+have a test of their own (``test_experts_resume.py``)."""
 
 
 def lean() -> Chosen:
@@ -61,7 +62,7 @@ def resumed(family: str | None) -> list[tuple[str, list[str], bool]]:
             straight = EngineRun(config, ranks, method.initial(config))
             for step in range(SAVED):
                 straight.step(step)
-            saved, loss_range = straight.engine.full_parameters(), straight.loss_range
+            saved, carried = straight.engine.full_parameters(), (straight.loss_range, straight.frequencies)
             with tempfile.TemporaryDirectory() as folder:
                 path = Path(ranks.broadcast_object(folder))
                 straight.engine.save(path)
@@ -69,7 +70,7 @@ def resumed(family: str | None) -> list[tuple[str, list[str], bool]]:
                 again = EngineRun(config, ranks, empty=True)
                 again.engine.load(path)
                 ranks.barrier()
-            again.loss_range = loss_range
+            again.loss_range, again.frequencies = carried
             seen = [[run.step(step) for step in range(SAVED, DONE)] for run in (straight, again)]
             one, other = straight.engine.full_parameters(), again.engine.full_parameters()
             differ = [key for key in one if not torch.equal(one[key], other[key])]
@@ -112,10 +113,10 @@ def at_stage_0(folder: Path, saves: bool, family: str | None) -> dict[str, dict[
             for step in range(SAVED):
                 run.step(step)
             run.engine.save(path)
-            torch.save(run.loss_range, path / "loss_range")
+            torch.save((run.loss_range, run.frequencies), path / "carried")
         else:
             run.engine.load(path)
-            run.loss_range = torch.load(path / "loss_range", weights_only=False)
+            run.loss_range, run.frequencies = torch.load(path / "carried", weights_only=False)
         before = run.engine.full_parameters()
         numbers = [run.step(step) for step in range(SAVED, DONE)]
         after = run.engine.full_parameters()

@@ -26,18 +26,20 @@ LINEAR = [
     {"kind": "lost", "rank": 6, "column_fraction": 0.1, "modules": ["attention.*"]},
     {"kind": "magnitude_pruned", "sparsity": 0.6, "gradual": GRADUAL, "modules": ["feed_forward.*"]},
 ]
+EXPERTS = {"number": 3, "top_k": 2, "intermediate_size": 11, "dense_first": 1}
 MUP = {"base": {"hidden_size": 16, "heads": 2, "intermediate_size": 24}}
 KINDS: dict[str, dict[str, dict[str, Any]]] = {
     "adamw": {"model": {**ODD, "tied_embeddings": True}},
     "adamw, several groups": {"model": {"mup": MUP}, "engine": {"offload_optimizer": "cpu"}},
     "buffers, bf16": {"model": {**ODD, "linear": LINEAR}, "training": {"precision": "bf16"}},
-    "muon, bf16": {
-        "model": ODD,
+    "muon, experts and their bias, bf16": {
+        "model": {**ODD, "experts": {**EXPERTS, "selection_bias": True}},
+        "objective": {"balancing": {"bias": {"rate": 0.013}}},
         "optimizer": {"kind": "muon", "eps": 1e-4},
         "training": {"precision": "bf16"},
         "engine": {"offload_optimizer": "cpu"},
     },
-    "galore": {"model": ODD, "optimizer": {"kind": "galore", "rank": 8, "gap": 2, "eps": 1e-4}},
+    "galore": {"model": {**ODD, "experts": EXPERTS}, "optimizer": {"kind": "galore", "rank": 8, "gap": 2, "eps": 1e-4}},
 }
 """What a checkpoint may hold. The rows mix what has nothing to do with each other, to be few."""
 
