@@ -50,6 +50,7 @@ def parts(config: Config, vocab_size: int) -> list[Part]:
         owner[f"blocks.{layer}.feed_forward.experts"], owner[f"blocks.{layer}.feed_forward.router"] = experts, routers
         experts.flops_per_token += 6 * mixture.active
         routers.flops_per_token += 6 * mixture.router
+        routers.buffer_bytes += mixture.bias_bytes
     head.flops_per_token = 6 * vocab_size * model.hidden_size
     if config.objective.loss.from_moments:
         head.flops_per_token = 6 * model.hidden_size**2

@@ -33,6 +33,8 @@ class MixtureCount(NamedTuple):
     """Of ``top_k`` of them: what a token is multiplied by. Hybrid routing sends undecided tokens to more."""
     router: int
     """Parameters of the router, all of which a token is multiplied by."""
+    bias_bytes: int
+    """Of its selection bias, in fp32 at every precision."""
 
 
 class LinearLayer(NamedTuple):
@@ -57,9 +59,14 @@ def mixture_count(settings: ModelSettings) -> MixtureCount:
     """Of a block with experts; all 0 for a model without."""
     mixture = settings.experts
     if mixture is None:
-        return MixtureCount(0, 0, 0)
+        return MixtureCount(0, 0, 0, 0)
     of_expert = 3 * settings.hidden_size * mixture.intermediate_size
-    return MixtureCount(mixture.number * of_expert, mixture.top_k * of_expert, mixture.number * settings.hidden_size)
+    return MixtureCount(
+        experts=mixture.number * of_expert,
+        active=mixture.top_k * of_expert,
+        router=mixture.number * settings.hidden_size,
+        bias_bytes=4 * mixture.number if mixture.selection_bias else 0,
+    )
 
 
 def parameter_shapes(settings: ModelSettings, vocab_size: int) -> dict[str, tuple[int, ...]]:
