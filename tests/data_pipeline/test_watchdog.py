@@ -7,11 +7,14 @@ import re
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from data_pipeline.batch_plan import BatchPlan
+from data_pipeline.block_memory import BlockMemory
+from data_pipeline.kernel import load
 from data_pipeline.layout import shard_path
 from data_pipeline.loader import StepLoader
 from data_pipeline.order import Order, OrderSource
@@ -59,6 +62,32 @@ def test_a_local_file_that_does_not_answer_is_named_again_and_again_but_ever_mor
     assert message is not None
     assert 0.1 <= float(message[1]) < 0.3
     assert (message[3], int(message[4])) == (str(path), first)
+
+
+def test_of_blocks_that_are_read_together_the_one_that_is_waited_for_is_named(
+    source: TokenSource, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever looks sees the same object as long as it is the same read, and another one for the next."""
+    kind, seen = type(load()), []
+    (kept,) = BlockMemory().lend([source])
+
+    def slow(kernel: Any, descriptor: int, offsets: Any, *rest: Any) -> int:
+        for number in range(len(offsets)):
+            rest[-1][0] = number
+            seen.append((source.reading, source.reading))
+        return read(kernel, descriptor, offsets, *rest)
+
+    read = kind.read
+    monkeypatch.setattr(kind, "read", slow)
+    source.find_or_damage(np.arange(source.sequences)[::-1], kept=kept)
+    blocks = source.shards.blocks.tolist()
+    assert max(blocks) > 1
+    assert [note for note, _ in seen] == [
+        (shard, block) for shard in range(len(blocks)) for block in range(blocks[shard])
+    ]
+    assert all(first is second for first, second in seen)
+    assert len({id(note) for note, _ in seen}) == len(seen)
+    assert source.reading is None
 
 
 def test_reads_that_answer_are_never_told_of(source: TokenSource) -> None:
