@@ -251,6 +251,10 @@ on CPUs the processor's. Neither carries over from models so small, whose step i
 benchmarks/results/parameterizations.md has both at 60M and 130M. GaLore decomposes every {size.steps // 3} steps, not
 every 200, and its peak holds one decomposition.
 
+So few steps tell how fast a way begins to learn, not what it reaches in the end, and all begin with `init_std`
+{load_config(BASE, arguments(size.overrides)).model.init_std:g}, which is tuned for none (cola's start does not depend
+on it). A rate tuned on one seed may lie at the edge of what is stable: a seed beyond it makes a wide interval.
+
 {table(header, rows)}
 
 LOST's ablations, less LOST itself: {against}. They tell whether its sparse part
