@@ -64,7 +64,7 @@ def test_tuning_goes_on_until_the_best_rate_has_neighbours() -> None:
         "sltrain": -9,
     }
     assert tuned["galore"][-2] == math.inf
-    assert asked == [24, 26, 28, 30]
+    assert asked == [30, 32, 34, 36]
     with pytest.raises(UserError, match="--report"):
         tune(SIZE, lambda runs: do(runs)[1:])
 
@@ -87,6 +87,8 @@ def test_every_run_of_the_study_is_a_configuration(name: str) -> None:
         kinds[variant] = (config.model.linear[0].kind if config.model.linear else "dense", config.optimizer.kind)
     assert kinds == {
         "dense": ("dense", "adamw"),
+        "dense, half init_std": ("dense", "adamw"),
+        "dense, quarter init_std": ("dense", "adamw"),
         "low_rank": ("low_rank", "adamw"),
         "cola": ("cola", "adamw"),
         "sltrain": ("sltrain", "adamw"),
@@ -98,9 +100,11 @@ def test_every_run_of_the_study_is_a_configuration(name: str) -> None:
 
 
 def found(size: Size) -> Found:
+    """A seed's losses are apart by 0.1 a variant, and a little more for greater seeds; the third dense one is best."""
     effects = {name: 0.1 * place for place, name in enumerate(variants(size))}
+    effects["dense, quarter init_std"] = -0.1
     results = [
-        {**run_of(size, name, -6, seed).labels, "heldout_loss": 4.0 + seed + effect * (1 + 0.01 * seed)}
+        {**run_of(size, name, -6, seed).labels, "heldout_loss": 4.0 + seed + effect * (1 + 0.02 * seed)}
         for seed in (3, 2)
         for name, effect in effects.items()
     ]
@@ -112,15 +116,15 @@ def found(size: Size) -> Found:
 def test_differences_are_taken_seed_by_seed() -> None:
     known = found(SIZE)
     assert known.finals[DENSE] == [6.0, 7.0]
-    assert known.difference("low_rank", DENSE).mean == pytest.approx(0.1 * 1.025)
-    assert known.difference("low_rank", DENSE).half < 0.01
+    assert known.difference("low_rank", DENSE).mean == pytest.approx(0.3 * 1.05)
+    assert known.difference("low_rank", DENSE).half < 0.04
+    assert known.best_dense == "dense, quarter init_std"
     text, plots = report(known, SIZE)
-    assert (
-        "| low_rank | 0.001 | 1.00 | 5.0 (1.25) | 2.00 (0.90 to 9.00) | 2^-6 | 6.603 ± 6.359 | 0.103 ± 0.006, worse |"
-        in text
-    )
-    assert "lost, random columns: 0.102 ± 0.006, worse; lost, gamma 1: 0.205 ± 0.013, worse" in text
-    assert [len(plot.curves) for plot in plots] == [8] * 5
+    row = next(line for line in text.splitlines() if line.startswith("| low_rank"))
+    assert row.startswith("| low_rank | 0.003 | 1.00 | 7.0 (1.75) | 4.00 (0.90 to 9.00) | 2^-6 | ")
+    assert row.endswith("| 0.420 ± 0.051, worse |")
+    assert "lost, random columns: 0.105 ± 0.013, worse; lost, gamma 1: 0.210 ± 0.025, worse" in text
+    assert [len(plot.curves) for plot in plots] == [10] * 5
     assert known.difference(LOST, LOST).mean == 0.0
 
 
