@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data_pipeline.settings import build_settings
 from pretrain.model import ModelSettings, initialize_
+from pretrain.model.experts import grouped
 from pretrain.model.experts.layer import MixtureOfExperts
 from pretrain.model.experts.statistics import Routing
 
@@ -168,3 +169,25 @@ def test_transformers_computes_the_same(family: str) -> None:
         theirs.experts.down_proj.copy_(layer.experts.down)
         x = inputs(dtype=torch.float32)
         torch.testing.assert_close(layer(x, None, None)[0], theirs.eval()(x.clone()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("filled", [40, 33])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_torchs_grouped_product_is_the_loop(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, filled: int) -> None:
+    """What a GPU would run, by the same calls on a CPU: an empty group, and rows behind the last one."""
+    random = torch.Generator().manual_seed(2)
+    ends = torch.tensor([9, 9, 30, filled], dtype=torch.int32)
+    found = []
+    for has_kernel in (False, True):
+        monkeypatch.setattr(grouped, "_has_kernel", lambda *_, answer=has_kernel: answer)
+        x = torch.randn(40, 16, generator=random.manual_seed(2)).to(dtype).requires_grad_()
+        weight = torch.randn(4, 24, 16, generator=random).to(dtype).requires_grad_()
+        output = grouped.grouped_linear(x, weight, ends)
+        output.backward(torch.randn(40, 24, generator=random).to(dtype))
+        assert x.grad is not None
+        assert weight.grad is not None
+        found.append((output.detach(), x.grad, weight.grad))
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours, theirs)
+        assert theirs.abs().max() > 1
+    assert found[1][0][filled:].abs().sum() == found[1][1][filled:].abs().sum() == found[1][2][1].abs().sum() == 0
