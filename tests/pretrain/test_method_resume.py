@@ -106,7 +106,10 @@ def at_stage_0(folder: Path, saves: bool, family: str | None) -> dict[str, dict[
     from pretrain.distributed import start
 
     ranks, found = start(60), {}
-    for number, (name, (method, _)) in enumerate((whole(family) if family else lean()).items()):
+    rows = whole(family) if family else lean()
+    for number, (name, (method, _)) in enumerate(rows.items()):
+        if method.hangs_on_ranks:
+            continue
         config, path = configured(method, ranks.world_size, (0, 1, "none")), folder / str(number)
         run = EngineRun(config, ranks, method.initial(config) if saves else None, empty=not saves)
         if saves:

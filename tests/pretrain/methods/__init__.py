@@ -39,6 +39,8 @@ class Method:
     """Makes the reference's balancing of experts, for one run: ``methods.experts.PlainBalancing``."""
     token_losses: Callable[[Tensor, Tensor], Tensor] = cross_entropies
     """The reference's loss of tokens: (logits [n, V], labels [n]) to [n]."""
+    hangs_on_ranks: bool = False
+    """What a step minimises depends on the number of ranks, as it is meant to."""
     stages: tuple[int, ...] = (0, 1, 2, 3)
     """ZeRO stages it allows; that the others are refused is shown by a test of its own."""
     tolerances: Mapping[str, float] = field(default_factory=dict)

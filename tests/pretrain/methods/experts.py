@@ -143,12 +143,12 @@ METHODS = {
             "losses": [
                 {"kind": "load_balance", "coefficient": 0.3},
                 {"kind": "load_balance", "coefficient": 0.2, "level": "sequence"},
-                {"kind": "load_balance", "coefficient": 0.1, "level": "micro_batch"},
                 {"kind": "router_z", "coefficient": 0.01, "change": {"to": 0.1, "end_step": 2}},
                 {"kind": "entropy", "coefficient": 0.05},
             ]
         },
     ),
+    "micro-batch": replace(balanced({}, losses({"level": "micro_batch"})), hangs_on_ranks=True),
     "one pass": balanced(
         {},
         losses({"frequencies": "buffer"}, {"frequencies": "previous_step"}, {"frequencies": "running", "decay": 0.6}),
