@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 
 def numbers(values: npt.NDArray[Any], kind: Any) -> Any:
@@ -28,3 +29,15 @@ def strings(values: Sequence[bytes]) -> Any:
 def values(array: Any, dtype: npt.DTypeLike) -> npt.NDArray[Any]:
     """A copy of the values of an Arrow array whose items have the width of ``dtype``."""
     return np.frombuffer(array.buffers()[1], dtype)[array.offset : array.offset + len(array)].copy()
+
+
+def parquet_table(content: bytes) -> Any:
+    """The table of a Parquet file in memory, read by the calling thread alone.
+
+    ``pq.read_table`` would start a thread that holds on to the bytes: where it lets go of them while the interpreter
+    shuts down, the process dies by SIGABRT after its work was done.
+
+    Raises:
+        pyarrow.ArrowException: it is damaged.
+    """
+    return pq.ParquetFile(pa.BufferReader(content), pre_buffer=False).read(use_threads=False)

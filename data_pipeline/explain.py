@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from .arrow import parquet_table
 from .errors import DataError, UserError
 from .history import Stretch, read_history
 from .layout import SHARD_FOLDER, TOKENIZER_FILE
@@ -162,7 +162,7 @@ def _table(root: str, shard: str, settings: str) -> Any:
     storage = StorageSettings.model_validate_json(settings)
     name = f"{SHARD_FOLDER}/{shard}.docs.parquet"
     try:
-        return pq.read_table(pa.BufferReader(open_store(root, storage).read(name)), use_threads=False)
+        return parquet_table(open_store(root, storage).read(name))
     except pa.ArrowException as error:
         raise DataError(f"the document table {root}/{name} can't be read: {error}. Restore it from a copy.") from error
 

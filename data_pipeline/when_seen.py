@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 from tqdm import tqdm
 
+from .arrow import parquet_table
 from .errors import UserError
 from .explain import Reading, open_reading
 from .history import read_history
@@ -153,7 +152,7 @@ def _left_out(storage: StorageSettings, root: str, rejected: Sequence[RejectedFi
     store = open_store(root, storage)
     for file in tqdm(rejected, desc="search what was left out", unit="file", disable=len(rejected) < 20):
         path = f"{REJECTED_FOLDER}/{file.name}.parquet"
-        table = pq.read_table(pa.BufferReader(store.read(path)), use_threads=False)
+        table = parquet_table(store.read(path))
         for row in table.filter(pc.equal(table[key], document)).slice(0, 1).to_pylist():
             return f"by {row['stage']}: {row['reason']} ({row['detail']}). {store.root}/{path} lists it."
     return None

@@ -67,15 +67,20 @@ class TestStatus:
 class TestClosing:
     def test_kills_everything_the_command_started(self, tmp_path: Path) -> None:
         note = tmp_path / "pid"
-        stream = open_input(f"pipe:sleep 300 & echo $! > {note}; echo ready; wait", QUICK)
-        assert stream.read(6) == b"ready\n"
-        sleeper = int(note.read_text())
-        assert psutil.pid_exists(sleeper)
+        head = b"ready, and long enough for a head\n"  # a shorter one is held back until the command is given up
+        stream = open_input(f"pipe:sleep 300 & echo $! > {note}; echo {head.decode().strip()}; wait", QUICK)
+        assert stream.read(len(head)) == head
+        sleeper = psutil.Process(int(note.read_text()))
+        assert is_alive(sleeper)
         stream.close()
         deadline = time.monotonic() + 5
-        while psutil.pid_exists(sleeper) and psutil.Process(sleeper).status() != psutil.STATUS_ZOMBIE:
+        while is_alive(sleeper):
             assert time.monotonic() < deadline
             time.sleep(0.01)
+
+
+def is_alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
 
 
 class TestRepeating:

@@ -60,10 +60,10 @@ class OnlyLogits(torch.autograd.Function):
 
 
 def poisoned(micro_step: Callable[..., Any]) -> Callable[..., Any]:
-    def step(self: Objective, logits: torch.Tensor, batch: Any) -> Any:
+    def step(self: Objective, logits: torch.Tensor, batch: Any, *routing: Any) -> Any:
         factor = torch.where(batch.run_positions == int(NUMBER), torch.nan, 1.0)[:, None, None]
         logits = OnlyLogits.apply(logits, factor) if PLACE == "logits" else logits * factor
-        return micro_step(self, logits, batch)
+        return micro_step(self, logits, batch, *routing)
 
     return step
 
