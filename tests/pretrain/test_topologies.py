@@ -185,7 +185,7 @@ def assert_alike(root: Path, kind: str, world_size: int) -> None:
         for name, value in reference.items():
             if not isinstance(value, Tensor):
                 assert held[name] == value, f"{path}: {name}"
-            elif "basis" not in name:  # whose signs are the library's choice
+            elif name.split()[0] not in ("basis", "mean", "square"):  # of GaLore: along vectors that rounding may turn
                 apart = relative_difference({"": held[name]}, {"": value})
                 assert apart < (0.1 if is_bf16 else 1e-3), f"{path}: {name} differs by {apart}"
 
