@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from pretrain.config import Config
+from tests.marks import campaign
 from tests.ranks import run_on_ranks
 
 from .methods.experts import PlainBalancing, losses
@@ -102,9 +103,7 @@ def apart(_: None = None) -> list[tuple[str, dict[str, float]]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "world_size", [1, pytest.param(2, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("world_size", [1, campaign(2), pytest.param(4, marks=pytest.mark.slow)])
 def test_one_process_balances_the_same(world_size: int) -> None:
     found = run_on_ranks(apart, world_size, None)[0]
     assert len(found) == len(CASES)

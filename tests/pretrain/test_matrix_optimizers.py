@@ -20,6 +20,7 @@ from pretrain.optimizer.base import AdamSettings
 from pretrain.optimizer.kinds.galore import GaLoreSettings, leading_vectors
 from pretrain.optimizer.kinds.muon import MuonSettings, orthogonalize
 from pretrain.optimizer.matrix_wise import MatrixWise
+from tests.marks import campaign
 from tests.ranks import run_on_ranks
 
 from .methods.optimizers import plain_galore, plain_muon, plain_orthogonalize
@@ -84,7 +85,7 @@ def against_plain() -> list[tuple[Any, list[float], list[float]]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2, pytest.param(4, marks=pytest.mark.campaign)])
+@pytest.mark.parametrize("world_size", [campaign(1), 2, campaign(4)])
 def test_every_step_is_the_plain_one(world_size: int) -> None:
     """At every stage, in both precisions, offloaded or not: clipped by the true gradient's norm, then updated."""
     for results in run_on_ranks(against_plain, world_size):

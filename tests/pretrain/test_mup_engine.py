@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from tests.marks import campaign
 from tests.ranks import run_on_ranks
 
 from .steps import STEPS, VOCABULARY, micro_batches, run_engine, tiny_config
@@ -38,7 +39,7 @@ def at_base(stages: list[int], precisions: list[str]) -> list[tuple[dict[str, An
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("world_size", [1, 2])
+@pytest.mark.parametrize("world_size", [campaign(1), 2])
 def test_at_the_base_shape_no_bit_of_a_run_changes(world_size: int) -> None:
     for plain, scaled in run_on_ranks(at_base, world_size, [0, 1, 2, 3], ["fp32", "bf16"])[0]:
         assert_same_bits(plain, scaled)

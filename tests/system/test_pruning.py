@@ -111,7 +111,7 @@ def test_lottery_tickets_over_two_rounds(runs: Runs) -> None:
     assert not resumed.masks
 
 
-@pytest.mark.slow
+@pytest.mark.campaign
 def test_a_rewound_run_has_the_early_weights_and_the_samples_and_rates_that_followed(runs: Runs) -> None:
     """With nothing pruned it begins where the other run stood; its optimizer is new, and nothing else."""
     train(runs, "dense", 1, {})

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from pretrain.monitor import read_attempts
+from tests.marks import campaign
 
 from .runs import Runs
 
-STAGES = (0, 1, 2, 3)
 Straight = Callable[[int], Runs]
 
 
@@ -36,7 +36,7 @@ def assert_equal_runs(straight: Runs, runs: Runs) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", [campaign(0), 1, campaign(2), 3])
 def test_killed_in_a_step_and_resumed(runs: Runs, straight: Straight, stage: int) -> None:
     broken = runs.config("broken", engine={"zero_stage": stage})
     killed = runs.train(broken, fault="step:10")
@@ -54,7 +54,7 @@ def test_killed_in_a_step_and_resumed(runs: Runs, straight: Straight, stage: int
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "fault", "resumes_at"),
-    [(1, "write:4", 4), (2, "manifest:2", 4), (3, "rename:2", 4), (3, "write:7", 8), (0, "remove:1", 12)],
+    [(1, "write:4", 4), (2, "manifest:2", 4), (3, "rename:2", 4), campaign(3, "write:7", 8), (0, "remove:1", 12)],
 )
 def test_killed_in_a_save_and_resumed(runs: Runs, straight: Straight, stage: int, fault: str, resumes_at: int) -> None:
     """The half checkpoint is invisible: the run goes on from the last complete one."""

@@ -13,6 +13,7 @@ import pytest
 
 from pretrain.monitor import read_attempts, read_metrics
 from pretrain.report import write_report
+from tests.marks import campaign
 
 from .runs import Runs
 
@@ -22,7 +23,7 @@ def reweighting(group: str, strategy: str = "linupper", **given: Any) -> dict[st
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [1, 3])
+@pytest.mark.parametrize("stage", [campaign(1), 3])
 def test_one_pass_resumes_to_the_bit(runs: Runs, stage: int) -> None:
     """The range of the step before is in the checkpoint; without it the first step after the resume were uniform."""
     sections = {
