@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
+from tests.marks import campaign
 from tests.ranks import run_on_ranks
 
 from .methods import Method, families
@@ -101,8 +102,13 @@ def test_every_method_resumes_to_the_bit(family: str, world_size: int) -> None:
     assert_same_bits(world_size, family, timeout=3500)
 
 
-def at_stage_0(folder: Path, saves: bool, family: str | None) -> dict[str, dict[str, Any]]:
-    """On one rank, at stage 0: the steps after a checkpoint in ``folder``, which is made where ``saves``."""
+Seen = tuple[dict[str, Tensor], dict[str, Tensor], list[tuple[float, float, float]]]
+"""Parameters after the checkpoint, what the steps after it added to them, and losses, objectives, norms of those."""
+
+
+def on_these_ranks(folder: Path, saves: bool, family: str | None) -> dict[str, tuple[Seen, dict[str, float]]]:
+    """On one rank: the steps after a checkpoint of each method in ``folder``, which is made where ``saves`` and else
+    loaded at another stage than it was saved at, or at every one of the stages of a family's methods."""
     from pretrain.distributed import start
 
     ranks, found = start(60), {}
@@ -110,38 +116,44 @@ def at_stage_0(folder: Path, saves: bool, family: str | None) -> dict[str, dict[
     for number, (name, (method, _)) in enumerate(rows.items()):
         if method.hangs_on_ranks:
             continue
-        config, path = configured(method, ranks.world_size, (0, 1, "none")), folder / str(number)
-        run = EngineRun(config, ranks, method.initial(config) if saves else None, empty=not saves)
-        if saves:
-            for step in range(SAVED):
-                run.step(step)
-            run.engine.save(path)
-            torch.save((run.loss_range, run.frequencies), path / "carried")
-        else:
-            run.engine.load(path)
-            run.loss_range, run.frequencies = torch.load(path / "carried", weights_only=False)
-        before = run.engine.full_parameters()
-        numbers = [run.step(step) for step in range(SAVED, DONE)]
-        after = run.engine.full_parameters()
-        added = {key: value - before[key] for key, value in after.items()}
-        found[name] = {"before": before, "added": added, "numbers": numbers, "bounds": method.tolerances}
+        path, there = folder / str(number), method.stages[number % len(method.stages)]
+        others = method.stages if family else [method.stages[(number + 1) % len(method.stages)]]
+        for stage in [there] if saves else others:
+            config = configured(method, ranks.world_size, (stage, 1, "none"))
+            run = EngineRun(config, ranks, method.initial(config) if saves else None, empty=not saves)
+            if saves:
+                for step in range(SAVED):
+                    run.step(step)
+                run.engine.save(path)
+                torch.save((run.loss_range, run.frequencies), path / "carried")
+            else:
+                run.engine.load(path)
+                run.loss_range, run.frequencies = torch.load(path / "carried", weights_only=False)
+            before = run.engine.full_parameters()
+            numbers = [run.step(step) for step in range(SAVED, DONE)]
+            added = {key: value - before[key] for key, value in run.engine.full_parameters().items()}
+            where = name if saves else f"{name}: stage {there}, then {stage}"
+            found[where] = (before, added, numbers), {**TOLERANCES, **method.tolerances}
     return found
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(3600)
 @pytest.mark.parametrize(
     ("there", "here", "family"),
-    [(2, 1, None), *(pytest.param(1, 4, family, marks=pytest.mark.campaign) for family in families())],
+    [
+        (2, 1, None),
+        *(campaign(*ranks, family) for ranks in ((1, 4), (4, 2)) for family in families()),
+    ],
 )
-def test_methods_go_on_with_other_ranks(tmp_path: Path, there: int, here: int, family: str | None) -> None:
-    """Stage 0, which shards nothing: the same weights, then the same updates."""
-    saved = run_on_ranks(at_stage_0, there, tmp_path, True, family)[0]
-    loaded = run_on_ranks(at_stage_0, here, tmp_path, False, family)[0]
-    assert saved.keys() == loaded.keys()
-    assert saved
-    for name, one in saved.items():
-        other, bounds = loaded[name], {**TOLERANCES, **one["bounds"]}
-        assert all(torch.equal(value, other["before"][key]) for key, value in one["before"].items()), name
-        assert relative_difference(other["added"], one["added"]) < bounds["updates"], name
-        for numbers, others in zip(one["numbers"], other["numbers"], strict=True):
-            assert others == pytest.approx(numbers, rel=bounds["losses"]), name
+def test_methods_go_on_with_other_ranks_and_stages(tmp_path: Path, there: int, here: int, family: str | None) -> None:
+    """The same weights to the bit, then the same updates."""
+    saved = run_on_ranks(on_these_ranks, there, tmp_path, True, family, timeout=3500)[0]
+    loaded = run_on_ranks(on_these_ranks, here, tmp_path, False, family, timeout=3500)[0]
+    assert {where.rsplit(": stage", 1)[0] for where in loaded} == set(saved)
+    for where, ((before, added, numbers), bounds) in loaded.items():
+        one = saved[where.rsplit(": stage", 1)[0]][0]
+        assert all(torch.equal(value, before[key]) for key, value in one[0].items()), where
+        assert relative_difference(added, one[1]) < bounds["updates"], where
+        for others, expected in zip(numbers, one[2], strict=True):
+            assert others == pytest.approx(expected, rel=bounds["losses"]), where

@@ -18,6 +18,7 @@ from pretrain.model import Decoder
 from pretrain.objective.balancing.base import RouterLossSettings
 
 from . import Method
+from .losses import z_losses
 from .optimizers import galore, muon
 
 GALORE = galore(rank=6, gap=2)
@@ -154,6 +155,9 @@ METHODS = {
         losses({"frequencies": "buffer"}, {"frequencies": "previous_step"}, {"frequencies": "running", "decay": 0.6}),
     ),
     "bias": balanced({"score": "sigmoid", "selection_bias": True}, {"bias": {"rate": 0.05}}),
+    "spherical_z": replace(
+        balanced({}, losses({}), loss={"kind": "spherical_z", "a": 0.5, "b": 3.0}), token_losses=z_losses
+    ),
     "sample weights": balanced(
         {},
         {**losses({}, {"level": "sequence"}), "sample_weights": True},
