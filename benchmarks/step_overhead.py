@@ -239,14 +239,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=24, help="measured steps of each contender")
     parser.add_argument("--short", action="store_true", help="three steps, to see that it runs; fails nothing")
-    parser.add_argument("--save", action="store_true", help="write benchmarks/results/step_overhead.json")
+    parser.add_argument("--save", action="store_true", help="write benchmarks/results/step_overhead*.json")
     arguments = parser.parse_args()
     result = measure(3 if arguments.short else arguments.steps)
-    over = over_the_limits(result)
+    over, ranks = over_the_limits(result), result["reweighting"]["ranks"]
     if int(os.environ["RANK"]) == 0:
         print(json.dumps(result, indent=2))
         if arguments.save:
-            path = Path(__file__).parent / "results/step_overhead.json"
+            name = "step_overhead" if ranks == 1 else f"step_overhead_{ranks}_ranks"
+            path = Path(__file__).parent / f"results/{name}.json"
             path.write_text(json.dumps(result, indent=2) + "\n")
         if over:
             print(f"over the limit: {', '.join(over)}")
