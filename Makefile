@@ -52,5 +52,5 @@ campaign: setup
 
 # small models that show what the methods do: hours, restartable; writes docs/studies.md
 studies: setup
-	for study in mup_coordinates reweighting parameterizations lr_transfer; do \
+	for study in mup_coordinates reweighting parameterizations lr_transfer balancing sparsity; do \
 	  OMP_NUM_THREADS=1 $(BIN)/python -m studies.$$study || exit; done

@@ -23,7 +23,7 @@ import numpy as np
 from pretrain.config import load_config
 from pretrain.model import count_parameters
 
-from .common import Curve, Interval, Plot, Run, interval, shown, table
+from .common import Curve, Interval, Plot, Run, interval, marked, shown, table
 from .common.command import Do, Results, study_command
 from .common.runs import BASE, VOCABULARY, prepare_data, whole_seeds
 from .noise import prepare_noise
@@ -171,12 +171,6 @@ def shown_steps(steps: Sequence[float | None]) -> str:
     """Their mean where every seed gets there, else how many do."""
     there = [step for step in steps if step is not None]
     return shown(interval(there), 0) if len(there) == len(steps) else f"{len(there)} of {len(steps)} seeds"
-
-
-def marked(value: Interval) -> str:
-    """Bold where the interval is not around 0."""
-    sure = not math.isnan(value.half) and not value.low <= 0 <= value.high
-    return f"**{shown(value, 3)}**" if sure else shown(value, 3)
 
 
 def mixture_table(results: Sequence[dict[str, Any]], size: Size, mixture: str) -> str:

@@ -3,7 +3,7 @@
 from .docs import put_section, table
 from .plots import Curve, Plot, write_plots
 from .runs import Run, Study
-from .statistics import Interval, interval, shown
+from .statistics import Interval, interval, marked, shown
 
 __all__ = [
     "Curve",
@@ -12,6 +12,7 @@ __all__ = [
     "Run",
     "Study",
     "interval",
+    "marked",
     "put_section",
     "shown",
     "table",

@@ -22,7 +22,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 
@@ -41,6 +41,8 @@ VOCABULARY = 1024
 """Of ``studies/data.yaml``."""
 CURVE_POINTS = 20
 _APPENDING = threading.Lock()
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -145,7 +147,8 @@ def outcome(folder: Path, steps: int) -> dict[str, Any]:
     """What a study keeps of a run folder: ``heldout_loss`` and ``train_loss`` (the mean of the last tenth of the steps)
     at the end, nats per token, both missing where the run diverged; ``curve``, the training loss in twenty parts; every
     ``evaluations`` line; ``shares`` of the weight that reweighting gave to each source, a mean over the steps that have
-    one; ``seconds`` of all steps.
+    one; ``experts``, of a model that has any what all its blocks' routing was like, a mean over the last tenth of the
+    steps; ``seconds`` of all steps.
     """
     lines = read_metrics(folder)
     trained = [line for line in lines if "objective" in line]
@@ -156,24 +159,38 @@ def outcome(folder: Path, steps: int) -> dict[str, Any]:
         "curve": _parts(losses, CURVE_POINTS),
         "evaluations": [{k: v for k, v in line.items() if k not in clock} for line in evaluations],
         "shares": _shares(trained),
+        "experts": _experts(_last_tenth(trained)),
         "seconds": sum(line["step_seconds"] for line in trained),
     }
     if not trained or trained[-1]["step"] < steps:
         return kept
     if evaluations:
         kept["heldout_loss"] = evaluations[-1]["loss"]
-    return {**kept, "train_loss": _mean(losses[-max(1, len(losses) // 10) :])}
+    return {**kept, "train_loss": _mean(_last_tenth(losses))}
 
 
 def _shares(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
     """For each source the mean of the shares in ``lines``; empty where none has any."""
-    prefix = "weights/share/"
-    shares: dict[str, list[float]] = {}
+    return _means(lines, "weights/share/")
+
+
+def _experts(lines: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """The means of what ``lines`` say of all blocks with experts together."""
+    return {name: value for name, value in _means(lines, "experts/").items() if "/" not in name}
+
+
+def _means(lines: Sequence[dict[str, Any]], prefix: str) -> dict[str, float]:
+    """The means of the numbers under ``prefix``, each over the lines that have it, by what follows it."""
+    found: dict[str, list[float]] = {}
     for line in lines:
         for key, value in line.items():
-            if key.startswith(prefix):
-                shares.setdefault(key.removeprefix(prefix), []).append(value)
-    return {source: _mean(values) for source, values in shares.items()}
+            if key.startswith(prefix) and isinstance(value, int | float):
+                found.setdefault(key.removeprefix(prefix), []).append(value)
+    return {name: _mean(values) for name, values in found.items()}
+
+
+def _last_tenth(values: Sequence[T]) -> Sequence[T]:
+    return values[-max(1, len(values) // 10) :]
 
 
 def _parts(values: Sequence[float], parts: int) -> list[float]:

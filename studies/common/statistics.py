@@ -39,3 +39,9 @@ def shown(value: Interval, digits: int) -> str:
     if math.isnan(value.half):
         return f"{value.mean:.{digits}f}"
     return f"{value.mean:.{digits}f} ± {value.half:.{digits}f}"
+
+
+def marked(value: Interval) -> str:
+    """A difference, to three digits; bold where the interval is not around 0."""
+    sure = not math.isnan(value.half) and not value.low <= 0 <= value.high
+    return f"**{shown(value, 3)}**" if sure else shown(value, 3)

@@ -73,7 +73,7 @@ def test_outcome_of_a_run_that_diverged(tmp_path: Path) -> None:
     assert done["curve"] == pytest.approx([2 * part + 1.5 for part in range(20)])
     assert done["seconds"] == 20.0
     assert diverged.keys() == done.keys() - {"train_loss"}
-    assert done["shares"] == {}
+    assert done["shares"] == done["experts"] == {}
 
 
 def test_the_weight_of_a_source_is_its_mean_over_the_steps_that_weigh(tmp_path: Path) -> None:
@@ -81,6 +81,16 @@ def test_the_weight_of_a_source_is_its_mean_over_the_steps_that_weigh(tmp_path: 
     lines += [{**lines[0], "step": step, "weights/share/a": 0.1 * step, "weights/ess": 0.9} for step in (2, 3)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert outcome(tmp_path, 3)["shares"] == {"a": pytest.approx(0.25)}
+
+
+def test_routing_is_the_mean_of_the_last_tenth_over_all_blocks(tmp_path: Path) -> None:
+    lines = [
+        {"step": step, "loss": 1.0, "objective": 1.0, "step_seconds": 1.0, "experts/dead": step, "experts/dead/1": 9}
+        for step in range(1, 21)
+    ]
+    lines[-1] |= {"experts/load/1": [0.5, 0.5], "experts/load_cv": 0.25}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert outcome(tmp_path, 20)["experts"] == {"dead": 19.5, "load_cv": 0.25}
 
 
 def test_the_command_of_a_study(

@@ -12,6 +12,7 @@ import pytest
 from data_pipeline.errors import UserError
 from pretrain.config import load_config
 from studies import noise
+from studies.common import marked
 from studies.common.runs import BASE, whole_seeds
 from studies.reweighting import (
     CLEAN,
@@ -20,7 +21,6 @@ from studies.reweighting import (
     Size,
     chosen,
     differences,
-    marked,
     reaching,
     report,
     runs,
