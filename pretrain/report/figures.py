@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from itertools import cycle
-from typing import Any, TypeAlias
 
-from .plot import NOISY_FROM, SMOOTHED_FROM, Figure, colour, curve, marks, step_axis, y_axis
+from .experts import SHOWN, expert_figures
+from .plot import SMOOTHED_FROM, Column, Figure, colour, curve, marks, noisy, raw_and_smooth, step_axis, y_axis
 from .run import Run, column
 from .series import half_life, smooth
 from .weights import loss_range_figure, shares_figure, temperature_figure, weights_figure
@@ -24,8 +23,6 @@ _PARTS = (
     ("scoring", "Scoring pass of reweighting", "weights/scoring_seconds"),
 )
 
-Column: TypeAlias = tuple[list[int], list[float]]
-
 
 def make_figures(run: Run) -> list[Figure]:
     """Every plot for which the run has data, in reading order."""
@@ -41,10 +38,12 @@ def make_figures(run: Run) -> list[Figure]:
     weights = [weights_figure(run), _effective_sample_size(run), shares_figure(run), loss_range_figure(run)]
     weights.append(temperature_figure(run))
     speed = [_throughput(run), *(_part_of_step(run, *part) for part in _PARTS), _mfu(run)]
-    drawn = [figure for figure in (*training, *weights, *speed, *_others(run)) if figure is not None]
+    experts = expert_figures(run)
+    drawn = [figure for figure in (*training, *weights, *experts, *speed, *_others(run)) if figure is not None]
     for figure in drawn:
-        figure.layout.setdefault("shapes", marks(run))
-        figure.layout["xaxis"] = step_axis(run)
+        if figure.stepwise:
+            figure.layout.setdefault("shapes", marks(run))
+            figure.layout["xaxis"] = step_axis(run)
     return drawn
 
 
@@ -53,7 +52,7 @@ def _loss(run: Run) -> Figure | None:
     evaluations = sorted({line["evaluation"] for line in run.evaluations})
     traces, note = [], ""
     if values:
-        traces += _raw_and_smooth("train", steps, values, SMOOTHED_FROM)
+        traces += raw_and_smooth("train", steps, values, SMOOTHED_FROM)
         if len(traces) > 1:
             life = half_life(len(values))
             note = f"Smoothed: exponential mean with a half-life of {life:,} {'line' if life == 1 else 'lines'}."
@@ -118,25 +117,25 @@ def _learning_rate(run: Run) -> Figure | None:
 
 def _grad_norm(run: Run) -> Figure | None:
     axis = {"type": "log", "dtick": "D2", "tickformat": "~g"}
-    return _noisy("grad_norm", "Gradient norm", run.column("grad_norm"), "L2 norm before clipping", axis)
+    return noisy("grad_norm", "Gradient norm", run.column("grad_norm"), "L2 norm before clipping", axis)
 
 
 def _objective(run: Run) -> Figure | None:
     """What was differentiated, unless it was the loss itself."""
     if all(line.get("objective") == line.get("loss") for line in run.steps):
         return None
-    return _noisy("objective", "Objective", run.column("objective"), run.loss_unit, {}, note="What was differentiated.")
+    return noisy("objective", "Objective", run.column("objective"), run.loss_unit, {}, note="What was differentiated.")
 
 
 def _effective_sample_size(run: Run) -> Figure | None:
     axis, note = {"range": [0, 103], "ticksuffix": "%"}, "(Σw)² / Σw² over the group's size."
     values = _percent(run.column("weights/ess"))
-    return _noisy("ess", "Effective sample size", values, "% of the group", axis, "weights", note)
+    return noisy("ess", "Effective sample size", values, "% of the group", axis, "weights", note)
 
 
 def _throughput(run: Run) -> Figure | None:
     axis, values = {"rangemode": "tozero", "tickformat": "~s"}, run.column("tokens_per_second")
-    return _noisy("throughput", "Throughput", values, "tokens/s, all ranks", axis, "speed")
+    return noisy("throughput", "Throughput", values, "tokens/s, all ranks", axis, "speed")
 
 
 def _part_of_step(run: Run, id: str, title: str, key: str) -> Figure | None:
@@ -147,48 +146,27 @@ def _part_of_step(run: Run, id: str, title: str, key: str) -> Figure | None:
         if isinstance(line.get(key), int | float) and line.get("step_seconds")
     ]
     axis = {"rangemode": "tozero", "ticksuffix": "%"}
-    return _noisy(id, title, _percent(column(lines, "part")), "% of the step", axis, "speed")
+    return noisy(id, title, _percent(column(lines, "part")), "% of the step", axis, "speed")
 
 
 def _mfu(run: Run) -> Figure | None:
     axis, values = {"rangemode": "tozero", "ticksuffix": "%"}, _percent(run.column("mfu"))
-    return _noisy("mfu", "Model FLOPs utilisation", values, "% of the peak", axis, "speed")
+    return noisy("mfu", "Model FLOPs utilisation", values, "% of the peak", axis, "speed")
 
 
 def _others(run: Run) -> list[Figure]:
-    """A plot for every further group of numbers: ``experts/...`` in one plot, names without a slash alone."""
+    """A plot for every further group of numbers: ``a/b/...`` in one plot, names without a slash alone."""
     keys = {key for line in run.steps for key, value in line.items() if isinstance(value, int | float)}
     groups: dict[str, list[str]] = {}
     for key in sorted(keys - _SHOWN):
-        if not key.startswith(("domain_loss/", "weights/share/", "weights/uniform_share/")):
+        claimed = key.startswith(("domain_loss/", "weights/share/", "weights/uniform_share/")) or SHOWN.fullmatch(key)
+        if not claimed:
             groups.setdefault(key.rpartition("/")[0] or key, []).append(key)
     figures = []
     for number, (group, members) in enumerate(groups.items()):
         traces = [curve(key, *run.column(key), colour(place)) for place, key in enumerate(members)]
         figures.append(Figure(f"other_{number}", group, traces, {"yaxis": {}}, section="others"))
     return figures
-
-
-def _noisy(
-    id: str, title: str, values: Column, unit: str, axis: dict[str, Any], section: str = "training", note: str = ""
-) -> Figure | None:
-    """One measured quantity; a long curve, whose noise would fill the plot, is drawn smoothed over a faint raw one."""
-    if not values[1]:
-        return None
-    traces = _raw_and_smooth(title.lower(), *values, NOISY_FROM)
-    if len(traces) > 1:
-        note = f"{note} Smoothed as above.".strip()
-    return Figure(id, title, traces, {"yaxis": {"title": {"text": unit}, **axis}}, note, section=section)
-
-
-def _raw_and_smooth(name: str, steps: Sequence[int], values: Sequence[float], from_points: int) -> list[dict[str, Any]]:
-    if len(values) < from_points:
-        return [curve(name, steps, values, "@series-1")]
-    smoothed = smooth(values, half_life(len(values)))
-    return [
-        curve(f"{name}, every line", steps, values, "@faint-1"),
-        curve(f"{name}, smoothed", steps, smoothed, "@series-1", width=2),
-    ]
 
 
 def _percent(values: Column) -> Column:

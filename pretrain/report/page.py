@@ -18,7 +18,14 @@ from .run import Run, read_run
 from .series import POINTS
 
 REPORT_FILE = "report.html"
-_SECTIONS = {"training": "Training", "weights": "Sample weights", "speed": "Speed", "others": "Further numbers"}
+_SECTIONS = {
+    "training": "Training",
+    "weights": "Sample weights",
+    "experts": "Experts",
+    "blocks": "Experts, block by block",
+    "speed": "Speed",
+    "others": "Further numbers",
+}
 _TEMPLATES = Path(__file__).parent / "templates"
 
 

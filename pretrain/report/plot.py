@@ -10,10 +10,10 @@ import html
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 from .run import Run
-from .series import thin
+from .series import half_life, smooth, thin
 
 SERIES_COLOURS = 8
 SMOOTHED_FROM = 40
@@ -23,10 +23,14 @@ NOISY_FROM = 500
 MARKS = 200
 LABELLED_MARKS = 8
 
+Column: TypeAlias = tuple[list[int], list[float]]
+"""Steps [n] and values [n]."""
+
 
 @dataclass(frozen=True)
 class Figure:
-    """One plot: ``note`` is a sentence under the title, ``wide`` takes the page's whole width."""
+    """One plot: ``note`` is a sentence under the title, ``wide`` takes the page's whole width, ``stepwise`` has the
+    steps on its horizontal axis and follows the others' zoom."""
 
     id: str
     title: str
@@ -35,6 +39,7 @@ class Figure:
     note: str = ""
     wide: bool = False
     section: str = field(default="training", kw_only=True)
+    stepwise: bool = field(default=True, kw_only=True)
 
 
 def curve(
@@ -58,6 +63,29 @@ def curve(
         "line": {"color": colour, "width": 1.75 if markers else width, "dash": dash},
         "marker": {"color": colour, "size": 5},
     }
+
+
+def noisy(
+    id: str, title: str, values: Column, unit: str, axis: dict[str, Any], section: str = "training", note: str = ""
+) -> Figure | None:
+    """One measured quantity; a long curve, whose noise would fill the plot, is drawn smoothed over a faint raw one."""
+    if not values[1]:
+        return None
+    traces = raw_and_smooth(title.lower(), *values, NOISY_FROM)
+    if len(traces) > 1:
+        note = f"{note} Smoothed as above.".strip()
+    return Figure(id, title, traces, {"yaxis": {"title": {"text": unit}, **axis}}, note, section=section)
+
+
+def raw_and_smooth(name: str, steps: Sequence[int], values: Sequence[float], from_points: int) -> list[dict[str, Any]]:
+    """A curve of fewer points than ``from_points`` as it is; a longer one smoothed over itself."""
+    if len(values) < from_points:
+        return [curve(name, steps, values, "@series-1")]
+    smoothed = smooth(values, half_life(len(values)))
+    return [
+        curve(f"{name}, every line", steps, values, "@faint-1"),
+        curve(f"{name}, smoothed", steps, smoothed, "@series-1", width=2),
+    ]
 
 
 def y_axis(unit: str) -> dict[str, Any]:

@@ -58,11 +58,26 @@ def sum_columns(
 
     Returns the edges [m + 1] of the columns on the step axis (halfway between neighbours) and the sums [m][bins].
     """
+    edges, stretches = _stretches(steps, columns)
+    return edges, [[sum(column) for column in zip(*(counts[line] for line in each), strict=True)] for each in stretches]
+
+
+def mean_columns(
+    steps: Sequence[int], values: Sequence[Sequence[float]], columns: int = COLUMNS
+) -> tuple[list[float], list[list[float]]]:
+    """The same of means: numbers [n][rows] of neighbouring lines into [m][rows]."""
+    edges, stretches = _stretches(steps, columns)
+    means = [
+        [sum(column) / len(each) for column in zip(*(values[line] for line in each), strict=True)] for each in stretches
+    ]
+    return edges, means
+
+
+def _stretches(steps: Sequence[int], columns: int) -> tuple[list[float], list[range]]:
+    """The edges of the columns, and which lines each is made of."""
     groups = min(len(steps), columns)
     bounds = [place * len(steps) // groups for place in range(groups + 1)]
-    sums = [
-        [sum(column) for column in zip(*counts[start:stop], strict=True)] for start, stop in itertools.pairwise(bounds)
-    ]
     gap = (steps[-1] - steps[0]) / (len(steps) - 1) if len(steps) > 1 else 1.0
     middles = [(steps[bound - 1] + steps[bound]) / 2 for bound in bounds[1:-1]]
-    return [steps[0] - gap / 2, *middles, steps[-1] + gap / 2], sums
+    edges = [steps[0] - gap / 2, *middles, steps[-1] + gap / 2]
+    return edges, [range(start, stop) for start, stop in itertools.pairwise(bounds)]

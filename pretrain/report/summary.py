@@ -105,6 +105,11 @@ def tiles(run: Run) -> list[Tile]:
     if spent:
         attempts = f"{len(run.attempts)} attempt{'s' if len(run.attempts) > 1 else ''}"
         shown.append(Tile("time", duration(sum(spent)), attempts, f"{sum(spent):.1f} s"))
+    if _number(imbalance := last.get("experts/imbalance")):
+        detail = [f"{last['experts/dead']:,} dead"] if "experts/dead" in last else []
+        special = last.get("experts/specialization")
+        detail += [f"specialization {special:.3f}"] if _number(special) else []
+        shown.append(Tile("busiest expert", f"{imbalance:.2f} × mean", ", ".join(detail), repr(imbalance)))
     if "skipped" in last or "holes" in last:
         counts = f"{last.get('skipped', 0):,} / {last.get('holes', 0):,}"
         shown.append(Tile("skipped / holes", counts, "steps / sequences"))

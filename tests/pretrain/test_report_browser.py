@@ -14,6 +14,7 @@ from pretrain.report import write_report
 
 from .chromium import Chromium, find_chromium
 from .report_example import make_run
+from .test_report_experts import step_line
 
 PROGRAM = find_chromium()
 pytestmark = pytest.mark.skipif(PROGRAM is None, reason="no chromium on this machine (apt-get install chromium)")
@@ -158,6 +159,29 @@ def test_a_run_of_one_step_draws(browser: Chromium, tmp_path: Path) -> None:
         "plot-weights": (0, 1),
         "plot-mfu": (1, 0),
     }
+    assert browser.problems == []
+
+
+def test_maps_of_experts_draw_and_keep_their_axis_when_the_steps_are_zoomed(browser: Chromium, tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for step in range(1, 51):
+        log.write(step_line(step, {0: [0.75, 0.25, 0.0], 1: [0.5, 0.25, 0.25]}, {"code": [0.5, 0.5, 0.0]}))
+    browser.show(write_report(tmp_path), 400, "dark")
+    browser.wait_for(READY)
+    plots = browser.evaluate(DRAWN)
+    kinds = ("load_0", "domains_0", "load_1", "domains_1", "imbalance_by_block", "specialization_by_block")
+    assert {name for name, plot in plots.items() if plot["heat"]} == {f"plot-experts_{kind}" for kind in (
+        *kinds, "entropy_by_block",
+    )}  # fmt: skip
+    assert browser.evaluate("document.documentElement.scrollWidth") == 400
+    ids = "['loss', 'experts_load_0', 'experts_domains_0']"
+    axes = f"{ids}.map((id) => document.getElementById('plot-' + id)._fullLayout.xaxis.range)"
+    before = browser.evaluate(axes)
+    browser.evaluate("Plotly.relayout('plot-loss', {'xaxis.range': [10, 20]}).then(() => null)")
+    browser.wait_for(f"{axes}[1][0] === 10")
+    assert browser.evaluate(axes) == [[10, 20], [10, 20], before[2]]
+    browser.evaluate("Plotly.relayout('plot-experts_domains_0', {'xaxis.range': [0, 1]}).then(() => null)")
+    assert browser.evaluate(axes)[0] == [10, 20]
     assert browser.problems == []
 
 
