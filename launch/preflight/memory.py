@@ -3,12 +3,15 @@
 With P parameters on R ranks, s bytes for a value (2 in bf16, 4 in fp32) and B elements of a bucket::
 
     weights        P s                      ZeRO 3: P s / R, and what DeepSpeed keeps gathered, up to 10^9 of them
-    gradients      P s                      ZeRO 2 and 3: B s on their way
-    their sums     4 P (ZeRO 1 in bf16), 4 P / R (ZeRO 1 in fp32, and 2), 8 P / R (ZeRO 3: a copy for the step)
+    gradients      P s (ZeRO 0, 1)          and their sums: 4 P (ZeRO 1 in bf16), 4 P / R (ZeRO 2), 8 P / R (ZeRO 3)
     optimizer      its fp32 state and copy of the weights: all at ZeRO 0, else a share of 1 / R
-    activations    :func:`pretrain.costs.memory`
-    buckets        2 B s; where DeepSpeed reduces at the end (ZeRO 0, ZeRO 1 in bf16), a copy of up to 5 10^8 gradients
     context        what CUDA, its libraries and NCCL hold: 1.5 GB
+
+and at the same time the larger of what a backward pass takes and what follows the last one::
+
+    activations    :func:`pretrain.costs.memory`, and buckets of 2 B s (ZeRO 1), 3 B s (ZeRO 2, 3)
+    reduction      ZeRO 0: a flat copy of up to 5 10^8 gradients, in bf16 an fp32 copy of all; ZeRO 1: 4 P / R, and
+                   2 B s, in bf16 6 bytes for each of up to 5 10^8 gradients
 
 The allocator's gaps and short-lived tensors are the error bar (``benchmarks/memory_estimate.py``).
 """
@@ -41,13 +44,16 @@ class MemoryEstimate:
     gradients: float
     optimizer: float
     activations: float
+    """With the buckets that a backward pass fills."""
     buffers: float
-    buckets: float
+    reduction: float
+    """What is taken when the activations are gone."""
 
     @property
     def tensors(self) -> float:
         """All but what the device's libraries take for themselves."""
-        return self.weights + self.gradients + self.optimizer + self.activations + self.buffers + self.buckets
+        lasting = self.weights + self.gradients + self.optimizer + self.buffers
+        return lasting + max(self.activations, self.reduction)
 
 
 def estimate(config: Config, vocab_size: int, ranks: int) -> MemoryEstimate:
@@ -56,19 +62,19 @@ def estimate(config: Config, vocab_size: int, ranks: int) -> MemoryEstimate:
     count, value = sum(math.prod(shape) for shape in shapes.values()), 2 if config.training.precision == "bf16" else 4
     stage, bf16 = config.engine.zero_stage, value == 2
     costs = memory(config, vocab_size, ranks)
-    bucket = min((config.engine.bucket_elements or _BUCKET) if stage else 0, count)
-    weights = float(count * value)
-    gradients = float(count * value)
-    buckets = 2.0 * bucket * value
+    bucket = float(min((config.engine.bucket_elements or _BUCKET) if stage else 0, count) * value)
+    weights, gradients, buckets = float(count * value), float(count * value), 2 * bucket
     if stage == 0:
-        buckets = float(min(count, _REDUCED_TOGETHER) * value) if ranks > 1 else 0.0
-        gradients += 4.0 * count if bf16 else 0.0  # the copy that the fp32 step reads
+        flat_copy = float(min(count, _REDUCED_TOGETHER) * value) if ranks > 1 else 0.0
+        reduction = max(flat_copy, 4.0 * count if bf16 else 0.0)
+    elif stage == 1 and bf16:
+        gradients += 4.0 * count
+        reduction = 6.0 * min(count, _REDUCED_TOGETHER) if ranks > 1 else 0.0
     elif stage == 1:
-        gradients += 4.0 * count if bf16 else 4.0 * count / ranks
-        if bf16 and ranks > 1:
-            buckets = 6.0 * min(count, _REDUCED_TOGETHER)  # in fp32, and what goes over the wire
+        reduction = 4.0 * count / ranks + buckets
     else:
-        gradients = (4.0 if stage == 2 else 8.0) * count / ranks + bucket * value
+        gradients = (4.0 if stage == 2 else 8.0) * count / ranks
+        buckets, reduction = 3 * bucket, 0.0
     if stage == 3:
         weights = (count / ranks + min(count, _LIVE)) * value
     optimizer = float(costs["optimizer_state_of_a_rank"])
@@ -79,9 +85,9 @@ def estimate(config: Config, vocab_size: int, ranks: int) -> MemoryEstimate:
         weights=weights,
         gradients=gradients,
         optimizer=optimizer,
-        activations=float(costs["activations"][how]["micro_batch"]),
+        activations=float(costs["activations"][how]["micro_batch"]) + buckets,
         buffers=float(costs["buffers"]),
-        buckets=buckets,
+        reduction=reduction,
     )
 
 
@@ -95,8 +101,8 @@ def check_memory(config: Config, vocab_size: int, request: Request) -> Iterator[
         f"{name} {size(getattr(found, name))}" for name in ("weights", "gradients", "optimizer", "activations")
     )
     told = (
-        f"About {size(total)} (±{ERROR_BAR:.0%}) for each of {ranks} ranks: {parts}, buffers and buckets "
-        f"{size(found.buffers + found.buckets)}{f', CUDA {size(context)}' if context else ''}."
+        f"About {size(total)} (±{ERROR_BAR:.0%}) for each of {ranks} ranks: {parts}, buffers {size(found.buffers)}"
+        f"{f', CUDA {size(context)}' if context else ''}; instead of activations, later {size(found.reduction)}."
     )
     given = request.gpu_memory
     if given is None:
