@@ -159,6 +159,9 @@ class CheckpointSettings(Settings):
     """How many of the newest complete checkpoints to keep."""
     keep_every: int | None = Field(default=None, ge=1)
     """Checkpoints at multiples of this many steps are kept for good; a multiple of ``every_steps``."""
+    asynchronous: bool = False
+    """Copy the state to the host's memory and write it while training goes on. Takes as much host memory as a rank's
+    part of a checkpoint is large. A save that is due while the one before is still being written waits for it."""
 
     @model_validator(mode="after")
     def _check(self) -> CheckpointSettings:

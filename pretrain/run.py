@@ -122,7 +122,11 @@ class Session:
         if origin is not None:
             store.load(origin, engine)
         self._trainer = Trainer(config, data, ranks, engine, store, self._monitor, self._ledger, state)
-        self._trainer.train(stop)
+        try:
+            self._trainer.train(stop)
+        except TOGETHER:
+            self._trainer.finish_save()
+            raise
 
     def _origin(self, config: Config, store: CheckpointStore) -> tuple[Path | None, list[str]]:
         """The checkpoint to go on from, and what was wrong with newer ones. Collective."""

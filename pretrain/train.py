@@ -131,9 +131,11 @@ class Trainer:
                     self._bound_holes(holes, step)
                 rate = learning_rate(self.state.step, total, config.schedule, config.optimizer.lr)
                 grad_norm = self._optimizer_step(objective, step, rate)
-                statistics = objective.end_step(stop.flags)
+                statistics = objective.end_step([*stop.flags, self.store.busy])
                 self._refuse_non_finite(statistics, float(grad_norm), step)
                 self._move_bias(statistics)
+                if self.store.saving and not statistics.flags[-1]:
+                    self._tell_saved(self.store.advance_save())
                 self.state = self.state.advance(step.next_position, statistics)
                 scored = self._scoring.seconds() if self._scoring else 0.0
                 self._pace.add(step.global_batch, time.perf_counter() - started, loader.waited, scored)
@@ -144,11 +146,13 @@ class Trainer:
                     self.monitor.event({"event": "dropped_samples", "message": told, **where})
                 self._log(statistics, rate, float(grad_norm))
                 finished = self.state.step == total
-                signals = [] if finished else names(statistics.flags)
+                signals = [] if finished else names(statistics.flags[:-1])
                 if self._due(config.evaluation.every_steps) and not signals:
                     self.evaluate()
                 if self._due(config.checkpoint.every_steps) or finished or signals:
                     self.save()
+                if finished or signals:
+                    self.finish_save()
                 if signals:
                     raise StoppedError(signals, self.state.step)
 
@@ -268,15 +272,23 @@ class Trainer:
             where = {"step": self.state.step, "position": self.state.position}
             self.monitor.evaluation({**fields, **where, "seconds": time.perf_counter() - started})
 
-    def save(self) -> Path:
-        """Publish a checkpoint of the state as it is."""
+    def save(self) -> None:
+        """Publish a checkpoint of the state as it is; where saving is asynchronous, some steps later."""
         if self.monitor:
             self.monitor.flush()
-        path = self.store.save(self.engine, checkpoint_state(self.state, self.config, self.data, self.ranks))
+        self.finish_save()
+        self.store.begin_save(self.engine, checkpoint_state(self.state, self.config, self.data, self.ranks))
         self._saved_step = self.state.step
-        if self.monitor:
+        if not self.config.checkpoint.asynchronous:
+            self.finish_save()
+
+    def finish_save(self) -> None:
+        """Wait for the save that goes on, if there is one. Collective."""
+        self._tell_saved(self.store.finish_save())
+
+    def _tell_saved(self, path: Path | None) -> None:
+        if path and self.monitor:
             print(f"saved {path}", flush=True)
-        return path
 
     def _refuse_non_finite(self, statistics: StepStatistics, grad_norm: float, step: Step) -> None:
         """Stop before anything of a poisoned step is saved; every rank sees the same numbers and decides the same."""

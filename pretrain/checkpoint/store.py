@@ -10,17 +10,19 @@
         deepspeed/        what DeepSpeed saves, readable by its own tools
 
 A checkpoint is written in ``.saving_step_...``, flushed, given its manifest and renamed. Nothing points to the newest
-one: it is the complete folder with the highest step.
+one: it is the complete folder with the highest step. All of that may go on beside the training
+(``checkpoint.asynchronous``): only the copy of the state is then waited for, and the ranks agree between two steps.
 """
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -28,14 +30,14 @@ from data_pipeline.errors import DataError, HeadraceError, UserError
 from data_pipeline.files import fsync_folder, publish, publish_json
 from pretrain.config import CheckpointSettings
 from pretrain.distributed import Distributed
-from pretrain.engine import Engine, read_layout
-from pretrain.engine.layout import Layout
+from pretrain.engine import Engine
 
-from .manifest import NAME, FileRecord, intact, problems, read_manifest, record_file, write_manifest
+from .beside import Beside, Parts
+from .folders import DELETING, SAVING, checkpoint_name, complete_checkpoints, reason, remove, step_folders, step_of
+from .manifest import NAME, FileRecord, problems, read_manifest, record_file, write_manifest
 from .random_state import random_states, restore_random_states
 
-_SAVING = ".saving_"
-_DELETING = ".deleting_"
+T = TypeVar("T")
 
 
 class CheckpointError(HeadraceError):
@@ -43,11 +45,11 @@ class CheckpointError(HeadraceError):
 
 
 class CheckpointStore:
-    """The checkpoints below one folder. All methods but the constructor are collective.
+    """The checkpoints below one folder. All methods but the constructor and :attr:`busy` are collective.
 
     Args:
         folder: the run's ``checkpoints`` folder; made if missing.
-        settings: what to keep.
+        settings: what to keep, and how to save.
         ranks: this process among its peers.
     """
 
@@ -55,14 +57,16 @@ class CheckpointStore:
         self._folder = folder
         self._settings = settings
         self._ranks = ranks
+        self._pool = ThreadPoolExecutor(1, "checkpoint") if settings.asynchronous else None
+        self._saving: Beside[Path] | None = None
         if ranks.rank == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
-                for leftover in [*folder.glob(f"{_SAVING}*"), *folder.glob(f"{_DELETING}*")]:
+                for leftover in [*folder.glob(f"{SAVING}*"), *folder.glob(f"{DELETING}*")]:
                     shutil.rmtree(leftover)
             except OSError as error:
                 raise UserError(
-                    f"{folder} can't be written or cleared of an unfinished save: {_reason(error)}. Mend that."
+                    f"{folder} can't be written or cleared of an unfinished save: {reason(error)}. Mend that."
                 ) from error
 
     def save(self, engine: Engine, state: Mapping[str, Any]) -> Path:
@@ -71,43 +75,76 @@ class CheckpointStore:
         Raises:
             CheckpointError: on every rank, when any of them could not write.
         """
+        self.begin_save(engine, state)
+        path = self.finish_save()
+        assert path is not None
+        return path
+
+    def begin_save(self, engine: Engine, state: Mapping[str, Any]) -> None:
+        """As :meth:`save`, but where it is asynchronous return as soon as the engine may go on.
+
+        Waits for a save that still goes on. Errors are raised here, by :meth:`advance_save` or :meth:`finish_save`.
+        """
+        self.finish_save()
+        self._saving = Beside(self._save(engine, dict(state)), self._pool)
+
+    @property
+    def saving(self) -> bool:
+        """Whether a save goes on; the same on every rank."""
+        return self._saving is not None
+
+    @property
+    def busy(self) -> bool:
+        """Whether this rank works for a save right now."""
+        return self._saving is not None and self._saving.busy
+
+    def advance_save(self) -> Path | None:
+        """What is to be agreed on, when no rank is :attr:`busy`; the checkpoint when it is published."""
+        return self._go_on(lambda saving: saving.finish() if saving.advance() else None)
+
+    def finish_save(self) -> Path | None:
+        """Wait for the save that goes on and return its checkpoint; None where there is none."""
+        return self._go_on(lambda saving: saving.finish())
+
+    def _go_on(self, act: Callable[[Beside[Path]], Path | None]) -> Path | None:
+        saving, self._saving = self._saving, None
+        if saving is None:
+            return None
+        path = act(saving)
+        if path is None:
+            self._saving = saving
+        return path
+
+    def _save(self, engine: Engine, state: dict[str, Any]) -> Parts[Path]:
+        """One save: what each rank does by itself is yielded, what they agree on stands between."""
         name = checkpoint_name(state["step"])
-        draft, final = self._folder / f"{_SAVING}{name}", self._folder / name
-        failure: str | None = None
+        draft, final = self._folder / f"{SAVING}{name}", self._folder / name
         failed = f"checkpoint {name} could not be saved"
-        files: list[FileRecord] = []
-        try:
-            if self._ranks.rank == 0:
-                draft.mkdir()
-        except OSError as error:
-            failure = _reason(error)
+        _, failure = _try(draft.mkdir) if self._ranks.rank == 0 else (None, None)
         self._agree(failure, failed, draft)
-        try:
-            written = engine.save(draft)
-            written += self._write_own(draft, state)
-            files = [record_file(draft, path) for path in written]
-        except OSError as error:
-            failure = _reason(error)
+        write = engine.begin_save(draft, later=self._pool is not None)
+        files, failure = yield partial(_try, partial(self._write, draft, write, random_states(), state))
         self._agree(failure, failed, draft)
-        everything = [file for part in self._ranks.gather_objects(files) for file in part]
-        if self._ranks.rank == 0:
-            try:
-                self._publish(draft, final, everything)
-                failed = "a checkpoint that is no longer kept could not be removed"
-                self._remove_old(final)
-            except OSError as error:
-                failure = _reason(error)
-        self._agree(failure, self._ranks.broadcast_object(failed), draft)
+        everything = [file for part in self._ranks.gather_objects(files) for file in part or []]
+        # every rank comes to as many pieces of work
+        told = yield partial(self._publish, draft, final, everything) if self._ranks.rank == 0 else _nothing
+        failure, failed = self._ranks.broadcast_object(told)
+        self._agree(failure if self._ranks.rank == 0 else None, failed, draft)
         return final
 
-    def _write_own(self, draft: Path, state: Mapping[str, Any]) -> list[Path]:
+    def _write(
+        self, draft: Path, write: Callable[[], list[Path]], randoms: dict[str, Any], state: dict[str, Any]
+    ) -> list[FileRecord]:
+        """All files of this rank, with their hashes."""
+        written = write()
         own = draft / f"rank_{self._ranks.rank:05d}.pt"
         with publish(own) as handle:
-            torch.save(random_states(), handle)
-        if self._ranks.rank:
-            return [own]
-        publish_json(draft / "state.json", dict(state))
-        return [own, draft / "state.json"]
+            torch.save(randoms, handle)
+        written.append(own)
+        if self._ranks.rank == 0:
+            publish_json(draft / "state.json", state)
+            written.append(draft / "state.json")
+        return [record_file(draft, path) for path in written]
 
     def _agree(self, failure: str | None, what: str, draft: Path) -> None:
         """Raise on all ranks when one of them failed, so that none waits for it in the next collective."""
@@ -124,13 +161,21 @@ class CheckpointStore:
             "mend the disk, then start the same command again."
         )
 
-    def _publish(self, draft: Path, final: Path, files: list[FileRecord]) -> None:
+    def _publish(self, draft: Path, final: Path, files: list[FileRecord]) -> tuple[str | None, str]:
+        """Make the checkpoint visible and remove old ones; why the disk did not let it, and what that means."""
+        _, failure = _try(partial(self._reveal, draft, final, files))
+        if failure:
+            return failure, f"checkpoint {final.name} could not be saved"
+        _, failure = _try(partial(self._remove_old, final))
+        return failure, "a checkpoint that is no longer kept could not be removed"
+
+    def _reveal(self, draft: Path, final: Path, files: list[FileRecord]) -> None:
         for folder in {(draft / file.path).parent for file in files}:
             fsync_folder(folder)
         write_manifest(draft, files)
         if final.exists():
             # only a broken folder can stand there: a run never saves a step that it could have resumed from
-            _remove(final)
+            remove(final)
         os.rename(draft, final)
         fsync_folder(self._folder)
 
@@ -141,7 +186,7 @@ class CheckpointStore:
             keep |= {path for path in complete if step_of(path) % self._settings.keep_every == 0}
         for path in complete:
             if path not in keep:
-                _remove(path)
+                remove(path)
 
     def find(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint whose every byte is as it was saved, and what was wrong with newer ones.
@@ -155,7 +200,9 @@ class CheckpointStore:
         """
         found: list[str] = []
         damaged: list[Path] = []
-        candidates = self._ranks.broadcast_object([path for path in _folders(self._folder) if (path / NAME).exists()])
+        candidates = self._ranks.broadcast_object(
+            [path for path in step_folders(self._folder) if (path / NAME).exists()]
+        )
         for path in reversed(candidates):
             damage = self.damage(path)
             if not damage:
@@ -195,59 +242,13 @@ class CheckpointStore:
             restore_random_states(torch.load(own, weights_only=False))
 
 
-def checkpoint_name(step: int) -> str:
-    return f"step_{step:09d}"
-
-
-def step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_"))
-
-
-def _folders(folder: Path) -> list[Path]:
-    """Whatever has the name of a checkpoint below ``folder``, by rising step."""
-    return sorted(folder.glob("step_" + "[0-9]" * 9))
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """The folders below ``folder`` that hold a manifest and every file in its size, by rising step. Not collective."""
-    complete = []
-    for path in _folders(folder):
-        files = read_manifest(path)
-        if files is not None and not problems(path, files, hashes=False):
-            complete.append(path)
-    return complete
-
-
-def intact_layout(path: Path) -> tuple[list[FileRecord], Layout]:
-    """The files of a checkpoint of which every byte is as it was saved, and what lies where in them.
-
-    Raises:
-        UserError: ``path`` is no complete checkpoint.
-        DataError: it is damaged, or its record does not account for every element of every parameter.
-    """
-    files, layout = intact(path), read_layout(path)
-    known = {file.path for file in files}
-    if missing := sorted({layout.model, *(place.file for place in layout.places)} - known):
-        raise DataError(f"{path}: layout.json names files that were not saved: {', '.join(missing[:4])}")
-    return files, layout
-
-
-def read_state(path: Path) -> dict[str, Any]:
-    """``state.json`` of a checkpoint. Raises DataError when it can't be read."""
+def _try(action: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What ``action`` returns, or why the disk did not let it."""
     try:
-        state: dict[str, Any] = json.loads((path / "state.json").read_bytes())
-    except (OSError, ValueError) as error:
-        raise DataError(f"{path / 'state.json'} can't be read: {error}. Is {path} a checkpoint of Headrace?") from error
-    return state
+        return action(), None
+    except OSError as error:
+        return None, reason(error)
 
 
-def _remove(path: Path) -> None:
-    """Invisible first, gone afterwards: a removal that is killed leaves no half checkpoint that looks whole."""
-    (path / NAME).unlink(missing_ok=True)
-    doomed = path.with_name(_DELETING + path.name)
-    os.rename(path, doomed)
-    shutil.rmtree(doomed)
-
-
-def _reason(error: OSError) -> str:
-    return f"{error.strerror or error}{f' ({error.filename})' if error.filename else ''}"
+def _nothing() -> None:
+    """The piece of work of a rank that waits for another's."""

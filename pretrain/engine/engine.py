@@ -204,7 +204,19 @@ class Engine:
         Raises:
             OSError: this rank could not write (on the rank concerned only).
         """
-        return self.checkpoints.save(folder)
+        return self.begin_save(folder, later=False)()
+
+    def begin_save(self, folder: Path, later: bool) -> Callable[[], list[Path]]:
+        """The collective part of :meth:`save`.
+
+        Args:
+            later: copy this rank's part to the host's memory instead of writing it, so that training may go on.
+
+        Returns:
+            what ends it: writes what was copied, returns and raises what :meth:`save` does. It communicates with
+            nobody, and may be called in any thread, once, before the next save.
+        """
+        return self.checkpoints.begin_save(folder, later)
 
     def load(self, folder: Path) -> None:
         """Restore what :meth:`save` wrote, on any number of ranks and ZeRO stage. Collective.

@@ -1,4 +1,4 @@
-"""What DeepSpeed writes goes through here: flushed to the disk, remembered, and failing only afterwards."""
+"""What DeepSpeed writes goes through here: copied or written at once, flushed to the disk, failing only afterwards."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from .host_copies import HostCopies
 
 _base = importlib.import_module("deepspeed.runtime.checkpoint_engine.checkpoint_engine")
 
@@ -22,18 +24,25 @@ class CheckpointFiles(_base.CheckpointEngine):  # type: ignore[misc, name-define
     Args:
         default: DeepSpeed's own, which reads.
         check: called with the path and the content of a file that is about to be written; may raise.
+        device: where the tensors lie.
     """
 
-    def __init__(self, default: Any, check: Callable[[str, Any], None]) -> None:
+    def __init__(self, default: Any, check: Callable[[str, Any], None], device: torch.device) -> None:
         super().__init__()
         self.name = "headrace"
+        self.later = False
+        """Only copy what is to be saved; it is written when :meth:`write` is called, in any thread."""
         self._default = default
         self._check = check
+        self._copies = HostCopies(device)
+        self._waiting: list[tuple[str, Any]] = []
         self._files: list[Path] = []
         self._error: OSError | None = None
 
     def create(self, info: Any) -> None:
         self._files, self._error = [], None
+        self._waiting = []
+        self._copies.restart()
 
     def save(self, state_dict: Any, path: str) -> None:
         optimizer = state_dict.get("optimizer_state_dict") or {}
@@ -41,9 +50,15 @@ class CheckpointFiles(_base.CheckpointEngine):  # type: ignore[misc, name-define
             # DeepSpeed's bf16 optimizer of stage 1 leaves this out, without which DeepSpeed's own tool refuses the file
             optimizer.setdefault("zero_stage", 1)
         self._check(path, state_dict)
+        if self.later:
+            self._waiting.append((path, self._copies.copy(state_dict)))
+        else:
+            self._write(path, state_dict)
+
+    def _write(self, path: str, content: Any) -> None:
         try:
             with open(path, "wb") as handle:
-                torch.save(state_dict, handle)
+                torch.save(content, handle)
                 handle.flush()
                 os.fsync(handle.fileno())
             self._files.append(Path(path))
@@ -66,8 +81,11 @@ class CheckpointFiles(_base.CheckpointEngine):  # type: ignore[misc, name-define
     def commit(self, info: Any) -> bool:
         return True
 
-    def written(self) -> list[Path]:
-        """The files of the last save. Raises the OSError that kept one of them from being written."""
+    def write(self) -> list[Path]:
+        """Write what still waits; the files of the last save. Raises the OSError that kept one from being written."""
+        self._copies.wait()
+        while self._waiting and self._error is None:
+            self._write(*self._waiting.pop(0))
         if self._error is not None:
             raise self._error
         return self._files

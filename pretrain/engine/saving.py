@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -48,21 +48,26 @@ class EngineCheckpoints:
         self._shapes = dict(shapes)
         self._stage = stage
         self._ranks = ranks
-        self._files = CheckpointFiles(engine.checkpoint_engine, self._check_saved)
+        self._files = CheckpointFiles(engine.checkpoint_engine, self._check_saved, ranks.device)
         engine.checkpoint_engine = self._files
         # copies of DeepSpeed's own tools: an error of the disk there would come between its barriers
         engine._copy_recovery_script = lambda folder: None
 
-    def save(self, folder: Path) -> list[Path]:
-        """Write and flush this rank's part; see :meth:`.engine.Engine.save`."""
+    def begin_save(self, folder: Path, later: bool) -> Callable[[], list[Path]]:
+        """Write and flush this rank's part, or copy it; see :meth:`.engine.Engine.begin_save`."""
         layout = self.layout
+        self._files.later = later
         try:
             self._engine.save_checkpoint(str(folder), tag=TAG, save_latest=False)
         except OSError as error:
             # the others wait for this rank in a barrier of DeepSpeed's: to go on to the next collective would hang all
             raise HeadraceError(f"DeepSpeed could not save below {folder}: {error}") from error
-        written = self._files.written()
-        return [*written, write_layout(folder, layout)] if self._ranks.rank == 0 else written
+
+        def write() -> list[Path]:
+            written = self._files.write()
+            return [*written, write_layout(folder, layout)] if self._ranks.rank == 0 else written
+
+        return write
 
     def load(self, folder: Path) -> None:
         """Restore what :meth:`save` wrote, on whatever topology; see :meth:`.engine.Engine.load`."""

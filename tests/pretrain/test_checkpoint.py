@@ -303,14 +303,14 @@ def one_rank_fails_all_raise(bench: Bench) -> None:
 def a_removal_that_fails_is_told_as_one(bench: Bench) -> None:
     keeper = bench.store("removal", keep_last=1)
     keeper.save(bench.engine, {"step": 1})
-    removed, store._remove = store._remove, refuse
+    removed, store.remove = store.remove, refuse
     with pytest.raises(
         CheckpointError,
         match=r"^a checkpoint that is no longer kept could not be removed .*rank 0: Stale file handle \(.*_0{8}1\)\. "
         "The complete checkpoint step_000000002 is untouched",
     ):
         keeper.save(bench.engine, {"step": 2})
-    store._remove = removed
+    store.remove = removed
     assert bench.names("removal") == ["1", "2"]
     keeper.save(bench.engine, {"step": 3})
     assert bench.names("removal") == ["3"]

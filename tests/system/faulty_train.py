@@ -97,7 +97,7 @@ elif PLACE == "rename":
 
     os.rename = dying_rename
 elif PLACE == "remove":
-    store._remove = before(store._remove)
+    store.remove = before(store.remove)
 else:
     raise SystemExit(f"unknown fault {PLACE!r}")
 

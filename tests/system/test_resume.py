@@ -53,12 +53,21 @@ def test_killed_in_a_step_and_resumed(runs: Runs, straight: Straight, stage: int
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "fault", "resumes_at"),
-    [(1, "write:4", 4), (2, "manifest:2", 4), (3, "rename:2", 4), campaign(3, "write:7", 8), (0, "remove:1", 12)],
+    ("stage", "fault", "resumes_at", "asynchronous"),
+    [
+        (1, "write:4", 4, True),
+        (2, "manifest:2", 4, True),
+        (3, "rename:2", 4, False),
+        campaign(3, "write:7", 8, False),
+        (0, "remove:1", 12, False),
+    ],
 )
-def test_killed_in_a_save_and_resumed(runs: Runs, straight: Straight, stage: int, fault: str, resumes_at: int) -> None:
+def test_killed_in_a_save_and_resumed(
+    runs: Runs, straight: Straight, stage: int, fault: str, resumes_at: int, asynchronous: bool
+) -> None:
     """The half checkpoint is invisible: the run goes on from the last complete one."""
-    broken = runs.config("broken", engine={"zero_stage": stage})
+    saves = {"every_steps": 4, "asynchronous": asynchronous}
+    broken = runs.config("broken", engine={"zero_stage": stage}, checkpoint=saves)
     assert runs.train(broken, fault=fault).returncode != 0
     resumed = runs.train(broken)
     assert resumed.returncode == 0, resumed.stderr

@@ -43,7 +43,7 @@ def _a_worker(launcher: int) -> int:
 @pytest.mark.slow
 def test_stopped_runs_go_on_to_the_same_bits(runs: Runs) -> None:
     """SIGTERM to torchrun, SIGUSR1 to one worker, SIGINT to our launcher: each stops alike, and the run goes on."""
-    straight, stopped = runs.config("straight"), runs.config("stopped")
+    straight, stopped = runs.config("straight"), runs.config("stopped", checkpoint={"asynchronous": True})
     assert runs.train(straight, STEPS).returncode == 0
     ours = [sys.executable, "-m", "launch", "local", str(stopped), STEPS, "evaluation.every_steps=10", "--ranks", "2"]
     theirs = torchrun(stopped, STEPS, ranks=2)
