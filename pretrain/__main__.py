@@ -11,6 +11,8 @@ import typer
 
 from data_pipeline.errors import run_command
 
+from .export.names import LayoutName
+
 app = typer.Typer(
     help="Train language models, and look at what was trained.",
     no_args_is_help=True,
@@ -77,6 +79,9 @@ def report(run: RunFolder) -> None:
 def export(
     source: Annotated[Path, typer.Argument(help="a step_... folder, or a run folder: its newest checkpoint")],
     output: Annotated[Path, typer.Argument(help="folder to make")],
+    layout: Annotated[
+        LayoutName | None, typer.Option(help="transformers' model_type; without it, the first that fits")
+    ] = None,
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="of the weights")] = "fp32",
     unmerged: Annotated[bool, typer.Option("--unmerged", help="keep the parts of linear layers")] = False,
     tokenizer: Annotated[
@@ -92,6 +97,7 @@ def export(
     written = export_checkpoint(
         source,
         output,
+        layout=layout,
         dtype=dtype,
         unmerged=unmerged,
         tokenizer="none" if no_tokenizer else tokenizer or "data",

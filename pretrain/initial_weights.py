@@ -159,11 +159,24 @@ def _check_shapes(weights: Weights, settings: ModelSettings, vocab_size: int) ->
         )
 
 
-_NOT_COMPUTED: Any = {
-    **dict.fromkeys(("vocab_size", "init_std", "init_scaled_residual", "linear", "weights_from", "mup"), True),
-    "experts": {"jitter", "capacity"},
-}
+_NOT_COMPUTED = {"vocab_size", "init_std", "init_scaled_residual", "linear", "weights_from", "mup", "experts"}
 """Settings that say how a model starts, those of training alone, and those that are compared in another way."""
+
+
+def _computed(settings: ModelSettings) -> dict[str, Any]:
+    """What decides what a model computes with its weights, by dotted name."""
+    plain: dict[str, Any] = settings.model_dump(exclude=_NOT_COMPUTED)
+    plain |= {"kv_heads": settings.effective_kv_heads, "head_dim": settings.effective_head_dim}
+    plain["experts"] = f"in the blocks {settings.expert_layers}" if settings.experts else None
+    if settings.experts is None:
+        return plain
+    if len(settings.expert_layers) == settings.layers:
+        del plain["intermediate_size"]  # no block has it
+    training = {"jitter", "capacity", "selection_bias", "dense_first", "every"}
+    if settings.experts.routing.kind != "hybrid":
+        training.add("entropy")
+    own = settings.experts.model_dump(exclude=training)
+    return plain | {f"experts.{key}": value for key, value in own.items()}
 
 
 def _check_same_function(weights: Weights, settings: ModelSettings) -> None:
@@ -172,12 +185,12 @@ def _check_same_function(weights: Weights, settings: ModelSettings) -> None:
     A dense layer may become one that keeps a whole weight and does something to it, as pruning does: what else it
     could become has other shapes.
     """
-    there, here = (
-        each.model_dump(exclude=_NOT_COMPUTED)
-        | {"kv_heads": each.effective_kv_heads, "head_dim": each.effective_head_dim}
-        for each in (weights.settings, settings)
-    )
-    wrong = [f"model.{key} is {there[key]!r} there and {here[key]!r} here" for key in here if there[key] != here[key]]
+    there, here = _computed(weights.settings), _computed(settings)
+    wrong = [
+        f"model.{key} is {there[key]!r} there and {here[key]!r} here"
+        for key in here
+        if key in there and there[key] != here[key]
+    ]
     for name, one, other in zip(
         ("embedding", "head", "attention"),
         forward_multipliers(weights.settings),

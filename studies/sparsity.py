@@ -46,7 +46,7 @@ class Size:
 
     steps: int
     seeds: int
-    widths: tuple[int, ...] = (32, 64)
+    widths: tuple[int, ...] = (64,)
     experts: tuple[int, ...] = (4, 8, 16, 32)
     top_k: tuple[int, ...] = (2, 4)
     batch: int = 16

@@ -9,39 +9,31 @@ from data_pipeline.errors import UserError
 from data_pipeline.settings import build_settings
 from pretrain.model import ModelSettings
 
-CUSTOM = "headrace_"
-"""Prefix of ``model_type`` where ``modeling_headrace.py`` is needed: transformers must not take its own class then."""
+from .layouts import CUSTOM, LAYOUTS
+from .names import LayoutName
 
 
-def architecture(settings: ModelSettings) -> str:
-    """Which of transformers' classes computes the same.
-
-    Qwen3 is Llama with the norm of query and key heads; Mistral without its window is Llama whose ``hidden_size`` need
-    not be a multiple of the heads.
-    """
-    if settings.qk_norm:
-        return "Qwen3"
-    return "Mistral" if settings.hidden_size % settings.heads else "Llama"
-
-
-def to_config(settings: ModelSettings, vocab_size: int, context: int, dtype: str) -> dict[str, Any]:
+def to_config(settings: ModelSettings, layout: LayoutName, vocab_size: int, context: int, dtype: str) -> dict[str, Any]:
     """config.json of a decoder, without what its tokenizer says.
 
     Args:
         settings: the shape.
+        layout: one that can say it.
         vocab_size: rows of the embedding.
         context: tokens of a training sequence: the longest that the model has seen.
         dtype: of the tensors, by torch's name.
     """
-    kind = architecture(settings)
     own: dict[str, dict[str, Any]] = {
-        "Llama": {"attention_bias": False, "mlp_bias": False},
-        "Mistral": {"sliding_window": None},
-        "Qwen3": {"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
+        "llama": {"attention_bias": False, "mlp_bias": False},
+        "mistral": {"sliding_window": None},
+        "qwen3": {"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
+        "mixtral": {"sliding_window": None},
+        "olmoe": {"attention_bias": False, "clip_qkv": None},
+        "qwen3_moe": {"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
     }
     return {
-        "architectures": [f"{kind}ForCausalLM"],
-        "model_type": kind.lower(),
+        "architectures": [f"{LAYOUTS[layout].name}ForCausalLM"],
+        "model_type": layout,
         "vocab_size": vocab_size,
         "hidden_size": settings.hidden_size,
         "intermediate_size": settings.intermediate_size,
@@ -59,11 +51,39 @@ def to_config(settings: ModelSettings, vocab_size: int, context: int, dtype: str
         "attention_dropout": 0.0,
         "use_cache": True,
         "dtype": dtype,
-        **own[kind],
+        **own[layout],
+        **_experts_to_config(settings, layout),
     }
 
 
+def _experts_to_config(settings: ModelSettings, layout: LayoutName) -> dict[str, Any]:
+    """What config.json says about experts. Two of the layouts call the size of an expert ``intermediate_size``."""
+    experts = settings.experts
+    if experts is None:
+        return {}
+    sizes: dict[str, Any] = {"num_experts_per_tok": experts.top_k, "output_router_logits": False}
+    if layout == "mixtral":
+        return {**sizes, "intermediate_size": experts.intermediate_size, "num_local_experts": experts.number}
+    sizes |= {"num_experts": experts.number, "norm_topk_prob": experts.normalised}
+    if layout == "olmoe":
+        return {**sizes, "intermediate_size": experts.intermediate_size}
+    dense = [layer for layer in range(settings.layers) if not settings.has_experts(layer)]
+    sizes |= {"moe_intermediate_size": experts.intermediate_size, "decoder_sparse_step": 1, "mlp_only_layers": dense}
+    return sizes
+
+
 _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "vocab_size")
+_EXPERT_SIZES = {
+    "mixtral": ("num_local_experts", "num_experts_per_tok"),
+    "olmoe": ("num_experts", "num_experts_per_tok"),
+    "qwen3_moe": ("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
+}
+_SPELLINGS = ("num_local_experts", "num_experts")
+"""Of one number, which transformers reads in either and writes in one that hangs on its version and the model."""
+_KV_HEADS = {"mistral": 8, "qwen3": 32, "mixtral": 8, "qwen3_moe": 4}
+"""Of transformers where config.json has none; elsewhere it is the heads."""
+_NORM_EPS = {"mixtral": 1e-5, "olmoe": 1e-5}
+_ROPE_THETA = {"mixtral": 1_000_000.0}
 
 
 def from_config(config: Mapping[str, Any], origin: str) -> ModelSettings:
@@ -76,13 +96,16 @@ def from_config(config: Mapping[str, Any], origin: str) -> ModelSettings:
     Raises:
         UserError: a decoder can't compute it: says which key is why.
     """
-    kind = str(config.get("model_type")).removeprefix(CUSTOM)
-    if kind not in ("llama", "mistral", "qwen3"):
+    name = str(config.get("model_type")).removeprefix(CUSTOM)
+    kind = next((each for each in LAYOUTS if each == name), None)
+    if kind is None:
         raise UserError(
-            f"{origin}: model_type is {config.get('model_type')!r}; of transformers' models only llama, mistral and "
-            "qwen3 are what Headrace computes."
+            f"{origin}: model_type is {config.get('model_type')!r}; of transformers' models only "
+            f"{', '.join(LAYOUTS)} are what Headrace computes."
         )
-    if missing := [key for key in _SIZES if not isinstance(config.get(key), int)]:
+    numbers = [config[key] for key in _SPELLINGS if key in config]
+    config = {**dict.fromkeys(_SPELLINGS, *numbers[:1]), **config} if numbers else config
+    if missing := [key for key in (*_SIZES, *_EXPERT_SIZES.get(kind, ())) if not isinstance(config.get(key), int)]:
         raise UserError(f"{origin} lacks {', '.join(missing)}. Is it the config.json of a {kind} model?")
     if reasons := _unsupported(config, kind):
         raise UserError(f"{origin} describes what Headrace does not compute: {'; '.join(reasons)}.")
@@ -91,16 +114,41 @@ def from_config(config: Mapping[str, Any], origin: str) -> ModelSettings:
         "hidden_size": config["hidden_size"],
         "layers": config["num_hidden_layers"],
         "heads": heads,
-        "kv_heads": config.get("num_key_value_heads") or {"llama": heads, "mistral": 8, "qwen3": 32}[kind],
+        "kv_heads": config.get("num_key_value_heads") or _KV_HEADS.get(kind, heads),
         "head_dim": config.get("head_dim") or (128 if kind == "qwen3" else config["hidden_size"] // heads),
         "intermediate_size": config["intermediate_size"],
-        "rope_theta": float(_rope(config).get("rope_theta") or config.get("rope_theta") or 10_000.0),
-        "norm_eps": float(config.get("rms_norm_eps", 1e-6)),
-        "qk_norm": kind == "qwen3",
+        "rope_theta": float(
+            _rope(config).get("rope_theta") or config.get("rope_theta") or _ROPE_THETA.get(kind, 10_000.0)
+        ),
+        "norm_eps": float(config.get("rms_norm_eps", _NORM_EPS.get(kind, 1e-6))),
+        "qk_norm": LAYOUTS[kind].qk_norm,
         "tied_embeddings": bool(config.get("tie_word_embeddings", False)),
         "linear": config.get("headrace_rules", []),
+        "experts": _experts_from_config(config, kind, origin) if LAYOUTS[kind].experts else None,
     }
     return build_settings(ModelSettings, plain, origin)
+
+
+def _experts_from_config(config: Mapping[str, Any], kind: str, origin: str) -> dict[str, Any]:
+    """The ``model.experts`` section."""
+    sizes = {
+        "number": config[_EXPERT_SIZES[kind][0]],
+        "top_k": config["num_experts_per_tok"],
+        "intermediate_size": config["moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"],
+        "normalised": kind == "mixtral" or bool(config.get("norm_topk_prob", False)),
+    }
+    if kind != "qwen3_moe":
+        return sizes
+    layers, step = config["num_hidden_layers"], config.get("decoder_sparse_step", 1)
+    dense = set(config.get("mlp_only_layers") or ())
+    wanted = [layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0]
+    for every in range(1, layers + 1):
+        if wanted and wanted == list(range(wanted[0], layers, every)):
+            return {**sizes, "dense_first": wanted[0], "every": every}
+    raise UserError(
+        f"{origin} has experts in the blocks {wanted} of {layers}; a decoder has them in every so many-th block from "
+        "one on (model.experts.dense_first, every)."
+    )
 
 
 def _rope(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,9 +168,12 @@ def _unsupported(config: Mapping[str, Any], kind: str) -> list[str]:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default" or any(value not in (None, 1.0) for value in others.values()):
         found.append(f"rope_scaling is { ({**rope, **others})!r}, a decoder has plain rotary positions")
-    windowed = config.get("use_sliding_window", False) if kind == "qwen3" else kind == "mistral"
-    if windowed and config.get("sliding_window", 4096) is not None:
-        found.append(f"sliding_window is {config.get('sliding_window', 4096)!r}, a decoder sees its whole document")
+    windowed = config.get("use_sliding_window", False) if kind.startswith("qwen3") else kind in ("mistral", "mixtral")
+    window = config.get("sliding_window", None if kind == "mixtral" else 4096)
+    if windowed and window is not None:
+        found.append(f"sliding_window is {window!r}, a decoder sees its whole document")
+    if config.get("clip_qkv") is not None:
+        found.append(f"clip_qkv is {config['clip_qkv']!r}, a decoder's queries, keys and values have no bound")
     if any(each != "full_attention" for each in config.get("layer_types") or ()):
         found.append(f"layer_types are {sorted(set(config['layer_types']))}, a decoder has full_attention")
     if config.get("quantization_config"):

@@ -17,6 +17,8 @@ from pretrain.initial_weights import CheckpointWeights
 from pretrain.run_folder import CHECKPOINTS, CONFIG_FILE
 
 from .architecture import to_config
+from .layouts import choose_layout
+from .names import LayoutName
 from .plan import ExportPlan
 from .tokenizer_files import tokenizer_files
 from .write import published, write_tensors
@@ -45,6 +47,7 @@ def export_checkpoint(
     source: Path,
     output: Path,
     *,
+    layout: LayoutName | None = None,
     dtype: Literal["fp32", "bf16"] = "fp32",
     unmerged: bool = False,
     tokenizer: Path | Literal["data", "none"] = "data",
@@ -52,27 +55,29 @@ def export_checkpoint(
 ) -> Export:
     """Write the weights of a checkpoint, with configuration and tokenizer, as transformers reads them.
 
-    The model computes the same there: muP's multipliers are multiplied into weights, and a linear layer of several
-    parts becomes a dense one where no activation stands between them.
+    The model computes the same there: muP's multipliers and what scales routed experts are multiplied into weights, and
+    a linear layer of several parts becomes a dense one where no activation stands between them.
 
     Args:
         source: a ``step_...`` folder, or a run folder, whose newest complete checkpoint is taken.
         output: a folder that does not exist yet, or an empty one.
+        layout: the ``model_type`` that it shall be; None: the first that can say what the model computes.
         dtype: of the parameters.
         unmerged: keep the parts of linear layers; to load them then takes ``trust_remote_code=True``.
         tokenizer: a SentencePiece model; ``data``: that of the run's data sets; ``none``: write none.
         max_shard_size: of a file of weights, as ``5GB``.
 
     Raises:
-        UserError: there is no such checkpoint, ``output`` is taken, or the tokenizer is not to be had.
+        UserError: there is no such checkpoint, no layout (or not this one) can say what its model computes, ``output``
+            is taken, or the tokenizer is not to be had.
         DataError: the checkpoint is damaged.
     """
     weights = CheckpointWeights(_checkpoint_of(source))
-    if weights.settings.experts is not None:
-        raise UserError(f"{weights.path} is of a model with experts, and those can't be exported yet.")
-    plan = ExportPlan(weights, DTYPES[dtype], unmerged)
+    chosen = choose_layout(weights.settings, layout)
+    plan = ExportPlan(weights, DTYPES[dtype], unmerged, chosen)
     context: int = weights.config.data.seq_len
-    config = to_config(weights.settings, weights.vocab_size, context, str(DTYPES[dtype]).removeprefix("torch."))
+    stored = str(DTYPES[dtype]).removeprefix("torch.")
+    config = to_config(weights.settings, chosen, weights.vocab_size, context, stored)
     files: dict[str, bytes] = {}
     special: dict[str, int | None] = {"bos_token_id": None, "eos_token_id": None, "pad_token_id": None}
     if tokenizer != "none":

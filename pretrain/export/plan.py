@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from data_pipeline.errors import UserError
 from pretrain.initial_weights import CheckpointWeights
 from pretrain.model.linear import block_shapes, method_of
 from pretrain.model.linear.terms import DENSE, Term, mergeable, merged
 from pretrain.model.mup import forward_multipliers
 
-from .architecture import CUSTOM, architecture
-from .names import their_module, their_name
+from .layouts import CUSTOM, LAYOUTS
+from .names import LayoutName, in_files_of, is_stack, their_expert, their_module, their_name
 from .write import Planned
 
 
 class ExportPlan:
     """The tensors of an export by transformers' names, and the layers among them that need code of ours.
+
+    Raises:
+        UserError: ``layout`` has no words for a layer, or for what a router has learned.
 
     Attributes:
         tensors: all of them.
@@ -26,11 +31,12 @@ class ExportPlan:
         merged: how many layers of several parts become dense ones.
     """
 
-    def __init__(self, weights: CheckpointWeights, dtype: torch.dtype, unmerged: bool) -> None:
+    def __init__(self, weights: CheckpointWeights, dtype: torch.dtype, unmerged: bool, layout: LayoutName) -> None:
         self.tensors: dict[str, Planned] = {}
         self.custom: dict[str, dict[str, Any]] = {}
         self.merged = 0
-        self._weights, self._dtype, self._unmerged = weights, dtype, unmerged
+        self._weights, self._dtype, self._unmerged, self._layout = weights, dtype, unmerged, layout
+        self._stack: tuple[str, Tensor] | None = None
         self._settings = weights.settings
         self._rules: list[dict[str, Any]] = []
         layers = {
@@ -39,7 +45,11 @@ class ExportPlan:
             for name, shape in block_shapes(self._settings, n).items()
         }
         for name in weights.shapes:
-            if name.rpartition(".")[0] not in layers:
+            if is_stack(name):
+                self._add_stack(name)
+            elif name.endswith("router.selection_bias"):
+                self._check_selection_bias(name)
+            elif name.rpartition(".")[0] not in layers:
                 self._add(name, self._factor(name))
         for layer, (in_features, out_features) in layers.items():
             self._add_layer(layer, in_features, out_features)
@@ -48,10 +58,10 @@ class ExportPlan:
         """What config.json says about the layers that need code of ours."""
         if not self.custom:
             return {}
-        kind = architecture(self._settings)
+        kind = LAYOUTS[self._layout].name
         return {
             "architectures": [f"Headrace{kind}ForCausalLM"],
-            "model_type": f"{CUSTOM}{kind.lower()}",
+            "model_type": f"{CUSTOM}{self._layout}",
             "auto_map": {
                 "AutoConfig": f"modeling_headrace.Headrace{kind}Config",
                 "AutoModelForCausalLM": f"modeling_headrace.Headrace{kind}ForCausalLM",
@@ -78,7 +88,32 @@ class ExportPlan:
 
         outline = self._weights.outline[name]
         dtype = self._dtype if outline.is_floating_point() else outline.dtype
-        self.tensors[their_name(name)] = Planned(tuple(outline.shape), dtype, make)
+        self.tensors[in_files_of(self._layout, their_name(name))] = Planned(tuple(outline.shape), dtype, make)
+
+    def _add_stack(self, name: str) -> None:
+        """The matrices of a block's experts; the routed experts' common factor goes into the last ones."""
+        experts = self._settings.experts
+        assert experts is not None
+        factor = experts.scaling if name.endswith(".down") else 1.0
+        number, *shape = self._weights.outline[name].shape
+
+        def make(expert: int) -> Tensor:
+            if self._stack is None or self._stack[0] != name:  # read once for all that are written one after the other
+                self._stack = name, self._weights.read(name)
+            matrix = self._stack[1][expert]
+            return matrix if factor == 1.0 else matrix * factor
+
+        for expert in range(number):
+            theirs = their_expert(name, expert, self._layout)
+            self.tensors[theirs] = Planned(tuple(shape), self._dtype, partial(make, expert))
+
+    def _check_selection_bias(self, name: str) -> None:
+        largest = float(self._weights.read(name).abs().max())
+        if largest:
+            raise UserError(
+                f"the model can't be exported as {self._layout}: {name} (model.experts.selection_bias) is not 0, up to "
+                f"{largest:.3g}, and transformers chooses experts by their scores alone there."
+            )
 
     def _add_layer(self, layer: str, in_features: int, out_features: int) -> None:
         terms, factor = method_of(layer, self._settings).terms(), self._factor(layer)
@@ -96,6 +131,11 @@ class ExportPlan:
             self._keep_layer(layer, scaled, in_features, out_features)
 
     def _keep_layer(self, layer: str, terms: tuple[Term, ...], in_features: int, out_features: int) -> None:
+        if self._settings.experts is not None:
+            raise UserError(
+                f"{layer} is {method_of(layer, self._settings).kind} (model.linear), which no dense weight stands for; "
+                "of a model with experts only layers that become dense ones can be exported, and without --unmerged."
+            )
         tensors = {}
         for name, outline in self._weights.outline.items():
             owner, _, own = name.rpartition(".")

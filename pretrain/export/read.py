@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from data_pipeline import Tokenizer
@@ -16,7 +17,7 @@ from data_pipeline.tokenizer import SPACE_MARK
 
 from .architecture import from_config
 from .libraries import needed
-from .names import our_name
+from .names import our_expert, our_name
 from .write import INDEX, SINGLE
 
 _DTYPES = {"F32", "F16", "BF16"}
@@ -42,15 +43,19 @@ class FolderWeights:
         self._files = _files(path)
         self.shapes: dict[str, tuple[int, ...]] = {}
         self._places: dict[str, tuple[Path, str]] = {}
+        self._stacks: dict[str, dict[int, tuple[Path, str, tuple[int, ...]]]] = {}
         for file in self._files:
             self._look_into(file)
-        _check_index(path, {theirs for _, theirs in self._places.values()})
+        matrices = {theirs for stack in self._stacks.values() for _, theirs, _ in stack.values()}
+        _check_index(path, {theirs for _, theirs in self._places.values()} | matrices)
+        for name in self._stacks:
+            self.shapes[name] = self._stack_shape(name)
 
     def read(self, name: str) -> Tensor:
-        file, theirs = self._places[name]
-        with _opened(file) as content:
-            tensor: Tensor = content.get_tensor(theirs)
-        return tensor
+        if name in self._stacks:
+            stack = self._stacks[name]
+            return torch.stack([_tensor(*stack[number][:2]) for number in range(len(stack))])
+        return _tensor(*self._places[name])
 
     def identity(self) -> str:
         hashes = {file.name: sha256_file(file) for file in (self.path / "config.json", *self._files)}
@@ -87,11 +92,28 @@ class FolderWeights:
                         f"{file}: {theirs} has the type {stored.get_dtype()}; what can be read is F32, BF16 and F16. "
                         "Quantised weights can't be trained: give the folder they were made from."
                     )
+                shape = tuple(stored.get_shape())
+                if expert := our_expert(theirs):
+                    self._stacks.setdefault(expert[0], {})[expert[1]] = file, theirs, shape
+                    continue
                 name = our_name(theirs)
                 if name is None:
                     raise UserError(f"{file} holds {theirs}, which a decoder of Headrace does not have.")
-                self.shapes[name] = tuple(stored.get_shape())
+                self.shapes[name] = shape
                 self._places[name] = file, theirs
+
+    def _stack_shape(self, name: str) -> tuple[int, ...]:
+        """Of a block's experts together, which have to be all there and alike."""
+        stack = self._stacks[name]
+        wanted = self.settings.experts.number if self.settings.experts else len(stack)
+        if sorted(stack) != list(range(wanted)):
+            lacking, beyond = sorted({*range(wanted)} - {*stack}), sorted({*stack} - {*range(wanted)})
+            what = f"lacks the experts {lacking}" if lacking else f"has the experts {beyond}, beyond {wanted}"
+            raise UserError(f"{self.path} {what} of {name}. Copy or download the folder again.")
+        shapes = {shape for _, _, shape in stack.values()}
+        if len(shapes) > 1:
+            raise UserError(f"{self.path}: the experts of {name} have the shapes {sorted(shapes)}; they must be alike.")
+        return (wanted, *shapes.pop())
 
 
 def _files(path: Path) -> list[Path]:
@@ -116,9 +138,19 @@ def _files(path: Path) -> list[Path]:
 def _check_index(path: Path, found: set[str]) -> None:
     if not (path / INDEX).is_file():
         return
-    if missing := sorted(name for name in _weight_map(path) if our_name(name) and name not in found):
+    if missing := sorted(name for name in _weight_map(path) if _known(name) and name not in found):
         more = f" and {len(missing) - 1} more" if len(missing) > 1 else ""
         raise DataError(f"{path}: {missing[0]}{more} is not in the file that {INDEX} names for it. Copy it again.")
+
+
+def _known(name: str) -> bool:
+    return our_expert(name) is not None or our_name(name) is not None
+
+
+def _tensor(file: Path, theirs: str) -> Tensor:
+    with _opened(file) as content:
+        tensor: Tensor = content.get_tensor(theirs)
+    return tensor
 
 
 def _weight_map(path: Path) -> dict[str, str]:

@@ -119,7 +119,9 @@ def _block_bytes(
 
     attention = (2 * query + 2 * (key if single else query)) * s + 4 * heads
     norms = 2 * _norm_bytes(d, s, fused)
-    if settings.qk_norm:
+    if settings.qk_norm == "all_heads":
+        norms += _norm_bytes(query, s, fused) + _norm_bytes(key, s, fused)
+    elif settings.qk_norm:
         size = settings.effective_head_dim
         norms += heads * _norm_bytes(size, s, fused) + key_heads * _norm_bytes(size, s, fused)
     inputs: int = shared("attention.query", "attention.key", "attention.value")

@@ -46,16 +46,19 @@ class Attention(nn.Module):
         self.scale = None if multiplier == 1.0 else multiplier / math.sqrt(self.head_dim)
         self.qk_norm = settings.qk_norm
         if self.qk_norm:
-            self.query_norm = RMSNorm(self.head_dim, settings.norm_eps)
-            self.key_norm = RMSNorm(self.head_dim, settings.norm_eps)
+            sizes = (query_size, key_size) if self.qk_norm == "all_heads" else (self.head_dim, self.head_dim)
+            self.query_norm, self.key_norm = (RMSNorm(size, settings.norm_eps) for size in sizes)
 
     def forward(self, x: Tensor, by: Rotation, mask: Tensor | None) -> Tensor:
         """``x`` [b, T, d] -> [b, T, d]. ``mask`` is :func:`document_mask`'s, or None: one document, plainly causal."""
         batch, length, _ = x.shape
-        query = self.query(x).view(batch, length, -1, self.head_dim)
-        key = self.key(x).view(batch, length, -1, self.head_dim)
+        query, key = self.query(x), self.key(x)
+        if self.qk_norm == "all_heads":
+            query, key = self.query_norm(query), self.key_norm(key)
+        query = query.view(batch, length, -1, self.head_dim)
+        key = key.view(batch, length, -1, self.head_dim)
         value = self.value(x).view(batch, length, -1, self.head_dim)
-        if self.qk_norm:
+        if self.qk_norm is True:
             query, key = self.query_norm(query), self.key_norm(key)
         query, key = rotate(query, by), rotate(key, by)
         if self.groups > 1 and mask is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
@@ -41,8 +41,9 @@ class ModelSettings(Settings):
     """Base of the rotary position embedding's wavelengths: the longest is about 2 pi theta tokens."""
     norm_eps: float = Field(default=1e-5, gt=0.0, lt=1.0)
     """Added to the mean square inside every RMSNorm."""
-    qk_norm: bool = False
-    """RMSNorm over the features of each query and key head, before the rotation."""
+    qk_norm: bool | Literal["all_heads"] = False
+    """RMSNorm over the features of each query and key head, before the rotation (Qwen3); ``all_heads``: over those of
+    all query heads together, and of all key heads (OLMoE)."""
     tied_embeddings: bool = False
     """The head uses the embedding's weight: one parameter, two uses."""
     init_std: float = Field(default=0.02, gt=0.0, allow_inf_nan=False)
@@ -51,8 +52,8 @@ class ModelSettings(Settings):
     """Divide ``init_std`` by sqrt(2 layers) in the linear layers that write into the residual stream (GPT-2)."""
     weights_from: str | None = None
     """Start with these weights instead of drawing them: a checkpoint (a ``step_...`` folder), or a folder that
-    transformers or ``pretrain export`` wrote, with a Llama, Mistral or Qwen3 model in safetensors. Read once, when the
-    run begins; a resumed run has its own."""
+    transformers or ``pretrain export`` wrote, with a Llama, Mistral, Qwen3, Mixtral, OLMoE or Qwen3-MoE model in
+    safetensors. Read once, when the run begins; a resumed run has its own."""
     experts: ExpertsSettings | None = None
     """Mixtures of experts in place of feed-forward layers; ``null``: every block has a feed-forward layer."""
     linear: tuple[Linear, ...] = ()

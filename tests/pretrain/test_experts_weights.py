@@ -54,8 +54,24 @@ def test_every_stage_saves_and_begins_with_the_same_values(checkpoints: Path) ->
 
 
 def test_other_experts_are_refused_with_what_differs(checkpoints: Path) -> None:
-    for changes in ({"top_k": 3}, {"number": 8}, {"score": "sigmoid"}, {"normalised": False}):
-        with pytest.raises(UserError, match=r"model\.experts is .* there and .* here"):
+    for changes, reason in (
+        ({"top_k": 3}, "model.experts.top_k is 2 there and 3 here"),
+        ({"number": 8}, "model.experts.number is 4 there and 8 here"),
+        ({"score": "sigmoid"}, "model.experts.score is 'softmax' there and 'sigmoid' here"),
+        ({"normalised": False}, "model.experts.normalised is True there and False here"),
+        ({"dense_first": 1}, "model.experts is 'in the blocks [0, 1]' there and 'in the blocks [1]' here"),
+        ({"selection_bias": False}, "blocks.0.feed_forward.router.selection_bias [4] is only there"),
+    ):
+        with pytest.raises(UserError) as refusal:
             open_weights(config_of(model_of(path_of(checkpoints, "0"), **changes)), TOKENIZER)
-    trained_otherwise = model_of(path_of(checkpoints, "0"), jitter=0.1, capacity={"factor": 1.5})
-    assert open_weights(config_of(trained_otherwise), TOKENIZER)
+        assert reason in str(refusal.value)
+
+
+def test_what_is_of_training_alone_may_differ(checkpoints: Path) -> None:
+    training = {"jitter": 0.1, "capacity": {"factor": 1.5}, "entropy": {}}
+    unused = {"intermediate_size": 17}  # of the blocks without experts, which there are none of
+    config = config_of(
+        {**model_of(path_of(checkpoints, "0"), **training), **unused},
+        objective={"balancing": {"losses": [{"kind": "entropy", "coefficient": 0.01}]}},
+    )
+    assert open_weights(config, TOKENIZER)

@@ -98,6 +98,7 @@ CASES: dict[str, dict[str, Any]] = {
     "dense": {},
     "grouped": {"kv_heads": 2},
     "qk_norm": {"kv_heads": 2, "qk_norm": True},
+    "all heads' qk_norm": {"kv_heads": 2, "qk_norm": "all_heads"},
     "cola": {"linear": [{"kind": "cola", "rank": 8}]},
     "lost": {"linear": [{"kind": "lost", "rank": 8, "column_fraction": 0.3, "layers": "0-1"}]},
     "columns": {"linear": [{"kind": "column_sparse", "column_fraction": 0.3}]},

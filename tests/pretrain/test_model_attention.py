@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Literal
 
 import pytest
 import torch
@@ -47,7 +48,9 @@ def explicit_attention(module: Attention, x: Tensor, positions: Tensor, document
     query, key, value = ((x @ weight[n].T).unflatten(-1, (-1, module.head_dim)) for n in ("query", "key", "value"))
     if module.qk_norm:
         for gain, t in ((module.query_norm.weight, query), (module.key_norm.weight, key)):
-            t.data = gain * t / (t.square().mean(-1, keepdim=True) + module.query_norm.eps).sqrt()
+            normed = t.flatten(2) if module.qk_norm == "all_heads" else t
+            normed = gain * normed / (normed.square().mean(-1, keepdim=True) + module.query_norm.eps).sqrt()
+            t.data = normed.view_as(t)
     query = rotated_by_complex_numbers(query, positions, theta)
     key = rotated_by_complex_numbers(key, positions, theta)
     heads, group = query.shape[2], query.shape[2] // key.shape[2]
@@ -63,11 +66,11 @@ def explicit_attention(module: Attention, x: Tensor, positions: Tensor, document
 
 
 @pytest.mark.parametrize("single_document", [True, False], ids=["causal", "documents"])
-@pytest.mark.parametrize("qk_norm", [False, True])
+@pytest.mark.parametrize("qk_norm", [False, True, "all_heads"])
 @pytest.mark.parametrize(("kv_heads", "head_dim"), [(4, None), (2, 16), (1, None)])
 @torch.no_grad()
 def test_attention_equals_explicit_loops(
-    kv_heads: int, head_dim: int | None, qk_norm: bool, single_document: bool
+    kv_heads: int, head_dim: int | None, qk_norm: bool | Literal["all_heads"], single_document: bool
 ) -> None:
     settings = ModelSettings(**SHAPE, kv_heads=kv_heads, head_dim=head_dim, qk_norm=qk_norm)
     module = initialized(Attention("blocks.0.attention", settings))
