@@ -29,6 +29,7 @@ def to_config(settings: ModelSettings, layout: LayoutName, vocab_size: int, cont
         "qwen3": {"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
         "mixtral": {"sliding_window": None},
         "olmoe": {"attention_bias": False, "clip_qkv": None},
+        "qwen2_moe": {"qkv_bias": False, "use_sliding_window": False, "sliding_window": None},
         "qwen3_moe": {"attention_bias": False, "use_sliding_window": False, "sliding_window": None},
     }
     return {
@@ -69,6 +70,8 @@ def _experts_to_config(settings: ModelSettings, layout: LayoutName) -> dict[str,
         return {**sizes, "intermediate_size": experts.intermediate_size}
     dense = [layer for layer in range(settings.layers) if not settings.has_experts(layer)]
     sizes |= {"moe_intermediate_size": experts.intermediate_size, "decoder_sparse_step": 1, "mlp_only_layers": dense}
+    if layout == "qwen2_moe":
+        sizes["shared_expert_intermediate_size"] = experts.shared * experts.intermediate_size
     return sizes
 
 
@@ -76,6 +79,12 @@ _SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attentio
 _EXPERT_SIZES = {
     "mixtral": ("num_local_experts", "num_experts_per_tok"),
     "olmoe": ("num_experts", "num_experts_per_tok"),
+    "qwen2_moe": (
+        "num_experts",
+        "num_experts_per_tok",
+        "moe_intermediate_size",
+        "shared_expert_intermediate_size",
+    ),
     "qwen3_moe": ("num_experts", "num_experts_per_tok", "moe_intermediate_size"),
 }
 _SPELLINGS = ("num_local_experts", "num_experts")
@@ -131,14 +140,23 @@ def from_config(config: Mapping[str, Any], origin: str) -> ModelSettings:
 
 def _experts_from_config(config: Mapping[str, Any], kind: str, origin: str) -> dict[str, Any]:
     """The ``model.experts`` section."""
+    qwen = kind.startswith("qwen")
     sizes = {
         "number": config[_EXPERT_SIZES[kind][0]],
         "top_k": config["num_experts_per_tok"],
-        "intermediate_size": config["moe_intermediate_size" if kind == "qwen3_moe" else "intermediate_size"],
+        "intermediate_size": config["moe_intermediate_size" if qwen else "intermediate_size"],
         "normalised": kind == "mixtral" or bool(config.get("norm_topk_prob", False)),
     }
-    if kind != "qwen3_moe":
+    if not qwen:
         return sizes
+    if kind == "qwen2_moe":
+        size, shared = sizes["intermediate_size"], config["shared_expert_intermediate_size"]
+        if not shared or shared % size:
+            raise UserError(
+                f"{origin}: shared_expert_intermediate_size is {shared}; a decoder's shared experts have together a "
+                f"multiple of moe_intermediate_size {size} (model.experts.shared)."
+            )
+        sizes["shared"] = shared // size
     layers, step = config["num_hidden_layers"], config.get("decoder_sparse_step", 1)
     dense = set(config.get("mlp_only_layers") or ())
     wanted = [layer for layer in range(layers) if layer not in dense and (layer + 1) % step == 0]
@@ -162,13 +180,15 @@ def _unsupported(config: Mapping[str, Any], kind: str) -> list[str]:
     if config.get("hidden_act", "silu") not in ("silu", "swish"):
         found.append(f"hidden_act is {config['hidden_act']!r}, a decoder's feed-forward has silu")
     found += [f"{key} is true, a decoder has no bias" for key in ("attention_bias", "mlp_bias") if config.get(key)]
+    if kind == "qwen2_moe" and config.get("qkv_bias", True):
+        found.append("qkv_bias is true, a decoder has no bias")
     rope = _rope(config)
     others = {key: value for key, value in rope.items() if key not in ("rope_type", "type", "rope_theta")}
     others["partial_rotary_factor"] = others.get("partial_rotary_factor", config.get("partial_rotary_factor"))
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     if rope_type != "default" or any(value not in (None, 1.0) for value in others.values()):
         found.append(f"rope_scaling is { ({**rope, **others})!r}, a decoder has plain rotary positions")
-    windowed = config.get("use_sliding_window", False) if kind.startswith("qwen3") else kind in ("mistral", "mixtral")
+    windowed = config.get("use_sliding_window", False) if kind.startswith("qwen") else kind in ("mistral", "mixtral")
     window = config.get("sliding_window", None if kind == "mixtral" else 4096)
     if windowed and window is not None:
         found.append(f"sliding_window is {window!r}, a decoder sees its whole document")

@@ -30,6 +30,8 @@ class Layout:
     """A head's size need not be ``hidden_size / heads``."""
     dense_blocks: bool = True
     """Of a model with experts some blocks may have none."""
+    shared: bool = False
+    """Every block with experts has a shared one."""
     always_normalised: bool = False
     """The weights of a token's experts sum to 1."""
 
@@ -42,6 +44,7 @@ LAYOUTS: dict[LayoutName, Layout] = {
     "olmoe": Layout(
         "Olmoe", qk_norm="all_heads", experts=True, even_heads=True, own_head_dim=False, dense_blocks=False
     ),
+    "qwen2_moe": Layout("Qwen2Moe", experts=True, shared=True),
     "qwen3_moe": Layout("Qwen3Moe", qk_norm=True, experts=True),
 }
 """By ``model_type``. Qwen3 is Llama with the norm of query and key heads; Mistral without its window is Llama whose
@@ -84,8 +87,8 @@ def unsaid(settings: ModelSettings, layout: Layout) -> Iterator[str]:
 def _unsaid_of_experts(experts: ExpertsSettings, layout: Layout) -> Iterator[str]:
     if layout.always_normalised and not experts.normalised:
         yield "model.experts.normalised is false, there a token's weights sum to 1"
-    if experts.shared:
-        yield f"model.experts.shared is {experts.shared}, there no expert is shared"
+    if bool(experts.shared) != layout.shared:
+        yield f"model.experts.shared is {experts.shared}, there {'an' if layout.shared else 'no'} expert is shared"
     if experts.score != "softmax":
         yield f"model.experts.score is {experts.score}, there it is softmax"
     if experts.groups is not None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from typing import Literal
 
-LayoutName = Literal["llama", "mistral", "qwen3", "mixtral", "olmoe", "qwen3_moe"]
+LayoutName = Literal["llama", "mistral", "qwen3", "mixtral", "olmoe", "qwen2_moe", "qwen3_moe"]
 """``model_type`` of what is written and read; :mod:`.layouts` says what each can hold."""
 
 _OUTSIDE = {"embedding": "model.embed_tokens", "norm": "model.norm", "head": "lm_head"}
@@ -25,7 +25,14 @@ _INSIDE = {
     "feed_forward.up": "mlp.up_proj",
     "feed_forward.down": "mlp.down_proj",
     "feed_forward.router": "mlp.gate",
+    "feed_forward.shared.gate": "mlp.shared_expert.gate_proj",
+    "feed_forward.shared.up": "mlp.shared_expert.up_proj",
+    "feed_forward.shared.down": "mlp.shared_expert.down_proj",
 }
+SHARED_GATE = "mlp.shared_expert_gate.weight"
+"""Of a block of Qwen2-MoE, [1, d]: sigmoid(gate x) multiplies what the shared expert gives. At 0 it is 1/2, so that
+twice the weights of :data:`SHARED_DOWN` are an expert that every token goes to in full."""
+SHARED_DOWN = "feed_forward.shared.down"
 _MIXTRAL = "block_sparse_moe"
 """What Mixtral's files call ``mlp``."""
 _PARTS = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}

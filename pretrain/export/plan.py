@@ -15,7 +15,16 @@ from pretrain.model.linear.terms import DENSE, Term, mergeable, merged
 from pretrain.model.mup import forward_multipliers
 
 from .layouts import CUSTOM, LAYOUTS
-from .names import LayoutName, in_files_of, is_stack, their_expert, their_module, their_name
+from .names import (
+    SHARED_DOWN,
+    SHARED_GATE,
+    LayoutName,
+    in_files_of,
+    is_stack,
+    their_expert,
+    their_module,
+    their_name,
+)
 from .write import Planned
 
 
@@ -53,6 +62,9 @@ class ExportPlan:
                 self._add(name, self._factor(name))
         for layer, (in_features, out_features) in layers.items():
             self._add_layer(layer, in_features, out_features)
+        if LAYOUTS[layout].shared:
+            for block in self._settings.expert_layers:
+                self._add_open_gate(block)
 
     def additions(self) -> dict[str, Any]:
         """What config.json says about the layers that need code of ours."""
@@ -78,6 +90,8 @@ class ExportPlan:
         if name == "norm.weight":
             # the head's multiplier: a tied head has the embedding's already
             return multipliers.head / (multipliers.embedding if settings.tied_embeddings else 1.0)
+        if name.endswith(SHARED_DOWN):
+            return 2.0  # the gate that only transformers has is 1/2
         scored = "attention.query_norm.weight" if settings.qk_norm else "attention.query"
         return multipliers.attention if name.endswith(scored) else 1.0
 
@@ -106,6 +120,11 @@ class ExportPlan:
         for expert in range(number):
             theirs = their_expert(name, expert, self._layout)
             self.tensors[theirs] = Planned(tuple(shape), self._dtype, partial(make, expert))
+
+    def _add_open_gate(self, block: int) -> None:
+        """The gate of a block's shared expert, which lets every token through alike."""
+        shape = (1, self._settings.hidden_size)
+        self.tensors[f"model.layers.{block}.{SHARED_GATE}"] = Planned(shape, self._dtype, lambda: torch.zeros(shape))
 
     def _check_selection_bias(self, name: str) -> None:
         largest = float(self._weights.read(name).abs().max())

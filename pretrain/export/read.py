@@ -17,7 +17,7 @@ from data_pipeline.tokenizer import SPACE_MARK
 
 from .architecture import from_config
 from .libraries import needed
-from .names import our_expert, our_name
+from .names import SHARED_DOWN, SHARED_GATE, our_expert, our_name
 from .write import INDEX, SINGLE
 
 _DTYPES = {"F32", "F16", "BF16"}
@@ -55,7 +55,8 @@ class FolderWeights:
         if name in self._stacks:
             stack = self._stacks[name]
             return torch.stack([_tensor(*stack[number][:2]) for number in range(len(stack))])
-        return _tensor(*self._places[name])
+        tensor = _tensor(*self._places[name])
+        return tensor / 2 if name.endswith(f"{SHARED_DOWN}.weight") else tensor
 
     def identity(self) -> str:
         hashes = {file.name: sha256_file(file) for file in (self.path / "config.json", *self._files)}
@@ -92,6 +93,9 @@ class FolderWeights:
                         f"{file}: {theirs} has the type {stored.get_dtype()}; what can be read is F32, BF16 and F16. "
                         "Quantised weights can't be trained: give the folder they were made from."
                     )
+                if theirs.endswith(SHARED_GATE):
+                    _check_open(file, theirs)
+                    continue
                 shape = tuple(stored.get_shape())
                 if expert := our_expert(theirs):
                     self._stacks.setdefault(expert[0], {})[expert[1]] = file, theirs, shape
@@ -145,6 +149,15 @@ def _check_index(path: Path, found: set[str]) -> None:
 
 def _known(name: str) -> bool:
     return our_expert(name) is not None or our_name(name) is not None
+
+
+def _check_open(file: Path, gate: str) -> None:
+    """Raise UserError where a shared expert's gate hangs on the token."""
+    if _tensor(file, gate).any():
+        raise UserError(
+            f"{file}: {gate} is not 0; a decoder's shared experts have no gate (model.experts.shared), so only what "
+            "pretrain export wrote as qwen2_moe can be read."
+        )
 
 
 def _tensor(file: Path, theirs: str) -> Tensor:

@@ -11,8 +11,10 @@ import pytest
 import torch
 import transformers
 from safetensors.torch import load_file, save_file
+from typer.testing import CliRunner
 
 from data_pipeline.errors import DataError, UserError
+from pretrain.__main__ import app
 from pretrain.export.export import export_checkpoint
 from pretrain.export.layouts import LAYOUTS, choose_layout
 from pretrain.export.read import FolderWeights
@@ -38,6 +40,7 @@ MODELS: dict[str, tuple[str, dict[str, Any]]] = {
                                   head_dim=4, linear=[{**SLTRAIN, "modules": ["attention.*"]}])),
     "all_heads": ("Olmoe", mixture({"normalised": False}, **OLMOE)),
     "normalised": ("Olmoe", mixture(**OLMOE, tied_embeddings=True)),
+    "shared": ("Qwen2Moe", mixture({"shared": 2, "dense_first": 1, "normalised": False})),
     "qk_norm": ("Qwen3Moe", mixture({"normalised": False}, qk_norm=True, head_dim=14)),
     "some_blocks": ("Qwen3Moe", mixture({"dense_first": 1, "every": 2}, qk_norm=True, layers=4)),
 }  # fmt: skip
@@ -62,7 +65,8 @@ def test_logits_are_equal_there_and_back(root: Path, tmp_path: Path, name: str) 
     weights = CheckpointWeights(checkpoint(root, name))
     assert written.architecture == f"{layout}ForCausalLM"
     if "linear" not in model:
-        assert written.parameters == sum(each.numel() for each in weights.outline.values())
+        gates = weights.settings.hidden_size * len(weights.settings.expert_layers) if name == "shared" else 0
+        assert written.parameters == sum(each.numel() for each in weights.outline.values()) + gates
     ours = our_logits(weights, TOKENIZER.encode(TEXT))
     assert spread(ours) > 0.5
     torch.testing.assert_close(their_logits(tmp_path / "out"), ours, atol=1e-5, rtol=1e-5)
@@ -114,7 +118,8 @@ def test_our_decoder_computes_what_theirs_does(name: str, tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("model", "reason"),
     [
-        (mixture({"shared": 1}), "model.experts.shared is 1, there no expert is shared"),
+        (mixture({"shared": 1}, qk_norm=True), "qwen3_moe: model.experts.shared is 1, there no expert is shared"),
+        (mixture({"normalised": False}), "qwen2_moe: model.experts.shared is 0, there an expert is shared"),
         (mixture({"score": "sigmoid"}), "model.experts.score is sigmoid, there it is softmax"),
         (mixture({"groups": {"number": 2, "kept": 1}}), "model.experts.groups bound a token"),
         (mixture({"routing": "expert_choice", "normalised": False}), "model.experts.routing is expert_choice"),
@@ -185,6 +190,9 @@ def opened(folder: Path, **experts: Any) -> FolderWeights:
     return weights
 
 
+QWEN2 = {"model_type": "qwen2_moe", "qkv_bias": False, "moe_intermediate_size": 12}
+
+
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -194,7 +202,9 @@ def opened(folder: Path, **experts: Any) -> FolderWeights:
         ({"num_experts_per_tok": 3}, "model.experts.top_k is 3 there and 2 here"),
         ({"sliding_window": 64}, "sliding_window is 64"),
         ({"clip_qkv": 8.0}, "clip_qkv is 8.0"),
-        ({"model_type": "qwen2_moe"}, "model_type is 'qwen2_moe'"),
+        ({"model_type": "deepseek_v3"}, "model_type is 'deepseek_v3'"),
+        ({**QWEN2, "shared_expert_intermediate_size": 18}, "shared_expert_intermediate_size is 18"),
+        ({**QWEN2, "shared_expert_intermediate_size": 12, "qkv_bias": True}, "qkv_bias is true"),
         ({"model_type": "llama"}, "model.experts is None there and 'in the blocks [0, 1]' here"),
         ({"model_type": "qwen3_moe", "num_experts": 4, "moe_intermediate_size": 12, "num_hidden_layers": 4,
           "mlp_only_layers": [2]}, "has experts in the blocks [0, 1, 3] of 4"),
@@ -225,6 +235,30 @@ def test_experts_that_are_lost_or_unlike_are_named(mixtral: Path, tmp_path: Path
     (tmp_path / "copy/model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(DataError, match=r"experts.2.w1.weight is not in the file that"):
         opened(tmp_path / "copy")
+
+
+def test_a_shared_expert_has_a_gate_that_must_be_open(root: Path, tmp_path: Path) -> None:
+    """Twice its last weights behind a gate of 1/2 are the same to the bit; a gate that hangs on the token is not."""
+    export_checkpoint(checkpoint(root, "shared"), tmp_path / "out")
+    content = load_file(tmp_path / "out/model.safetensors")
+    there = CheckpointWeights(checkpoint(root, "shared"))
+    back = FolderWeights(tmp_path / "out")
+    name, gate = "blocks.1.feed_forward.shared.down.weight", "model.layers.1.mlp.shared_expert_gate.weight"
+    assert torch.equal(content["model.layers.1.mlp.shared_expert.down_proj.weight"], 2 * there.read(name))
+    assert torch.equal(back.read(name), there.read(name).float())
+    assert back.settings.experts is not None
+    assert back.settings.experts.shared == 2
+    content[gate][0, 3] = 0.5
+    save_file(content, tmp_path / "out/model.safetensors")
+    with pytest.raises(UserError, match=rf"{gate} is not 0; a decoder's shared experts have no gate"):
+        FolderWeights(tmp_path / "out")
+
+
+def test_the_command_asks_for_a_layout(root: Path, tmp_path: Path) -> None:
+    source, output = str(checkpoint(root, "plain")), str(tmp_path / "out")
+    told = CliRunner().invoke(app, ["export", source, output, "--layout", "mixtral", "--json"])
+    assert json.loads(told.stdout)["architecture"] == "MixtralForCausalLM"
+    assert CliRunner().invoke(app, ["export", source, output, "--layout", "gpt2"]).exit_code == 2
 
 
 def test_a_run_that_is_exported_and_read_gives_the_same_tensors(root: Path, tmp_path: Path) -> None:
