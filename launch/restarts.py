@@ -6,7 +6,9 @@ it ended       then
 done           nothing more to do
 stopped        on request, after saving: it goes on
 user_error     never again by itself: the same configuration and data would fail again
-non_finite     never again by itself: the same samples would give the same loss
+non_finite,    never again by itself: the same samples would give the same loss
+unstable
+rolled_back    killed while it went back to a checkpoint by itself: it goes on from there
 crash, killed  it goes on from the newest checkpoint if this attempt did a step that none before it had done, and if
                there were not too many crashes in a row
 =============  ======================================================================================================
@@ -73,14 +75,19 @@ def judge(folder: Path, before: int, *, asked: bool, reports: Sequence[dict[str,
         return Verdict("requeue", EXIT_STOPPED, f"stopped on request at step {last.last_step:,}, saved")
     if last.reason == "user_error":
         return Verdict("stop", EXIT_USER_ERROR, f"configuration or data are wrong: {last.message}")
-    if last.reason == "non_finite":
+    if last.reason in ("non_finite", "unstable"):
         return Verdict("stop", EXIT_CRASH, f"the same step would fail again: {last.message}")
+    if last.reason == "rolled_back":
+        return Verdict("requeue" if asked else "again", EXIT_CRASH, f"ended while it went back: {last.message}")
     return _after_crash(folder, attempts, asked, reports, crashes)
 
 
 def _after_crash(
     folder: Path, attempts: list[Attempt], asked: bool, reports: Sequence[dict[str, Any]], allowed: int
 ) -> Verdict:
+    # what was done before the run last went back by itself says nothing about what it gains since
+    turns = [number for number, attempt in enumerate(attempts[:-1], start=1) if attempt.reason == "rolled_back"]
+    attempts = attempts[turns[-1] if turns else 0 :]
     furthest, last = reached(folder, attempts), attempts[-1]
     told = "; ".join(report["told"] for report in reports if report["told"])
     why = f"{last.ended}: {last.message or told or 'nothing was recorded'}"

@@ -25,6 +25,7 @@ from .model.settings import ModelSettings
 from .objective.balancing.check import check_balancing
 from .objective.settings import ObjectiveSettings
 from .optimizer import AdamWSettings, Optimizer, ScheduleSettings
+from .stability.settings import StabilitySettings
 
 
 class RunSettings(Settings):
@@ -211,6 +212,7 @@ class Config(Settings):
     evaluation: EvaluationSettings = EvaluationSettings()
     monitor: MonitorSettings = MonitorSettings()
     resilience: ResilienceSettings = ResilienceSettings()
+    stability: StabilitySettings = StabilitySettings()
     resume: str = "auto"
     """``auto``: the newest complete checkpoint of the run folder. ``never``: start over; what the folder held is set
     aside. Else the path of a checkpoint, used when the run folder has none of its own."""

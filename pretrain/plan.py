@@ -14,12 +14,11 @@ from .check import check_run, warnings
 from .checkpoint import complete_checkpoints
 from .config import Config, load_config
 from .costs import memory, parts
-from .data import RunData
 from .engine import accumulation_steps
 from .model import count_parameters, flops_per_token
 from .plan_mup import mup_rows, show_mup
 from .run_folder import CHECKPOINTS
-from .state import checkpoint_end, end_position
+from .state import checkpoint_end, end_position, leaving_out, left_out
 
 
 def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any]:
@@ -30,7 +29,11 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
     """
     config = load_config(path, overrides)
     data = check_run(config, ranks)
-    end = _end(config, data)
+    origin = _origin(config)
+    if config.resume != "never":
+        config = leaving_out(config, left_out(config, origin))
+    # from where a start now would begin
+    end = checkpoint_end(origin, config, data) if origin else end_position(config, open_beginning(config, data).state)
     vocabulary = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
     parameters = count_parameters(config.model, vocabulary)
     sequences = config.batch_plan.sequences_before(end)
@@ -68,12 +71,12 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
     }
 
 
-def _end(config: Config, data: RunData) -> int:
-    """The position at which the run will be done, from where a start now would begin."""
+def _origin(config: Config) -> Path | None:
+    """The checkpoint that a start now would go on from; None: it would begin anew."""
     known = complete_checkpoints(config.run_folder / CHECKPOINTS) if config.resume != "never" else []
-    if known or config.resume not in ("auto", "never"):
-        return checkpoint_end(known[-1] if known else Path(config.resume), config, data)
-    return end_position(config, open_beginning(config, data).state)
+    if known:
+        return known[-1]
+    return None if config.resume in ("auto", "never") else Path(config.resume)
 
 
 def show_plan(plan: dict[str, Any]) -> str:

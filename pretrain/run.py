@@ -7,6 +7,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
@@ -31,12 +32,22 @@ from .config import Config, load_config
 from .data import RunData, stretch_of_run
 from .distributed import Distributed, finish, start
 from .engine import Engine
+from .incidents import NonFiniteError, RollbackError, SpikeError
 from .initial_weights import Weights
 from .monitor import AttemptsLog, Monitor, Reason, read_attempts
 from .run_folder import CHECKPOINTS, DAMAGE, lock_run_folder, open_run_folder, set_aside, versions, write_config
 from .signals import StopRequest
-from .state import TrainState, config_changes, group_change, resume_state, topology_changes
-from .train import NonFiniteError, StoppedError, TooManyHolesError, Trainer
+from .stability.rollbacks import ahead, read_rollbacks
+from .state import (
+    TrainState,
+    config_changes,
+    group_change,
+    leaving_out,
+    left_out,
+    resume_state,
+    topology_changes,
+)
+from .train import StoppedError, TooManyHolesError, Trainer
 
 
 def restarts() -> int:
@@ -49,7 +60,7 @@ START_TIMEOUT_SECONDS = 300
 """For the ranks to find each other when the configuration, which holds the real one, could not be read."""
 
 
-TOGETHER = (AgreedError, CheckpointError, NonFiniteError, StoppedError, TooManyHolesError)
+TOGETHER = (AgreedError, CheckpointError, NonFiniteError, RollbackError, SpikeError, StoppedError, TooManyHolesError)
 """Errors that all ranks raise at the same place, so that they can still wait for each other."""
 
 
@@ -66,6 +77,8 @@ def run_training(path: Path, overrides: Sequence[str]) -> NoReturn:
         code = session.end("stopped", EXIT_STOPPED, error, signal="+".join(error.signals))
     except NonFiniteError as error:
         code = session.end("non_finite", error.exit_code, error)
+    except SpikeError as error:
+        code = session.end("unstable", error.exit_code, error)
     except HeadraceError as error:
         code = session.end("user_error" if error.exit_code == EXIT_USER_ERROR else "crash", error.exit_code, error)
         finish(code, together=isinstance(error, TOGETHER))
@@ -98,7 +111,47 @@ class Session:
         if config.resume == "never" and restarts() == 0:
             together(ranks, lambda: set_aside(folder, self._attempt) if ranks.rank == 0 else None)
         store = together(ranks, lambda: CheckpointStore(folder / CHECKPOINTS, config.checkpoint, ranks))
-        origin, damage = self._origin(config, store)
+        engine: Engine | None = None
+        while True:
+            engine = self._start(config, data, store, attempts, engine)
+            assert self._trainer is not None
+            try:
+                return self._train(self._trainer, stop)
+            except RollbackError as error:
+                self.end("rolled_back", error.exit_code, error)
+                self._attempt += 1
+
+    def _train(self, trainer: Trainer, stop: StopRequest) -> None:
+        try:
+            trainer.train(stop)
+        except TOGETHER:
+            trainer.finish_save()
+            raise
+
+    def _start(
+        self,
+        given: Config,
+        data: RunData,
+        store: CheckpointStore,
+        attempts: AttemptsLog | None,
+        engine: Engine | None,
+    ) -> Engine:
+        """Begin, or go on from the newest checkpoint: everything up to the first step. Collective.
+
+        Args:
+            given: the configuration as its user gave it.
+            data: what it reads.
+            store: of the run's checkpoints.
+            attempts: on rank 0.
+            engine: of the attempt before, where the run has gone back by itself; None: it is to be made.
+        """
+        ranks = self._ranks
+        assert self._folder is not None
+        folder = self._folder
+        origin, damage = self._origin(given, store)
+        read = together(ranks, lambda: left_out(given, origin) if ranks.rank == 0 else ())
+        skipped = ranks.broadcast_object(read)
+        config = leaving_out(given, skipped)
         state = TrainState()
         if origin is not None:
             found = origin
@@ -106,27 +159,28 @@ class Session:
         beginning = None if origin else self._beginning(config, data)
         if beginning:
             state = beginning.state
+        state = replace(state, left_out=skipped)
         hosts = ranks.gather_objects(socket.gethostname())
-        together(ranks, lambda: self._begin(config, data, attempts, state, origin, beginning, hosts, damage))
+        together(ranks, lambda: self._begin(given, config, data, attempts, state, origin, beginning, hosts, damage))
         self._tell_missing(data, state)
-        self._tell_kernel()
+        if engine is None:
+            self._tell_kernel()
         # rank 0's look decides: on a network file system another rank may not see the folder yet
         if ranks.broadcast_object(config.data.on_damage == "hole" or (folder / DAMAGE).is_dir()):
             self._ledger = together(
                 ranks, lambda: DamageLedger(folder / DAMAGE, ranks.rank, self._attempt, state.position)
             )
-        vocab_size = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
-        given = beginning if beginning and beginning.shapes else None
-        engine = Engine(config, vocab_size, ranks, given, empty=origin is not None)
-        seed_generators(config.run.seed, ranks.rank)
+        if engine is None:
+            vocab_size = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
+            initial = beginning if beginning and beginning.shapes else None
+            engine = Engine(config, vocab_size, ranks, initial, empty=origin is not None)
+            seed_generators(config.run.seed, ranks.rank)
         if origin is not None:
             store.load(origin, engine)
-        self._trainer = Trainer(config, data, ranks, engine, store, self._monitor, self._ledger, state)
-        try:
-            self._trainer.train(stop)
-        except TOGETHER:
-            self._trainer.finish_save()
-            raise
+        made = together(ranks, lambda: len(read_rollbacks(folder)) if ranks.rank == 0 else 0)
+        rollbacks = ranks.broadcast_object(made)
+        self._trainer = Trainer(config, data, ranks, engine, store, self._monitor, self._ledger, state, rollbacks)
+        return engine
 
     def _origin(self, config: Config, store: CheckpointStore) -> tuple[Path | None, list[str]]:
         """The checkpoint to go on from, and what was wrong with newer ones. Collective."""
@@ -156,6 +210,7 @@ class Session:
 
     def _begin(
         self,
+        given: Config,
         config: Config,
         data: RunData,
         attempts: AttemptsLog | None,
@@ -169,7 +224,7 @@ class Session:
         if attempts is None:
             return
         assert self._folder is not None
-        write_config(self._folder, config, data.identity)
+        write_config(self._folder, given, data.identity)
         record_stretch(self._folder, stretch_of_run(config, data, state.step, state.position, self._ranks.world_size))
         self._monitor = Monitor(
             self._folder, state.step, config.total_steps, config.monitor.tensorboard, state.evaluated
@@ -198,6 +253,12 @@ class Session:
             inherit_ledger(self._folder / DAMAGE, origin.parent.parent / DAMAGE, state.position)
             told = f"holes of the run that {origin} is of"
             self._monitor.event({"event": "damage", "step": state.step, "message": told, "holes": state.holes})
+        for rollback in ahead(read_rollbacks(self._folder), state.position):
+            told = (
+                f"{rollback.kind.replace('_', ' ')} at step {rollback.step}: {rollback.message}. The run went back to "
+                f"step {rollback.resumed_step} and leaves out the positions {rollback.start} to {rollback.stop - 1}"
+            )
+            self._monitor.event({"event": "rollback", "step": state.step, "message": told})
         for problem in damage:
             self._monitor.event({"event": "damaged_checkpoint", "step": state.step, "message": problem})
         for change in state.data_changes[len(read_state(origin)["data_changes"]) if origin else 0 :]:
@@ -225,12 +286,13 @@ class Session:
         by_all = error is None or isinstance(error, TOGETHER)
         if error is not None and (ranks.rank == 0 or not by_all):
             where = "" if by_all else f"rank {ranks.rank} on {socket.gethostname()}: "
-            label = "stopped" if reason == "stopped" else "error"
+            label = {"stopped": "stopped", "rolled_back": "rollback"}.get(reason, "error")
             print(f"{label}: {where}{error}", file=sys.stderr, flush=True)
         if self._monitor:
             self._monitor.close()
         if self._ledger:
             self._ledger.close()
+        self._monitor, self._ledger = None, None
         if reason == "done" and self._trainer and ranks.rank == 0:
             print(
                 f"done at step {self._trainer.state.step:,}; `pretrain report {self._folder}` shows the run", flush=True

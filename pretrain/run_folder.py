@@ -24,6 +24,7 @@ from data_pipeline.files import publish_bytes
 from data_pipeline.history import HISTORY_FILE
 
 from .config import Config
+from .stability.rollbacks import ROLLBACKS_FILE
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
@@ -108,7 +109,7 @@ def plain(config: Config) -> dict[str, Any]:
 
 def set_aside(folder: Path, attempt: int) -> Path | None:
     """``resume=never``: move what earlier attempts left into ``before_attempt_N``; None when there was nothing."""
-    names = (CHECKPOINTS, DAMAGE, HISTORY_FILE, "metrics.jsonl", "tensorboard")
+    names = (CHECKPOINTS, DAMAGE, HISTORY_FILE, ROLLBACKS_FILE, "metrics.jsonl", "tensorboard")
     present = [folder / name for name in names if (folder / name).exists()]
     if not present:
         return None

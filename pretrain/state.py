@@ -17,8 +17,10 @@ from .data import RunData, check_end
 from .distributed import Distributed
 from .objective import LossRange, StepStatistics
 from .run_folder import plain, versions
+from .stability.rollbacks import Range, ahead, merged, read_rollbacks
 
-FORMAT = 4
+FORMAT = 5
+"""5: what decisions on later steps hang on (``skips``, ``losses``), ``skipped``, and ``left_out``."""
 
 
 @dataclass(frozen=True)
@@ -41,9 +43,18 @@ class TrainState:
     """The evaluation that is due at this step has been made."""
     data_changes: tuple[str, ...] = ()
     """What was different about the data, and from which step on, each time that ``data.accept_change`` let it be."""
+    skipped: int = 0
+    """Steps so far whose update was not made."""
+    skips: tuple[int, ...] = ()
+    """The last of them, as far back as ``stability`` looks; steps count from 1."""
+    losses: tuple[float, ...] = ()
+    """Of the last steps whose update was made, as many as ``stability`` looks at; to the bit."""
+    left_out: tuple[tuple[int, int], ...] = ()
+    """Positions [start, stop) that rollbacks of this run have left out beside ``data.skip_ranges``, ascending."""
 
-    def advance(self, next_position: int, statistics: StepStatistics) -> TrainState:
-        """After one more optimizer step."""
+    def advance(self, next_position: int, statistics: StepStatistics, remembered: int) -> TrainState:
+        """After one more optimizer step; ``remembered`` losses are kept."""
+        losses = (*self.losses, statistics.loss)
         return replace(
             self,
             step=self.step + 1,
@@ -52,6 +63,21 @@ class TrainState:
             dropped=self.dropped + len(statistics.dropped),
             loss_range=statistics.loss_range,
             expert_frequencies=statistics.routing.frequencies if statistics.routing else None,
+            losses=losses[-remembered:] if remembered else (),
+            evaluated=False,
+        )
+
+    def skip(self, next_position: int, holes: int, window: int) -> TrainState:
+        """After a step without an update: it counts as a step, its positions and ``holes`` are consumed, and all else
+        is as if it had not been; the skips of the last ``window`` steps are kept."""
+        skips = (*self.skips, self.step + 1)
+        return replace(
+            self,
+            step=self.step + 1,
+            position=next_position,
+            holes=self.holes + holes,
+            skipped=self.skipped + 1,
+            skips=tuple(step for step in skips if step > self.step + 1 - window),
             evaluated=False,
         )
 
@@ -97,6 +123,8 @@ def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) 
     _same_precision(path, saved["topology"]["precision"], config.training.precision)
     state = TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
     loss_range = LossRange(**saved["loss_range"]) if saved["loss_range"] else None
+    kept = tuple((start, stop) for start, stop in state.left_out)
+    state = replace(state, skips=tuple(state.skips), losses=tuple(state.losses), left_out=kept)
     changes = [*state.data_changes, *([f"from step {state.step + 1} on: {change}"] if change else [])]
     state = replace(state, loss_range=loss_range, data_changes=tuple(changes))
     _check_skipped(path, config, state, saved["skip_ranges"])
@@ -175,6 +203,29 @@ def _flat(content: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in content.items():
         flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
+
+
+def left_out(config: Config, origin: Path | None) -> tuple[Range, ...]:
+    """The positions that the run of ``config`` has left out by itself, where it goes on from a checkpoint (None: begins
+    anew): those that stand there, and those of rollbacks to before its end.
+
+    Raises:
+        UserError, DataError: a file that says so is damaged.
+    """
+    saved: dict[str, Any] = read_state(origin) if origin else {"position": 0}
+    ranges = [(start, stop) for start, stop in saved.get("left_out", [])]
+    pending = ahead(read_rollbacks(config.run_folder), saved["position"])
+    return merged([*ranges, *((rollback.start, rollback.stop) for rollback in pending)])
+
+
+def leaving_out(config: Config, ranges: tuple[Range, ...]) -> Config:
+    """The configuration with these positions among ``data.skip_ranges``."""
+    if not ranges:
+        return config
+    skipped = merged([*config.data.skip_ranges, *ranges])
+    data = config.data.model_copy(update={"skip_ranges": skipped})
+    # made anew, for a copy would keep the batch plan that it has worked out
+    return Config(**{**{name: getattr(config, name) for name in Config.model_fields}, "data": data})
 
 
 def end_position(config: Config, state: TrainState) -> int:

@@ -28,18 +28,16 @@ from .distributed import Distributed
 from .engine import Engine
 from .evaluation import evaluate, evaluation_metrics
 from .expert_metrics import expert_metrics, selection_bias_range
+from .incidents import Incidents, NonFiniteError, non_finite_weights
 from .model import flops_per_token
 from .monitor import Monitor, peak_flops
 from .objective import Objective, StepStatistics
 from .optimizer import learning_rate
 from .signals import StopRequest, names
+from .stability import Figures, Incident, Past, judge
 from .state import TrainState, checkpoint_state, end_position
 from .step_metrics import name_dropped, step_metrics
 from .stopwatch import Stopwatch
-
-
-class NonFiniteError(HeadraceError):
-    """The loss or the gradient is not a number; nothing of it was saved."""
 
 
 class TooManyHolesError(UserError):
@@ -95,21 +93,28 @@ class Trainer:
     ledger: DamageLedger | None
     """Where holes are allowed."""
     state: TrainState
+    rollbacks: int = 0
+    """Of the run so far."""
     _pace: Pace = field(default_factory=Pace)
     _scoring: Stopwatch | None = field(default=None, init=False)
     """Of the step's scoring pass, where it had one."""
+    _incidents: Incidents = field(init=False)
     _saved_step: int = field(init=False)
     """The step of the newest checkpoint."""
 
     def __post_init__(self) -> None:
         self._saved_step = self.state.step
+        self._incidents = Incidents(self.config, self.data, self.ranks, self.engine, self.monitor, self.finish_save)
 
     def train(self, stop: StopRequest) -> None:
         """Train to the configured end.
 
         Raises:
             StoppedError: on a signal, after saving.
-            NonFiniteError: loss or gradient norm is NaN or infinite.
+            NonFiniteError: loss or gradient norm is NaN or infinite, and ``stability`` does not let the run go on; or
+                weights are, and were about to be saved.
+            SpikeError: more losses were too high than ``stability`` allows.
+            RollbackError: the run goes on from its newest checkpoint.
             CheckpointError: a checkpoint could not be written.
             DataError: a block of data is damaged, and ``data.on_damage`` is ``stop``.
             TooManyHolesError: there are more holes than ``data.max_hole_fraction`` allows; after saving.
@@ -130,21 +135,22 @@ class Trainer:
                 if holes:
                     self._bound_holes(holes, step)
                 rate = learning_rate(self.state.step, total, config.schedule, config.optimizer.lr)
-                grad_norm = self._optimizer_step(objective, step, rate)
-                statistics = objective.end_step([*stop.flags, self.store.busy])
-                self._refuse_non_finite(statistics, float(grad_norm), step)
-                self._move_bias(statistics)
+                statistics, incident = self._optimizer_step(objective, step, rate, stop)
+                if incident:
+                    self.state = self._incidents.meet(incident, self._past, objective, step, self.state, holes)
+                else:
+                    self._move_bias(statistics)
+                    self.state = self.state.advance(step.next_position, statistics, config.stability.remembered)
                 if self.store.saving and not statistics.flags[-1]:
                     self._tell_saved(self.store.advance_save())
-                self.state = self.state.advance(step.next_position, statistics)
                 scored = self._scoring.seconds() if self._scoring else 0.0
                 self._pace.add(step.global_batch, time.perf_counter() - started, loader.waited, scored)
                 if holes:
                     self._record_damage(step)
-                if statistics.dropped and self.monitor:
+                if statistics.dropped and self.monitor and not incident:
                     told, where = self._name_dropped(statistics, self.state.step), {"step": self.state.step}
                     self.monitor.event({"event": "dropped_samples", "message": told, **where})
-                self._log(statistics, rate, float(grad_norm))
+                self._log(statistics, rate)
                 finished = self.state.step == total
                 signals = [] if finished else names(statistics.flags[:-1])
                 if self._due(config.evaluation.every_steps) and not signals:
@@ -163,8 +169,10 @@ class Trainer:
             self.save()
         raise StoppedError(names(tuple(map(any, zip(*flags, strict=True)))), self.state.step)
 
-    def _optimizer_step(self, objective: Objective, step: Step, rate: float) -> torch.Tensor | float:
-        """One optimizer step over the global batch; returns the gradient norm before clipping."""
+    def _optimizer_step(
+        self, objective: Objective, step: Step, rate: float, stop: StopRequest
+    ) -> tuple[StepStatistics, Incident | None]:
+        """One optimizer step over the global batch: what it was, and why its update was not made, if it was not."""
         self.engine.update_buffers(self.state.step)
         self.engine.begin_step(len(step.micro_batches))
         self._scoring = self._score(objective, step) if objective.scores_first else None
@@ -174,7 +182,20 @@ class Trainer:
             self.engine.backward(objective.micro_step(logits, batch, routing))
         if (factor := objective.gradient_factor()) is not None:
             self.engine.scale_gradients(factor)
-        return self.engine.step(rate)
+        found: list[tuple[StepStatistics, Incident | None]] = []
+
+        def accept(norm: torch.Tensor | float) -> bool:
+            statistics = objective.end_step([*stop.flags, self.store.busy], norm)
+            figures = Figures(statistics.loss, statistics.objective, statistics.gradient_norm)
+            found.append((statistics, judge(self.config.stability, self._past, figures)))
+            return found[0][1] is None
+
+        self.engine.step(rate, accept)
+        return found[0]
+
+    @property
+    def _past(self) -> Past:
+        return Past(self.state.step + 1, self.state.losses, self.state.skips, self.rollbacks)
 
     def _move_bias(self, statistics: StepStatistics) -> None:
         """Let the routers' selection biases follow the loads of the step that is done."""
@@ -273,7 +294,17 @@ class Trainer:
             self.monitor.evaluation({**fields, **where, "seconds": time.perf_counter() - started})
 
     def save(self) -> None:
-        """Publish a checkpoint of the state as it is; where saving is asynchronous, some steps later."""
+        """Publish a checkpoint of the state as it is; where saving is asynchronous, some steps later.
+
+        Raises:
+            NonFiniteError: an update has overflowed, so that there is nothing worth saving.
+        """
+        if broken := non_finite_weights(self.engine, self.ranks):
+            raise NonFiniteError(
+                f"after step {self.state.step} weights or optimizer state are not finite ({broken}), though its loss "
+                "and gradient were: an update has overflowed. No checkpoint was written. Resume from the one before "
+                "with a lower optimizer.lr or a smaller optimizer.clip_norm."
+            )
         if self.monitor:
             self.monitor.flush()
         self.finish_save()
@@ -290,23 +321,10 @@ class Trainer:
         if path and self.monitor:
             print(f"saved {path}", flush=True)
 
-    def _refuse_non_finite(self, statistics: StepStatistics, grad_norm: float, step: Step) -> None:
-        """Stop before anything of a poisoned step is saved; every rank sees the same numbers and decides the same."""
-        if math.isfinite(statistics.loss) and math.isfinite(statistics.objective) and math.isfinite(grad_norm):
-            return
-        dropped = self._name_dropped(statistics, self.state.step + 1)
-        raise NonFiniteError(
-            f"step {self.state.step + 1} on {socket.gethostname()}: loss {statistics.loss}, objective "
-            f"{statistics.objective}, gradient norm {grad_norm} at positions {step.position} to "
-            f"{step.next_position - 1}. {f'Left out were {dropped}. ' if dropped else ''}Nothing after step "
-            f"{self.state.step} was saved. Look at these samples, or resume with a lower optimizer.lr or a smaller "
-            "optimizer.clip_norm."
-        )
-
     def _name_dropped(self, statistics: StepStatistics, step: int) -> str:
         return name_dropped(statistics.dropped, self.data.names, self.config.run_folder, step)
 
-    def _log(self, statistics: StepStatistics, rate: float, norm: float) -> None:
+    def _log(self, statistics: StepStatistics, rate: float) -> None:
         step, settings = self.state.step, self.config.monitor
         if not self.monitor or (step % settings.log_every and step != self.config.total_steps):
             return
@@ -327,11 +345,11 @@ class Trainer:
             "position": self.state.position,
             "tokens": plan.sequences_before(self.state.position) * length,
             "learning_rate": rate,
-            "grad_norm": norm,
+            "grad_norm": statistics.gradient_norm,
             "step_seconds": seconds,
             "tokens_per_second": tokens_per_second,
             "data_wait_seconds": waited,
-            "skipped": self.engine.skipped_steps,
+            "skipped": self.state.skipped,
             "holes": self.state.holes,
         }
         if plan.ramp:

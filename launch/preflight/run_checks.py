@@ -24,7 +24,7 @@ from pretrain.engine import accumulation_steps, deepspeed_config
 from pretrain.model import count_parameters
 from pretrain.optimizer import check_schedule
 from pretrain.run_folder import CHECKPOINTS, versions
-from pretrain.state import resume_state
+from pretrain.state import leaving_out, left_out, resume_state
 
 from .findings import Finding, Request, refused
 
@@ -93,6 +93,10 @@ def _sampled(config: Config, stream: Stream) -> Finding | None:
     return None
 
 
+def _resumed(origin: Path, config: Config, data: RunData, ranks: Distributed) -> object:
+    return resume_state(origin, leaving_out(config, left_out(config, origin)), data, ranks)
+
+
 def resume(config: Config, request: Request, data: RunData) -> Iterator[Finding]:
     """Whether the run can go on from what it would go on from, or can begin."""
     folder = config.run_folder / CHECKPOINTS
@@ -120,7 +124,7 @@ def resume(config: Config, request: Request, data: RunData) -> Iterator[Finding]
         return
     for world in request.worlds:
         ranks = Distributed(0, world, torch.device("cpu"))
-        if found := _tried("resume.incompatible", lambda ranks=ranks: resume_state(origin, config, data, ranks)):  # type: ignore[misc]
+        if found := _tried("resume.incompatible", lambda ranks=ranks: _resumed(origin, config, data, ranks)):  # type: ignore[misc]
             yield found
             return
     step, total = step_of(origin), config.total_steps

@@ -24,7 +24,9 @@ from pretrain.optimizer import parameter_groups
 
 from .deepspeed_config import clips_itself, deepspeed_config
 from .deepspeed_module import import_deepspeed
-from .gradients import scale_gradients
+from .finite import non_finite_parts
+from .gate import UpdateGate
+from .gradients import forget_gradients, scale_gradients
 from .initial import Given, fill_model
 from .masters import write_masters
 from .shards import attach_matrices, shape_of, shards_of
@@ -89,6 +91,8 @@ class Engine:
         shapes = {name: shape_of(parameter) for name, parameter in model.named_parameters()}
         shards = shards_of(self._optimizer, optimizer.param_groups, model, self._stage, ranks)
         attach_matrices(optimizer, shards, shapes, self._stage, ranks)
+        self._gate = UpdateGate(optimizer)
+        self._non_finite = partial(non_finite_parts, shards, optimizer)
         if initial is not None and config.training.precision == "bf16":
             write_masters(model, initial, self._stage, ranks, self._master())
         set_timeout_of_all_groups(config.resilience.collective_timeout_seconds)
@@ -103,11 +107,6 @@ class Engine:
         # under ZeRO-3 every parameter is split over the ranks as soon as it is made: no rank ever holds the whole model
         with deepspeed.zero.Init(config_dict_or_path=settings) if self._stage == 3 else nullcontext():
             return Decoder(config.model, vocab_size, config.training.activation_checkpointing)
-
-    @property
-    def skipped_steps(self) -> int:
-        """Optimizer steps whose update DeepSpeed left out because the gradient was not finite."""
-        return int(self._engine.skipped_steps)
 
     def training_forward(self, batch: Batch) -> Outputs:
         """Logits [b, T, V] of a batch on this rank's device (or their moments, where the loss takes these), and, of a
@@ -171,20 +170,35 @@ class Engine:
         """Multiply the accumulated gradient by ``factor`` (scalar, on the device); after the last :meth:`backward`."""
         scale_gradients(self._engine, factor)
 
-    def step(self, learning_rate: float) -> Tensor | float:
-        """Clip the gradient by its global norm and update the parameters.
+    def step(
+        self, learning_rate: float, accept: Callable[[Tensor | float], bool] = lambda norm: True
+    ) -> Tensor | float:
+        """Clip the gradient by its global norm and update the parameters, if that is accepted.
 
         Args:
             learning_rate: of this step; a group's own ``lr_scale`` multiplies it.
+            accept: called once, with the norm, when nothing was changed yet; must answer the same on every rank. If
+                False, parameters and optimizer stay as they are and the gradient is gone. Where the gradient is not
+                finite, DeepSpeed may leave the update out whatever it answers.
 
         Returns:
-            the norm of the whole gradient before clipping.
+            the norm of the whole gradient before clipping; infinite where the gradient is not finite and DeepSpeed has
+            found out.
         """
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate * group["lr_scale"]
-        norm = self._clip() if self._clips_itself else None
-        self._engine.step()
-        return self._engine.get_global_grad_norm() if norm is None else norm
+        own = self._clip() if self._clips_itself else None
+
+        def norm() -> Tensor | float:
+            # of DeepSpeed's optimizer, which has it before it updates; the engine itself takes it over afterwards
+            found: Tensor | float = self._engine.optimizer._global_grad_norm if own is None else own
+            return found
+
+        with self._gate.deciding(lambda: accept(norm())):
+            self._engine.step()
+        if not self._gate.passed:
+            forget_gradients(self._engine)
+        return norm()
 
     def _clip(self) -> Tensor:
         parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
@@ -225,6 +239,10 @@ class Engine:
         needs by name. Both give the same bits.
         """
         self.checkpoints.load(folder)
+
+    def non_finite(self) -> list[str]:
+        """Names of the parameters of which this rank's optimizer holds a weight, or state, that is not finite."""
+        return self._non_finite()
 
     def full_parameters(self) -> dict[str, Tensor]:
         """Every parameter, whole, in fp32 from the optimizer's own copy, on the CPU. Collective."""

@@ -35,6 +35,15 @@ def scale_gradients(engine: Any, factor: Tensor) -> None:
             gradient.copy_(gradient.float() * factor)
 
 
+def forget_gradients(engine: Any) -> None:
+    """Drop the gradients of a step whose update was left out. DeepSpeed does so itself, but for stages 1 and 2 with an
+    offloaded optimizer: there it keeps them, not finite, and would add the next step's to them."""
+    optimizer = engine.optimizer
+    if getattr(optimizer, "cpu_offload", False):  # stage 3 names it otherwise, and has no such fault
+        for group in optimizer.averaged_gradients:
+            optimizer.averaged_gradients[group] = None
+
+
 def _reduced(engine: Any) -> list[Tensor]:
     optimizer = engine.optimizer
     if hasattr(optimizer, "fp32_groups_gradients_flat"):

@@ -17,7 +17,7 @@ from data_pipeline.files import publish_bytes
 
 from . import lines
 
-Reason: TypeAlias = Literal["done", "stopped", "user_error", "crash", "non_finite"]
+Reason: TypeAlias = Literal["done", "stopped", "user_error", "crash", "non_finite", "unstable", "rolled_back"]
 
 ATTEMPTS_FILE = "attempts.jsonl"
 _LEADING = ("event", "attempt", "time")

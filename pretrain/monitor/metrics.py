@@ -59,6 +59,9 @@ WEIGHT_BINS: tuple[float, ...] = tuple(2.0 ** ((2 * k + 1) / 8) for k in range(-
 """50 edges of quarter-octave bins of weight x group size, from 2^-6.125 to 2^6.125. The edges lie between the powers of
 2^(1/4), so that the uniform weight 1 stands in the middle of a bin and rounding does not move it."""
 
+_TOLD_AT_STARTS = ("data_change", "rollback")
+"""Events that every start from a checkpoint tells of which they are to come next."""
+
 _LEADING = ("event", "evaluation", "step", "position", "tokens", "loss", "objective", "learning_rate", "grad_norm")
 
 
@@ -135,7 +138,7 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 def _is_told_again(line: dict[str, Any], evaluated: bool) -> bool:
     """Whether a line of the checkpoint's own step was written after the checkpoint."""
-    return ("evaluation" in line and not evaluated) or line.get("event") == "data_change"
+    return ("evaluation" in line and not evaluated) or line.get("event") in _TOLD_AT_STARTS
 
 
 def _step_of(path: Path, number: int, line: dict[str, Any]) -> int:

@@ -46,6 +46,8 @@ class StepStatistics:
     """For the next step of a one-pass group."""
     routing: RoutingStatistics | None = None
     """Of a model with experts."""
+    gradient_norm: float = math.nan
+    """Before clipping, where it was given to ``end_step``."""
 
     @property
     def loss(self) -> float:
@@ -205,6 +207,16 @@ class Objective:
         step.labels += labels.double() @ by_source
         return loss
 
+    def sample_losses(self, output: Tensor, batch: Batch) -> Tensor:
+        """The mean loss of each sequence [b] fp64, 0 where it has no label; counts nothing (law 3).
+
+        Args:
+            output: as of :meth:`micro_step`, without gradient.
+            batch: on the same device.
+        """
+        losses = self._settings.loss.of_tokens(output, batch.labels, batch.loss_mask).double().sum(dim=1)
+        return losses / batch.loss_mask.sum(dim=1).clamp(min=1)
+
     def _balance_scored(self, step: _Step) -> None:
         """Hand the balancer what the scoring pass has routed, once all of it is there and can be weighed."""
         weights: Sequence[Tensor | None] = [None] * len(step.scored)
@@ -234,24 +246,32 @@ class Objective:
         step.factor = step.weigher.gradient_factor() if step.weigher is not None else None
         return step.factor
 
-    def end_step(self, flags: Sequence[bool] = ()) -> StepStatistics:
-        """Reduce the step's statistics, and any rank's ``flags`` with them, in one collective."""
+    def end_step(self, flags: Sequence[bool] = (), gradient_norm: Tensor | float | None = None) -> StepStatistics:
+        """Reduce the step's statistics, and any rank's ``flags`` with them, in one collective.
+
+        Args:
+            flags: raised on this rank.
+            gradient_norm: as this rank has it; the mean over the ranks is the same where they agree, and not finite
+                where any of them isn't.
+        """
         step = self._current()
         raised = torch.tensor(flags, dtype=torch.float64, device=self._ranks.device)
         objective = step.objective if step.factor is None else step.objective * step.factor
         routed = step.balancer.collected().to(self._ranks.device)
-        plain = torch.cat([objective.view(1), step.losses, step.labels, raised])
+        norm = torch.as_tensor(math.nan if gradient_norm is None else gradient_norm, dtype=torch.float64)
+        figures = torch.cat([objective.view(1), norm.to(self._ranks.device).view(1)])
+        plain = torch.cat([figures, step.losses, step.labels, raised])
         reduced = self._ranks.all_reduce(torch.cat([plain, routed]))
         weights, extra = self._weights(step)
         # the only place where the host waits for the device
         read = torch.cat([reduced, extra]).cpu()
         values, told = read[: len(plain)].tolist(), read[len(reduced) :].tolist()
         self._step = None
-        first = 1 + len(self._sources)
+        first = len(figures) + len(self._sources)
         second = first + len(self._sources)
         return StepStatistics(
             objective=values[0],
-            source_losses=tuple(values[1:first]),
+            source_losses=tuple(values[len(figures) : first]),
             source_labels=tuple(int(value) for value in values[first:second]),
             holes=step.holes,
             flags=tuple(value > 0 for value in values[second:]),
@@ -260,6 +280,8 @@ class Objective:
             dropped=tuple(weights.dropped(self._ranks.world_size)) if weights is not None and told[0] else (),
             loss_range=self._loss_range(step, told[1:]),
             routing=step.balancer.statistics(read[len(plain) : len(reduced)].numpy()),
+            # exact: a sum of a few equal fp32 numbers fits into float64
+            gradient_norm=values[1] / self._ranks.world_size,
         )
 
     def _weights(self, step: _Step) -> tuple[StepWeights | None, Tensor]:

@@ -70,6 +70,8 @@ def state(run: Run, now: float) -> State:
         "user_error": ("bad", "stopped: configuration or data"),
         "crash": ("bad", "crashed"),
         "non_finite": ("bad", "stopped: not finite"),
+        "unstable": ("bad", "stopped: losses too high"),
+        "rolled_back": ("paused", "went back to a checkpoint"),
     }[last.reason]
     when = f"{moment(last.stopped or last.started)} UTC"
     return State(kind, label, f"{when}: {last.message}" if kind == "bad" and last.message else when)
@@ -255,7 +257,7 @@ def incident_rows(found: list[Incident]) -> list[list[Cell]]:
 def _ended(run: Run, attempt: Attempt) -> Cell:
     if attempt.reason is None and attempt is run.attempts[-1]:
         return Cell("no stop recorded: running or killed", "", "unknown")
-    kind = {"done": "good", "stopped": "paused"}.get(attempt.reason or "", "bad")
+    kind = {"done": "good", "stopped": "paused", "rolled_back": "paused"}.get(attempt.reason or "", "bad")
     return Cell(": ".join(text for text in (attempt.ended, attempt.message) if text), f"exit {attempt.exit_code}", kind)
 
 

@@ -37,6 +37,8 @@ def verdict(folder: Path, before: int = 0, **options: Any) -> Verdict:
         ("stopped", "requeue", 75),
         ("user_error", "stop", 2),
         ("non_finite", "stop", 1),
+        ("unstable", "stop", 1),
+        ("rolled_back", "again", 1),
         ("crash", "again", 1),
     ],
 )
@@ -44,6 +46,14 @@ def test_reasons(tmp_path: Path, reason: Reason, action: str, code: int) -> None
     attempt(tmp_path, 1, 10, reason, "what was said")
     found = verdict(tmp_path)
     assert (found.action, found.exit_code, found.exclude) == (action, code, None)
+
+
+def test_after_the_run_went_back_by_itself_a_crash_is_judged_by_what_was_gained_since(tmp_path: Path) -> None:
+    attempt(tmp_path, 1, 20, "rolled_back")
+    attempt(tmp_path, 9, 12)
+    assert verdict(tmp_path, 1).action == "again"
+    attempt(tmp_path, 9, 12)
+    assert verdict(tmp_path, 2).action == "stop"
 
 
 def test_a_crash_goes_on_only_where_a_step_was_gained_that_no_attempt_had_reached(tmp_path: Path) -> None:

@@ -63,7 +63,9 @@ def test_a_stop_without_its_start_is_refused_with_its_line(tmp_path: Path) -> No
 
 def test_only_known_reasons_are_recorded(tmp_path: Path) -> None:
     log = AttemptsLog(tmp_path)
-    with pytest.raises(ValueError, match="'bored' is not one of done, stopped, user_error, crash, non_finite"):
+    with pytest.raises(
+        ValueError, match="'bored' is not one of done, stopped, user_error, crash, non_finite, unstable, rolled_back"
+    ):
         log.stop(start(log, 1), last_step=1, reason="bored", exit_code=1)  # type: ignore[arg-type]
 
 

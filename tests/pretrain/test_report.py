@@ -268,6 +268,8 @@ def test_a_folder_with_only_a_configuration_has_a_report(tmp_path: Path) -> None
         ("stopped", "SIGUSR1", "paused", "stopped by SIGUSR1"),
         ("crash", None, "bad", "crashed"),
         ("non_finite", None, "bad", "stopped: not finite"),
+        ("unstable", None, "bad", "stopped: losses too high"),
+        ("rolled_back", None, "paused", "went back to a checkpoint"),
         ("user_error", None, "bad", "stopped: configuration or data"),
     ],
 )

@@ -1,9 +1,11 @@
-"""``pretrain`` with one fault built in, named by TEST_FAULT as ``place:number``; most are a SIGKILL of this rank there.
+"""``pretrain`` with faults built in, named by TEST_FAULT as ``place:number,...``; most kill this rank there by SIGKILL.
 
 Places: ``step:N`` in the forward pass of optimizer step N + 1; ``write:N``, ``manifest:N``, ``rename:N``, ``remove:N``
 at the N-th time (from 1) that a rank has written a checkpoint's first tensors, rank 0 is about to write a manifest, to
 rename a finished checkpoint, or to remove an old one. ``logits:N`` makes the logits of the sequence at position N of
-the run NaN, ``below:N`` what they come from too. A worker that torchrun has restarted has no fault.
+the run NaN, ``below:N`` what they come from too, ``spike:N`` a thousand times as large. ``gradient:N`` makes the
+gradient of rank 1 NaN in optimizer step N + 1, ``flip:N`` adds to its loss there the first time only, as a broken
+device would. A worker that torchrun has restarted has no fault.
 """
 
 from __future__ import annotations
@@ -19,7 +21,6 @@ from pretrain.__main__ import main
 from pretrain.checkpoint import store
 from pretrain.objective import Objective
 
-PLACE, NUMBER = os.environ["TEST_FAULT"].split(":")
 seen = 0
 
 
@@ -30,17 +31,17 @@ def die_at(number: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def before(function: Callable[..., Any]) -> Callable[..., Any]:
+def before(function: Callable[..., Any], number: int) -> Callable[..., Any]:
     def dying(*arguments: Any, **options: Any) -> Any:
-        die_at(int(NUMBER))
+        die_at(number)
         return function(*arguments, **options)
 
     return dying
 
 
-def die_in_step(begin_step: Callable[..., int | None]) -> Callable[..., int | None]:
+def die_in_step(begin_step: Callable[..., int | None], number: int) -> Callable[..., int | None]:
     def dying(self: Objective, step: int, *arguments: Any) -> int | None:
-        if step == int(NUMBER):
+        if step == number:
             os.kill(os.getpid(), signal.SIGKILL)
         return begin_step(self, step, *arguments)
 
@@ -59,46 +60,88 @@ class OnlyLogits(torch.autograd.Function):
         return gradients[0], None
 
 
-def poisoned(micro_step: Callable[..., Any]) -> Callable[..., Any]:
+class OnlyGradient(torch.autograd.Function):
+    """The loss as it is, and NaN as its derivative."""
+
+    @staticmethod
+    def forward(context: Any, loss: torch.Tensor) -> torch.Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(context: Any, *gradients: torch.Tensor) -> Any:
+        return gradients[0] * torch.nan
+
+
+FACTORS = {"logits": torch.nan, "below": torch.nan, "spike": 1000.0}
+
+
+def poisoned(function: Callable[..., Any], place: str, number: int) -> Callable[..., Any]:
     def step(self: Objective, logits: torch.Tensor, batch: Any, *routing: Any) -> Any:
-        factor = torch.where(batch.run_positions == int(NUMBER), torch.nan, 1.0)[:, None, None]
-        logits = OnlyLogits.apply(logits, factor) if PLACE == "logits" else logits * factor
-        return micro_step(self, logits, batch, *routing)
+        factor = torch.where(batch.run_positions == number, FACTORS[place], 1.0)[:, None, None]
+        logits = OnlyLogits.apply(logits, factor) if place == "logits" else logits * factor
+        return function(self, logits, batch, *routing)
 
     return step
 
 
-if os.environ["TORCHELASTIC_RESTART_COUNT"] != "0":
-    pass
-elif PLACE == "step":
-    Objective.begin_step = die_in_step(Objective.begin_step)  # type: ignore[method-assign]
-elif PLACE in ("logits", "below"):
-    Objective.micro_step = poisoned(Objective.micro_step)  # type: ignore[method-assign]
-    Objective.score = poisoned(Objective.score)  # type: ignore[method-assign]
-elif PLACE == "write":
-    save = torch.save
+def broken_device(micro_step: Callable[..., Any], place: str, number: int) -> Callable[..., Any]:
+    def step(self: Objective, *arguments: Any) -> Any:
+        global seen
+        loss = micro_step(self, *arguments)
+        if os.environ["RANK"] != "1" or self._current().number != number:
+            return loss
+        if place == "gradient":
+            return OnlyGradient.apply(loss)
+        seen += 1
+        if seen == 1:
+            self._current().losses += 1e6
+        return loss
 
-    def half_a_save(state: Any, target: Any, *arguments: Any, **options: Any) -> None:
+    return step
+
+
+def half_a_save(save: Callable[..., None], number: int) -> Callable[..., None]:
+    def saving(state: Any, target: Any, *arguments: Any, **options: Any) -> None:
         save(state, target, *arguments, **options)
-        if seen + 1 == int(NUMBER):
+        if seen + 1 == number:
             target.truncate(target.tell() // 2)
-        die_at(int(NUMBER))
+        die_at(number)
 
-    torch.save = half_a_save  # type: ignore[assignment]
-elif PLACE == "manifest":
-    store.write_manifest = before(store.write_manifest)
-elif PLACE == "rename":
-    rename = os.rename
+    return saving
 
-    def dying_rename(source: Any, target: Any) -> None:
+
+def dying_rename(rename: Callable[..., None], number: int) -> Callable[..., None]:
+    def renaming(source: Any, target: Any) -> None:
         if ".saving_" in str(source):
-            die_at(int(NUMBER))
+            die_at(number)
         rename(source, target)
 
-    os.rename = dying_rename
-elif PLACE == "remove":
-    store.remove = before(store.remove)
-else:
-    raise SystemExit(f"unknown fault {PLACE!r}")
+    return renaming
+
+
+def build_in(place: str, number: int) -> None:
+    """Build a fault into the program."""
+    if place == "step":
+        Objective.begin_step = die_in_step(Objective.begin_step, number)  # type: ignore[method-assign]
+    elif place in FACTORS:
+        for name in ("micro_step", "score", "sample_losses"):
+            setattr(Objective, name, poisoned(getattr(Objective, name), place, number))
+    elif place in ("gradient", "flip"):
+        Objective.micro_step = broken_device(Objective.micro_step, place, number)  # type: ignore[method-assign]
+    elif place == "write":
+        torch.save = half_a_save(torch.save, number)  # type: ignore[assignment]
+    elif place == "manifest":
+        store.write_manifest = before(store.write_manifest, number)
+    elif place == "rename":
+        os.rename = dying_rename(os.rename, number)
+    elif place == "remove":
+        store.remove = before(store.remove, number)
+    else:
+        raise SystemExit(f"unknown fault {place!r}")
+
+
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    for fault in os.environ["TEST_FAULT"].split(","):
+        build_in(fault.split(":")[0], int(fault.split(":")[1]))
 
 main()

@@ -107,11 +107,26 @@ def test_a_sample_without_a_finite_loss_is_dropped_and_named(runs: Runs, group: 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("place", "strategy"), [("below", "linupper"), ("logits", "uniform")])
-def test_what_can_not_be_dropped_stops_the_run(runs: Runs, place: str, strategy: str) -> None:
-    objective = reweighting("micro_step") if strategy == "linupper" else {"reweighting": {"strategy": "uniform"}}
-    done = runs.train(runs.config("run", objective=objective, training={"steps": 4}), fault=f"{place}:{POSITION}")
+def test_what_can_not_be_dropped_stops_the_run_where_that_is_asked_for(runs: Runs) -> None:
+    strict = {"non_finite": "stop"}
+    config = runs.config("run", objective=reweighting("micro_step"), training={"steps": 4}, stability=strict)
+    done = runs.train(config, fault=f"below:{POSITION}")
     assert done.returncode != 0
     assert read_attempts(runs.run_folder("run"))[-1].reason == "non_finite"
-    named = f"Left out were 1 samples without a finite loss: position {POSITION}" in done.stderr
-    assert named == (strategy == "linupper")
+    assert f"Samples without a finite loss: position {POSITION} of source" in done.stderr
+    assert "nothing after step 2 was saved" in done.stderr
+
+
+@pytest.mark.slow
+def test_without_weights_the_step_of_a_sample_without_a_finite_loss_is_left_out(runs: Runs) -> None:
+    uniform = {"reweighting": {"strategy": "uniform"}}
+    done = runs.train(runs.config("run", objective=uniform, training={"steps": 4}), fault=f"logits:{POSITION}")
+    assert done.returncode == 0, done.stderr
+    (event,) = [line for line in runs.metrics("run") if "event" in line]
+    assert (event["event"], event["step"], event["action"]) == ("non_finite", 3, "skip")
+    row = explained(event["message"], 1)
+    assert (row["position"], row["rank"], row["row"], row["step"]) == (POSITION, 0, 3, 3)
+    assert row["documents"][0]["id"] in event["message"]
+    lines = [line for line in runs.metrics("run") if "objective" in line]
+    assert [line["skipped"] for line in lines] == [0, 0, 1, 1]
+    assert [line["position"] for line in lines] == [8, 16, 24, 32], "its positions are consumed"

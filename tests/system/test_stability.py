@@ -1,0 +1,100 @@
+"""Incidents through whole runs: steps are left out or the run goes back, with the same bits after a kill."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pretrain.monitor import read_attempts, read_metrics
+from pretrain.report import write_report
+
+from .runs import Runs
+
+BATCH, STEPS = 8, 16
+BAD_STEP = 3
+"""From 0: its gradient is NaN on rank 1."""
+SPIKE = 12 * BATCH + 5
+"""A position of step 13 (from 1), whose logits are a thousand times too large."""
+
+
+def settings(stage: int, action: str) -> dict[str, Any]:
+    return {
+        "objective": {"reweighting": {"strategy": "uniform"}},
+        "training": {"steps": STEPS, "micro_batch": 2},
+        "engine": {"zero_stage": stage},
+        "evaluation": {"every_steps": None},
+        "monitor": {"tensorboard": action == "rollback"},
+        "stability": {"spike": {"action": action, "window": 16, "least": 8}},
+    }
+
+
+def incidents(runs: Runs, name: str) -> list[tuple[str, int]]:
+    return [(line["event"], line["step"]) for line in runs.metrics(name) if "event" in line]
+
+
+@pytest.mark.slow
+def test_a_spike_is_gone_back_from_and_its_range_left_out_also_after_a_kill(runs: Runs) -> None:
+    faults = f"gradient:{BAD_STEP},spike:{SPIKE}"
+    whole = runs.config("whole", **settings(1, "rollback"))
+    done = runs.train(whole, fault=faults)
+    assert done.returncode == 0, done.stderr
+    folder = runs.run_folder("whole")
+    # the spike is met in step 13; the newest checkpoint is of step 12, so one step's positions are left out
+    assert incidents(runs, "whole") == [("non_finite", BAD_STEP + 1), ("rollback", 12)]
+    first, second = read_attempts(folder)
+    assert (first.reason, first.last_step, second.first_step, second.reason) == ("rolled_back", 12, 13, "done")
+    assert f"position {SPIKE} of source" in first.message
+    steps = [line for line in read_metrics(folder) if "objective" in line]
+    assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
+    assert [line["skipped"] for line in steps] == [int(step >= BAD_STEP) for step in range(STEPS)]
+    assert steps[12]["position"] == 14 * BATCH, "step 13 has taken the positions after the range"
+    page = Path(write_report(folder)).read_text()
+    assert "The run went back to step 12 and leaves out the positions 96 to 103" in page
+    assert "rolled-back" in page
+
+    # the run whose user leaves the same range out
+    range_left_out = {"skip_ranges": [[96, 104]], **json_data(runs)}
+    by_hand = runs.config("by_hand", **settings(1, "rollback"), data=range_left_out)
+    reference = runs.train(by_hand, fault=faults)
+    assert reference.returncode == 0, reference.stderr
+    assert incidents(runs, "by_hand") == [("non_finite", BAD_STEP + 1)]
+    assert runs.state_hashes("by_hand", STEPS) == runs.state_hashes("whole", STEPS)
+
+    # killed before the first checkpoint after the incident
+    broken = runs.config("broken", **settings(1, "rollback"))
+    assert runs.train(broken, fault=f"{faults},step:14").returncode != 0
+    assert read_attempts(runs.run_folder("broken"))[0].reason == "rolled_back"
+    resumed = runs.train(broken, fault=faults)
+    assert resumed.returncode == 0, resumed.stderr
+    assert runs.metrics("broken") == runs.metrics("whole")
+    assert runs.state_hashes("broken", STEPS) == runs.state_hashes("whole", STEPS)
+    states = [
+        json.loads((runs.run_folder(name) / "checkpoints/step_000000016/state.json").read_text())
+        for name in ("whole", "broken")
+    ]
+    assert states[0] == {**states[1], "config": states[0]["config"]}
+    assert (states[0]["left_out"], states[0]["skips"], len(states[0]["losses"])) == ([[96, 104]], [BAD_STEP + 1], 15)
+
+
+def json_data(runs: Runs) -> dict[str, Any]:
+    return {
+        "seq_len": 32,
+        "sources": {
+            "a": {"path": str(runs.data), "domain": "a", "max_epochs": None},
+            "b": {"path": str(runs.data), "domain": "b", "max_epochs": None, "weight": 0.5},
+        },
+    }
+
+
+@pytest.mark.slow
+def test_an_update_that_overflows_is_never_saved(runs: Runs) -> None:
+    config = runs.config("run", optimizer={"lr": 1e39}, checkpoint={"every_steps": 1}, evaluation={"every_steps": None})
+    done = runs.train(config, ranks=1)
+    assert done.returncode != 0
+    assert "after step 1 weights or optimizer state are not finite (" in done.stderr
+    assert "an update has overflowed. No checkpoint was written." in done.stderr
+    assert list((runs.run_folder("run") / "checkpoints").iterdir()) == []
+    assert read_attempts(runs.run_folder("run"))[-1].reason == "non_finite"
