@@ -53,11 +53,16 @@ class Monitor:
         self._print(evaluation_line(line))
 
     def event(self, line: MetricLine) -> None:
-        """One incident: into the file and the terminal."""
+        """One incident: into the file, TensorBoard (as text) and the terminal."""
         self._metrics.write({"time": time.time(), **line})
         details = [f"{key}={value}" for key, value in line.items() if key not in ("event", "step", "message")]
         message = [str(line["message"])] if line.get("message") else []
-        self._print(f"step {line['step']:,}: {line['event']}: {' '.join(message + details)}".rstrip(": "))
+        told = " ".join(message + details)
+        if self._tensorboard:
+            step = line["step"]
+            assert isinstance(step, int)
+            self._tensorboard.event(str(line["event"]), told, step)
+        self._print(f"step {line['step']:,}: {line['event']}: {told}".rstrip(": "))
 
     def flush(self) -> None:
         """Put the metrics on the disk, before a checkpoint that counts on them."""

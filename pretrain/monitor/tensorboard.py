@@ -34,6 +34,10 @@ class TensorBoardWriter:
             elif isinstance(value, int | float) and key not in _NOT_SCALARS:
                 self._writer.add_scalar(prefix + key, value, step)
 
+    def event(self, kind: str, message: str, step: int) -> None:
+        """An incident, as text under ``events/KIND``."""
+        self._writer.add_text(f"events/{kind}", message, step)
+
     def _histogram(self, tag: str, counts: Sequence[float], step: object) -> None:
         # The sums are of the bins' middles: TensorBoard shows them nowhere but in its own record.
         ratio = WEIGHT_BINS[1] / WEIGHT_BINS[0]

@@ -261,6 +261,8 @@ def test_the_monitor_tells_file_terminal_and_tensorboard_the_same(tmp_path: Path
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")][::2] == [(1, 4.0), (3, 3.0)]
     assert [(event.step, event.value) for event in events.Scalars("heldout/loss")] == [(2, 3.5)]
+    (text,) = events.Tensors("events/skipped_step/text_summary")
+    assert (text.step, text.tensor_proto.string_val) == (2, [b"the loss is not finite rank=1"])
     drawn = events.Histograms("weights/histogram")[0].histogram_value
     assert (drawn.num, sum(drawn.bucket)) == (3, 3)
 
