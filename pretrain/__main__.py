@@ -107,12 +107,18 @@ def export(
 
 
 @app.command("verify-checkpoint")
-def verify_checkpoint(checkpoint: Annotated[Path, typer.Argument(help="a step_... folder")]) -> None:
+def verify_checkpoint(
+    checkpoint: Annotated[str, typer.Argument(help="a step_... folder, or its address in an object store")],
+) -> None:
     """Read every byte of a checkpoint, compare it with its manifest, and see that every parameter is there whole."""
-    from .checkpoint import intact_layout, read_state
+    from .checkpoint import intact_elsewhere, intact_layout, read_state
 
-    files, layout = intact_layout(checkpoint)
-    saved, size = read_state(checkpoint), sum(file.bytes for file in files)
+    if "://" in checkpoint:
+        files, layout, saved = intact_elsewhere(checkpoint)
+    else:
+        files, layout = intact_layout(Path(checkpoint))
+        saved = read_state(Path(checkpoint))
+    size = sum(file.bytes for file in files)
     print(
         f"{checkpoint}: step {saved['step']:,}, {len(files)} files, {size:,} bytes, all as they were saved; "
         f"{len(layout.shapes)} parameters, whole, saved by {saved['topology']['world_size']} ranks at ZeRO stage "

@@ -153,6 +153,18 @@ class EngineSettings(Settings):
         return self
 
 
+class SecondPlaceSettings(Settings):
+    """Where complete checkpoints are copied to, and fetched from when they are newer than those of the run folder."""
+
+    path: str = Field(min_length=1)
+    """A folder, or the address of an object store (``s3://bucket/folder``, any that fsspec can write); the run's
+    checkpoints lie below it in a folder of its name. Credentials come from where those of data sets do."""
+    keep_last: int = Field(default=2, ge=1)
+    """How many of the newest complete checkpoints to keep there; ``checkpoint.keep_every`` holds there too."""
+    on_failure: Literal["warn", "stop"] = "warn"
+    """When a copy can't be made: ``warn`` tells it in log and metrics and trains on, ``stop`` ends the run."""
+
+
 class CheckpointSettings(Settings):
     every_steps: int | None = Field(default=500, ge=1)
     """Optimizer steps between saves; ``null`` saves only at the end and on a signal."""
@@ -163,6 +175,8 @@ class CheckpointSettings(Settings):
     asynchronous: bool = False
     """Copy the state to the host's memory and write it while training goes on. Takes as much host memory as a rank's
     part of a checkpoint is large. A save that is due while the one before is still being written waits for it."""
+    second: SecondPlaceSettings | None = None
+    """A second place for complete checkpoints."""
 
     @model_validator(mode="after")
     def _check(self) -> CheckpointSettings:

@@ -27,7 +27,7 @@ from data_pipeline.history import record_stretch
 from .agreement import AgreedError, agreed, attempt, together
 from .beginning import Beginning, open_beginning
 from .check import check_run, warnings
-from .checkpoint import CheckpointError, CheckpointStore, read_state, seed_generators
+from .checkpoint import CheckpointError, CheckpointStore, read_state, refuse_copies, seed_generators
 from .config import Config, load_config
 from .data import RunData, stretch_of_run
 from .distributed import Distributed, finish, start
@@ -109,6 +109,7 @@ class Session:
         self._attempt = ranks.broadcast_object(len(read_attempts(folder)) + 1 if attempts else 0)
         data = together(ranks, lambda: check_run(config, ranks.world_size, ranks.rank))
         if config.resume == "never" and restarts() == 0:
+            together(ranks, lambda: refuse_copies(config.checkpoint, folder.name) if ranks.rank == 0 else None)
             together(ranks, lambda: set_aside(folder, self._attempt) if ranks.rank == 0 else None)
         store = together(ranks, lambda: CheckpointStore(folder / CHECKPOINTS, config.checkpoint, ranks))
         engine: Engine | None = None

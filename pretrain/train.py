@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
-from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -21,7 +20,7 @@ from data_pipeline.damage import DamageLedger, told_by_block
 from data_pipeline.errors import EXIT_STOPPED, HeadraceError, UserError
 from data_pipeline.watchdog import Watchdog
 
-from .checkpoint import CheckpointStore
+from .checkpoint import CheckpointStore, Saved
 from .config import Config
 from .data import RunData
 from .distributed import Distributed
@@ -317,9 +316,12 @@ class Trainer:
         """Wait for the save that goes on, if there is one. Collective."""
         self._tell_saved(self.store.finish_save())
 
-    def _tell_saved(self, path: Path | None) -> None:
-        if path and self.monitor:
-            print(f"saved {path}", flush=True)
+    def _tell_saved(self, saved: Saved | None) -> None:
+        if saved and self.monitor:
+            print(f"saved {saved.path}{f', and {saved.copied_to}' if saved.copied_to else ''}", flush=True)
+            if saved.warning:
+                self.monitor.event({"event": "no_second_copy", "step": self.state.step, "message": saved.warning})
+                print(f"warning: {saved.warning}", file=sys.stderr, flush=True)
 
     def _name_dropped(self, statistics: StepStatistics, step: int) -> str:
         return name_dropped(statistics.dropped, self.data.names, self.config.run_folder, step)

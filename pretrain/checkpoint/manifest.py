@@ -35,9 +35,16 @@ def write_manifest(folder: Path, files: Sequence[FileRecord]) -> None:
 def read_manifest(folder: Path) -> list[FileRecord] | None:
     """The files of a checkpoint; None where there is no marker or it can't be read: not a complete checkpoint."""
     try:
-        content = json.loads((folder / NAME).read_bytes())
-        return [FileRecord(**file) for file in content["files"]]
-    except (OSError, ValueError, TypeError, KeyError):
+        return parse_manifest((folder / NAME).read_bytes())
+    except OSError:
+        return None
+
+
+def parse_manifest(content: bytes) -> list[FileRecord] | None:
+    """The files that a manifest names; None where it is none."""
+    try:
+        return [FileRecord(**file) for file in json.loads(content)["files"]]
+    except (ValueError, TypeError, KeyError):
         return None
 
 

@@ -18,8 +18,9 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -36,6 +37,7 @@ from .beside import Beside, Parts
 from .folders import DELETING, SAVING, checkpoint_name, complete_checkpoints, reason, remove, step_folders, step_of
 from .manifest import NAME, FileRecord, problems, read_manifest, record_file, write_manifest
 from .random_state import random_states, restore_random_states
+from .second import SecondPlace, attempt_copy, failure_of, fetch_all, second_place
 
 T = TypeVar("T")
 
@@ -44,11 +46,22 @@ class CheckpointError(HeadraceError):
     """A checkpoint could not be written; the ones before it are untouched."""
 
 
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint that is published."""
+
+    path: Path
+    copied_to: str | None = None
+    """The address in the second place."""
+    warning: str | None = None
+    """Why there is no copy in the second place, though one was wanted."""
+
+
 class CheckpointStore:
     """The checkpoints below one folder. All methods but the constructor and :attr:`busy` are collective.
 
     Args:
-        folder: the run's ``checkpoints`` folder; made if missing.
+        folder: the run's ``checkpoints`` folder, in a folder of the run's name; made if missing.
         settings: what to keep, and how to save.
         ranks: this process among its peers.
     """
@@ -58,7 +71,8 @@ class CheckpointStore:
         self._settings = settings
         self._ranks = ranks
         self._pool = ThreadPoolExecutor(1, "checkpoint") if settings.asynchronous else None
-        self._saving: Beside[Path] | None = None
+        self._saving: Beside[Saved] | None = None
+        self._second = second_place(settings, folder.parent.name)
         if ranks.rank == 0:
             try:
                 folder.mkdir(parents=True, exist_ok=True)
@@ -76,9 +90,9 @@ class CheckpointStore:
             CheckpointError: on every rank, when any of them could not write.
         """
         self.begin_save(engine, state)
-        path = self.finish_save()
-        assert path is not None
-        return path
+        saved = self.finish_save()
+        assert saved is not None
+        return saved.path
 
     def begin_save(self, engine: Engine, state: Mapping[str, Any]) -> None:
         """As :meth:`save`, but where it is asynchronous return as soon as the engine may go on.
@@ -98,24 +112,24 @@ class CheckpointStore:
         """Whether this rank works for a save right now."""
         return self._saving is not None and self._saving.busy
 
-    def advance_save(self) -> Path | None:
-        """What is to be agreed on, when no rank is :attr:`busy`; the checkpoint when it is published."""
+    def advance_save(self) -> Saved | None:
+        """What is to be agreed on, when no rank is :attr:`busy`; the checkpoint when all is done."""
         return self._go_on(lambda saving: saving.finish() if saving.advance() else None)
 
-    def finish_save(self) -> Path | None:
+    def finish_save(self) -> Saved | None:
         """Wait for the save that goes on and return its checkpoint; None where there is none."""
         return self._go_on(lambda saving: saving.finish())
 
-    def _go_on(self, act: Callable[[Beside[Path]], Path | None]) -> Path | None:
+    def _go_on(self, act: Callable[[Beside[Saved]], Saved | None]) -> Saved | None:
         saving, self._saving = self._saving, None
         if saving is None:
             return None
-        path = act(saving)
-        if path is None:
+        saved = act(saving)
+        if saved is None:
             self._saving = saving
-        return path
+        return saved
 
-    def _save(self, engine: Engine, state: dict[str, Any]) -> Parts[Path]:
+    def _save(self, engine: Engine, state: dict[str, Any]) -> Parts[Saved]:
         """One save: what each rank does by itself is yielded, what they agree on stands between."""
         name = checkpoint_name(state["step"])
         draft, final = self._folder / f"{SAVING}{name}", self._folder / name
@@ -130,7 +144,37 @@ class CheckpointStore:
         told = yield partial(self._publish, draft, final, everything) if self._ranks.rank == 0 else _nothing
         failure, failed = self._ranks.broadcast_object(told)
         self._agree(failure if self._ranks.rank == 0 else None, failed, draft)
-        return final
+        return Saved(final) if self._second is None else (yield from self._copy(self._second, final, files or []))
+
+    def _copy(self, second: SecondPlace, final: Path, files: list[FileRecord]) -> Parts[Saved]:
+        """Bring the checkpoint to the second place, each rank what it has written."""
+        assert self._settings.second is not None
+        failure = yield partial(failure_of, partial(second.put, final, files))
+        failures = self._ranks.gather_objects(failure)
+        if not any(failures):
+            everything = self._ranks.broadcast_object(read_manifest(final))
+            publish = partial(failure_of, partial(self._publish_copy, second, final.name, everything or []))
+            failures = self._ranks.gather_objects((yield publish if self._ranks.rank == 0 else _nothing))
+        where = f"{second.address}/{final.name}"
+        if not any(failures):
+            return Saved(final, where)
+        told = "; ".join(f"rank {rank}: {failure}" for rank, failure in enumerate(failures) if failure)
+        message = f"checkpoint {final.name} is saved below {self._folder}, but could not be copied to {where}: {told}."
+        if self._settings.second.on_failure == "stop":
+            raise CheckpointError(
+                f"{message} Mend that place (or set checkpoint.second.on_failure=warn), then start again."
+            )
+        return Saved(final, warning=message)
+
+    def _publish_copy(self, second: SecondPlace, name: str, files: list[FileRecord]) -> None:
+        assert self._settings.second is not None
+        last = self._settings.second.keep_last
+        second.reveal(name, files)
+        second.remove_others(lambda complete: {*complete[-last:], name, *self._for_good(complete)})
+
+    def _for_good(self, names: Sequence[str]) -> set[str]:
+        every = self._settings.keep_every
+        return {name for name in names if every and step_of(Path(name)) % every == 0}
 
     def _write(
         self, draft: Path, write: Callable[[], list[Path]], randoms: dict[str, Any], state: dict[str, Any]
@@ -181,11 +225,10 @@ class CheckpointStore:
 
     def _remove_old(self, newest: Path) -> None:
         complete = complete_checkpoints(self._folder)
-        keep = set(complete[-self._settings.keep_last :]) | {newest}
-        if self._settings.keep_every:
-            keep |= {path for path in complete if step_of(path) % self._settings.keep_every == 0}
+        names = [path.name for path in complete]
+        keep = {*names[-self._settings.keep_last :], newest.name, *self._for_good(names)}
         for path in complete:
-            if path not in keep:
+            if path.name not in keep:
                 remove(path)
 
     def find(self) -> tuple[Path | None, list[str]]:
@@ -193,29 +236,71 @@ class CheckpointStore:
 
         A folder with a manifest was complete once: whatever it lacks now is damage, which is told. One without was
         never finished, or its removal was interrupted. The hashes are checked by all ranks together, each a share of
-        the files.
+        the files. A newer one in the second place is fetched first.
 
         Raises:
-            DataError: there are checkpoints but every one of them is damaged.
+            DataError: there are checkpoints but every one of them is damaged; or there is none, and whether the second
+                place has one can't be seen.
         """
         found: list[str] = []
         damaged: list[Path] = []
-        candidates = self._ranks.broadcast_object(
-            [path for path in step_folders(self._folder) if (path / NAME).exists()]
-        )
-        for path in reversed(candidates):
-            damage = self.damage(path)
-            if not damage:
-                self._set_aside(damaged)
-                return path, found
+        intact: Path | None = None
+        marked = [path for path in step_folders(self._folder) if (path / NAME).exists()]
+        for path in reversed(self._ranks.broadcast_object(marked)):
+            if not (damage := self.damage(path)):
+                intact = path
+                break
             found += damage
             damaged.append(path)
-        if candidates:
+        fetched = self._fetch_newer(intact, found) if self._second else None
+        if damaged and not (intact or fetched):
             raise DataError(
                 f"every checkpoint below {self._folder} is damaged: {'; '.join(found)}. Restore one of them from a "
                 "copy, or start over with resume=never."
             )
-        return None, found
+        self._set_aside(damaged)
+        if fetched is not None:
+            if self._ranks.rank == 0:
+                self._reveal(self._folder / f"{SAVING}{fetched[0].name}", *fetched)
+            self._ranks.barrier()
+            return fetched[0], found
+        return intact, found
+
+    def _fetch_newer(self, intact: Path | None, found: list[str]) -> tuple[Path, list[FileRecord]] | None:
+        """Bring the newest checkpoint of the second place that is newer than ``intact`` into a draft in the first.
+
+        Adds to ``found`` what kept one from being used. Returns where it is to lie, and its files.
+        """
+        second = self._second
+        assert second is not None
+        names, failure = self._ranks.broadcast_object(
+            attempt_copy(second.complete) if self._ranks.rank == 0 else ([], None)
+        )
+        if failure and intact is None:
+            raise DataError(
+                f"whether there is a checkpoint in {second.address} can't be seen: {failure}. Mend that, or take out "
+                "checkpoint.second to start without it."
+            )
+        if failure:
+            found.append(f"whether there is a newer checkpoint in {second.address} can't be seen: {failure}")
+        for name in reversed(names or []):
+            if intact is not None and name <= intact.name:
+                break
+            draft = self._folder / f"{SAVING}{name}"
+            files, failure = self._ranks.broadcast_object(
+                attempt_copy(partial(second.manifest, name)) if self._ranks.rank == 0 else ([], None)
+            )
+            if not failure:
+                share = (files or [])[self._ranks.rank :: self._ranks.world_size]
+                failure = failure_of(partial(fetch_all, second, name, share, draft))
+            failures = [each for each in self._ranks.gather_objects(failure) if each]
+            if not failures:
+                return self._folder / name, files or []
+            found.append(f"{second.address}/{name} can't be used: {'; '.join(sorted(set(failures)))}")
+            if self._ranks.rank == 0:
+                shutil.rmtree(draft, ignore_errors=True)
+            self._ranks.barrier()
+        return None
 
     def _set_aside(self, damaged: list[Path]) -> None:
         """Rename damaged checkpoints, so that no clean-up counts one as kept."""

@@ -125,8 +125,8 @@ def hashes(path: Path) -> dict[str, str]:
 def published(store: CheckpointStore, ranks: Distributed) -> Path:
     """What the trainer does between steps, until the checkpoint is there."""
     for _ in range(6000):
-        if not any(ranks.gather_objects(store.busy)) and (path := store.advance_save()):
-            return path
+        if not any(ranks.gather_objects(store.busy)) and (saved := store.advance_save()):
+            return saved.path
         time.sleep(0.01)
     raise AssertionError("never published")
 
