@@ -39,7 +39,8 @@ def sequence_squared_log_partition(logits: Tensor, loss_mask: Tensor) -> Tensor:
         [b] fp32.
     """
     log_partition = torch.logsumexp(logits.float(), dim=-1)
-    return (log_partition.square() * loss_mask).sum(dim=1)
+    # not a product: where nothing counts, logits that are not finite must not either
+    return log_partition.masked_fill(~loss_mask, 0.0).square().sum(dim=1)
 
 
 def only_gradient_of(output: Tensor, counted: Tensor) -> None:

@@ -34,6 +34,14 @@ def test_squared_log_partition_of_zero_logits() -> None:
     assert sequence_squared_log_partition(torch.zeros(1, 3, 8), mask).item() == pytest.approx(2 * 4.324077)
 
 
+def test_the_log_partition_of_a_token_without_label_does_not_count_whatever_it_is() -> None:
+    """A product with the mask would make NaN of it, and a step whose counted losses are all finite would stop the run."""
+    logits = torch.zeros(1, 3, 8)
+    logits[0, 2, 1:3] = torch.tensor([math.nan, math.inf])
+    mask = torch.tensor([[True, True, False]])
+    assert sequence_squared_log_partition(logits, mask).item() == pytest.approx(2 * 4.324077)
+
+
 def test_engine_loss_makes_a_sum_over_ranks_out_of_a_mean() -> None:
     """Two ranks holding numerators 3 and 5 over the denominator 4: the mean of what they hand over is 8 / 4."""
     handed = [engine_loss([Term(torch.tensor(value), 4.0)], world_size=2) for value in (3.0, 5.0)]
