@@ -47,9 +47,10 @@ def publish_bytes(path: Path, content: bytes) -> None:
         handle.write(content)
 
 
-def publish_json(path: Path, content: Any) -> None:
-    """Write ``content`` as indented JSON with sorted keys, so that equal content is equal bytes."""
-    publish_bytes(path, (json.dumps(content, indent=2, sort_keys=True) + "\n").encode())
+def publish_json(path: Path, content: Any, sort_keys: bool = True) -> None:
+    """Write ``content`` as indented JSON; with sorted keys, so that equal content is equal bytes, unless the order of
+    a mapping means something."""
+    publish_bytes(path, (json.dumps(content, indent=2, sort_keys=sort_keys) + "\n").encode())
 
 
 def sha256_file(path: Path) -> str:

@@ -139,7 +139,8 @@ def record_stretch(folder: Path, stretch: Stretch) -> None:
             update={"first_step": before[-1].first_step, "first_position": before[-1].first_position}
         )
         before.pop()
-    publish_json(path, {"stretches": [each.model_dump(mode="json") for each in (*before, stretch)]})
+    # sources as the run has them: the order of the data hangs on theirs
+    publish_json(path, {"stretches": [each.model_dump(mode="json") for each in (*before, stretch)]}, sort_keys=False)
 
 
 def _with_places_of(now: Stretch, before: Stretch) -> Stretch:

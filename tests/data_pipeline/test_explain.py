@@ -241,6 +241,22 @@ def test_a_run_that_began_with_another_runs_checkpoint(folder: Path, tmp_path: P
     assert {row.step for row in explain(tmp_path, 9, None, None, False)} == {9}
 
 
+def test_sources_in_another_order_than_the_alphabets(folder: Path, tmp_path: Path) -> None:
+    """The order of the data hangs on that of the sources: the history must not sort them."""
+    there = stretch(folder, ramp=(), skip_ranges=())
+    content = there.stream.model_dump() | {"order": "windowed"}
+    content["sources"] = {name: content["sources"][name] | {"weight": 1.0} for name in ("b", "a")}
+    content["sources"]["aa"] = content["sources"]["a"]
+    data_sets = {**there.data_sets, "aa": there.data_sets["a"]}
+    stream = StreamSettings.model_validate(content)
+    record_stretch(tmp_path, there.model_copy(update={"stream": stream, "data_sets": data_sets}))
+    read = open_stream(stream, there.seed)
+    located = read.order.locate(0, 12 * 10)
+    expected = [(read.names[s], q) for s, q in zip(located.source.tolist(), located.sequence.tolist(), strict=True)]
+    rows = [row for step in range(1, 11) for row in explain(tmp_path, step, None, None, False)]
+    assert [(row.source, row.sequence) for row in sorted(rows, key=lambda row: row.position)] == expected
+
+
 def test_a_data_set_that_was_moved_is_found_where_the_run_has_found_it_since(folder: Path, tmp_path: Path) -> None:
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)

@@ -35,7 +35,7 @@ def test_squared_log_partition_of_zero_logits() -> None:
 
 
 def test_the_log_partition_of_a_token_without_label_does_not_count_whatever_it_is() -> None:
-    """A product with the mask would make NaN of it, and a step whose counted losses are all finite would stop the run."""
+    """A product with the mask would make NaN of it, and stop a run whose counted losses are all finite."""
     logits = torch.zeros(1, 3, 8)
     logits[0, 2, 1:3] = torch.tensor([math.nan, math.inf])
     mask = torch.tensor([[True, True, False]])
