@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -18,6 +19,8 @@ from .explain import Reading, open_reading
 from .history import read_history
 from .layout import REJECTED_FOLDER
 from .manifest import HELDOUT, RejectedFile, ShardTable
+from .order import Order
+from .permutation import LARGEST
 from .prepare.parts import shuffle_key
 from .storage import StorageSettings, open_store
 
@@ -126,7 +129,7 @@ def _readings(reading: Reading, found: _Found, end_step: int) -> Iterator[Seen]:
     for number in range(found.start // length, -(-(found.start + found.length) // length)):
         first = max(found.start, number * length)
         last = min(found.start + found.length, (number + 1) * length)
-        epoch = 0
+        epoch = _first_epoch(order, found.source, base + number, stretch.first_position)
         while 0 <= (position := int(order.position_of(found.source, [base + number], epoch)[0])) < end:
             step = stretch.step_of(position, end_step)
             if step is not None:
@@ -144,6 +147,18 @@ def _readings(reading: Reading, found: _Found, end_step: int) -> Iterator[Seen]:
                     row=row,
                 )
             epoch += 1
+
+
+def _first_epoch(order: Order, source: int, sequence: int, position: int) -> int:
+    """The first epoch in which a sequence comes at ``position`` or later; or one in which it never comes."""
+
+    def place(epoch: int) -> int:
+        found = int(order.position_of(source, [sequence], epoch)[0])
+        return LARGEST if found < 0 else found
+
+    drawn = int(order.needed(position)[source]) // order.sources[source].sequences
+    # strata, each with draws of its own, may be ahead of the whole source or behind it
+    return bisect.bisect_left(range(2 * drawn + 2), position, key=place)
 
 
 def _left_out(storage: StorageSettings, root: str, rejected: Sequence[RejectedFile], document: str) -> str | None:

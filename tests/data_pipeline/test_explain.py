@@ -20,6 +20,7 @@ from data_pipeline import DataError, StepLoader, UserError
 from data_pipeline.explain import ExplainedRow, describe, explain
 from data_pipeline.history import HISTORY_FILE, Stretch, read_history, record_stretch
 from data_pipeline.manifest import read_manifest
+from data_pipeline.order import Order
 from data_pipeline.prepare.parts import shuffle_key
 from data_pipeline.shard_reading import read_documents
 from data_pipeline.stream import StreamSettings, open_stream
@@ -255,6 +256,20 @@ def test_sources_in_another_order_than_the_alphabets(folder: Path, tmp_path: Pat
     expected = [(read.names[s], q) for s, q in zip(located.source.tolist(), located.sequence.tolist(), strict=True)]
     rows = [row for step in range(1, 11) for row in explain(tmp_path, step, None, None, False)]
     assert [(row.source, row.sequence) for row in sorted(rows, key=lambda row: row.position)] == expected
+
+
+def test_a_document_of_millions_of_epochs_is_not_searched_in_each(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    record_stretch(tmp_path, stretch(folder, first_step=9, first_position=10**9, end_step=13, ramp=()))
+    rows = [row for step in range(10, 14) for row in explain(tmp_path, step, None, None, False) if row.source == "b"]
+    part, place, asked = rows[0].documents[0], Order.position_of, itertools.count()
+    monkeypatch.setattr(Order, "position_of", lambda *arguments: (next(asked), place(*arguments))[1])
+    seats = {(seen.step, seen.rank, seen.row, seen.epoch) for seen in when_seen(tmp_path, part.id)}
+    expected = {(row.step, row.rank, row.row, row.epoch) for row in rows if part.id in {p.id for p in row.documents}}
+    assert seats == expected
+    assert rows[0].epoch > 10**6
+    assert next(asked) < 200
 
 
 def test_a_data_set_that_was_moved_is_found_where_the_run_has_found_it_since(folder: Path, tmp_path: Path) -> None:
