@@ -39,7 +39,7 @@ class StepStatistics:
     weights: StepWeights | None = None
     """Where samples were reweighted."""
     temperature: float = math.inf
-    """r of the step; infinite where samples were not reweighted."""
+    """r of the step; infinite where samples were not reweighted, or by a strategy without."""
     dropped: tuple[Dropped, ...] = ()
     """Sequences left out because their loss was not finite."""
     loss_range: LossRange | None = None
@@ -276,13 +276,17 @@ class Objective:
             holes=step.holes,
             flags=tuple(value > 0 for value in values[second:]),
             weights=weights,
-            temperature=self._settings.reweighting.temperature_at(step.number),
+            temperature=self._temperature_of(step.number),
             dropped=tuple(weights.dropped(self._ranks.world_size)) if weights is not None and told[0] else (),
             loss_range=self._loss_range(step, told[1:]),
             routing=step.balancer.statistics(read[len(plain) : len(reduced)].numpy()),
             # exact: a sum of a few equal fp32 numbers fits into float64
             gradient_norm=values[1] / self._ranks.world_size,
         )
+
+    def _temperature_of(self, step: int) -> float:
+        reweighting = self._settings.reweighting
+        return reweighting.temperature_at(step) if reweighting.strategy.has_temperature else math.inf
 
     def _weights(self, step: _Step) -> tuple[StepWeights | None, Tensor]:
         """The step's weights where it had some; and on the device how many samples it dropped, and its loss range."""

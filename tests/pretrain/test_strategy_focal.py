@@ -57,6 +57,7 @@ def test_the_gradient_of_a_detached_weight_is_the_weight_times_the_losses_gradie
     """At every row of a step of one micro-step: u_i c_i / Σ c times the gradient of l_i, u by the definition."""
     plain = take_step(build_settings(ObjectiveSettings, {}, "test"), 1)
     outcome = take_step(build_settings(ObjectiveSettings, {"reweighting": focal(gamma=2.0)}, "test"), 1)
+    assert math.isinf(outcome.statistics.temperature), "no r that could be shown"
     assert outcome.statistics.weights is not None
     samples = outcome.statistics.weights.samples
     losses, counts = samples.losses[0], samples.counts[0]
