@@ -21,6 +21,9 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from .errors import UserError
 
+LONGEST_WAIT = 10_000_000
+"""Seconds (115 days): what a system call can wait for; an infinite time, or one that a clock can't hold, is refused."""
+
 SettingsType = TypeVar("SettingsType", bound="Settings")
 
 

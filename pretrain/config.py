@@ -16,7 +16,7 @@ from pydantic import Field, model_validator
 
 from data_pipeline import BatchPlan
 from data_pipeline.errors import UserError
-from data_pipeline.settings import Settings, load_settings
+from data_pipeline.settings import LONGEST_WAIT, Settings, load_settings
 from data_pipeline.stream import StreamSettings
 
 from .model import linear_layers
@@ -46,7 +46,7 @@ class DataSettings(StreamSettings):
     """Optimizer steps prepared ahead by a thread; 0 reads in the training thread."""
     max_hole_fraction: float = Field(default=0.001, ge=0, le=1)
     """With ``on_damage: hole``: the run stops before holes are more than this fraction of all its sequences."""
-    watchdog_seconds: float = Field(default=120.0, gt=0)
+    watchdog_seconds: float = Field(default=120.0, gt=0, le=LONGEST_WAIT)
     """A read that takes longer is told: source, shard and byte offset that it waits for."""
     skip_ranges: tuple[tuple[int, int], ...] = ()
     """Positions [start, stop) to leave out, ascending: after a loss spike, resume from before it and skip its range."""
@@ -206,7 +206,7 @@ class MonitorSettings(Settings):
 
 
 class ResilienceSettings(Settings):
-    collective_timeout_seconds: int = Field(default=1800, ge=1)
+    collective_timeout_seconds: int = Field(default=1800, ge=1, le=LONGEST_WAIT)
     """A collective that takes longer means a lost rank: the run ends with an error."""
 
 

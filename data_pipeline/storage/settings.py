@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from ..settings import Settings
+from ..settings import LONGEST_WAIT, Settings
 
 
 class CacheSettings(Settings):
@@ -26,21 +26,30 @@ class RemoteSettings(Settings):
     deadline_seconds: float = Field(
         300.0,
         gt=0,
+        le=LONGEST_WAIT,
         description="Longest time spent on one byte range, retries included, and longest silence of a `pipe:` "
         "command, before the read fails.",
     )
     start_seconds: float = Field(
         20.0,
         gt=0,
+        le=LONGEST_WAIT,
         description="Longest time that the start of a command waits for a storage to answer for the first time; never "
         "more than deadline_seconds.",
     )
     attempts: int = Field(100, ge=1, description="Most attempts for one byte range.")
     first_backoff_seconds: float = Field(
-        0.1, ge=0, description="Upper end of the random wait before the first retry; doubles with every further one."
+        0.1,
+        ge=0,
+        le=LONGEST_WAIT,
+        description="Upper end of the random wait before the first retry; doubles with every further one.",
     )
-    longest_backoff_seconds: float = Field(20.0, ge=0, description="Upper end of the random wait before any retry.")
-    timeout_seconds: float = Field(30.0, gt=0, description="Longest silence of a connection before it is given up.")
+    longest_backoff_seconds: float = Field(
+        20.0, ge=0, le=LONGEST_WAIT, description="Upper end of the random wait before any retry."
+    )
+    timeout_seconds: float = Field(
+        30.0, gt=0, le=LONGEST_WAIT, description="Longest silence of a connection before it is given up."
+    )
     parallel: int = Field(8, ge=1, description="Concurrent range requests of one process to one root.")
     range_bytes: int = Field(
         4 * 2**20, ge=1, description="A read of more bytes than this is split into parallel requests of this size."

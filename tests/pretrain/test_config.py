@@ -51,6 +51,8 @@ def refusal(*overrides: str, path: Path = DEMO) -> str:
             "data.max_hole_fraction=0.5",
             ["max_hole_fraction 0.5 says nothing with on_damage: stop", "set on_damage: hole"],
         ),
+        ("data.watchdog_seconds=.inf", ["'data.watchdog_seconds' = inf", "less than or equal to 10000000"]),
+        ("data.remote.timeout_seconds=.inf", ["'data.remote.timeout_seconds' = inf", "less than or equal to"]),
         ("checkpoint.keep_every=70", ["keep_every 70 is not a multiple of every_steps 50"]),
         ("engine.persistence_threshold=5", ["persistence_threshold needs zero_stage 3"]),
         ("engine={zero_stage: 0, bucket_elements: 5}", ["bucket_elements needs zero_stage 1, 2 or 3"]),
