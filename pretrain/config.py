@@ -135,6 +135,9 @@ class EngineSettings(Settings):
     bucket_elements: int | None = Field(default=None, ge=1)
     """Gradient elements reduced in one collective (stages 1 to 3); ``null``: 50,000,000 on GPUs, and on CPUs 500,000,
     which stay in the cache on their way."""
+    expert_parallel: int = Field(default=1, ge=1)
+    """Neighbouring ranks that hold the experts of every block together, each an equal part of them; tokens travel to
+    their experts. The other weights are on every rank as before. ZeRO stages 0 (in fp32), 1 and 2."""
     persistence_threshold: int | None = Field(default=None, ge=0)
     """Stage 3: parameters with fewer elements stay whole on every rank; ``null``: 100,000."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
@@ -242,6 +245,7 @@ class Config(Settings):
                 "training.activation_checkpointing low_rank keeps the r-dimensional activations of factorised layers, "
                 f"and model.linear makes none (its layers are {kinds}); use full or none, or a kind such as cola"
             )
+        _check_expert_parallel(self.engine, self.model, self.training.precision)
         check_balancing(self.objective, self.model)
         if self.model.mup:
             self.optimizer.mup_rate((1, 1), (1, 1))  # an optimizer without a rule refuses
@@ -273,6 +277,29 @@ class Config(Settings):
         plan = replace(self.batch_plan, skip_ranges=())
         whole = plan.step_of(sequences)
         return whole if plan.start_of(whole) == sequences else whole + 1
+
+
+def _check_expert_parallel(engine: EngineSettings, model: ModelSettings, precision: str) -> None:
+    """Raise ValueError where experts can't be divided; what the number of ranks allows, the engine checks."""
+    size = engine.expert_parallel
+    if size == 1:
+        return
+    told = f"engine.expert_parallel {size} divides experts among ranks, and "
+    if model.experts is None:
+        raise ValueError(f"{told}model.experts is null; leave it out")
+    if model.experts.number % size:
+        fitting = [str(ranks) for ranks in range(1, model.experts.number + 1) if model.experts.number % ranks == 0]
+        raise ValueError(f"{told}does not divide model.experts.number {model.experts.number}; {', '.join(fitting)} do")
+    if engine.zero_stage == 3:
+        raise ValueError(
+            f"{told}DeepSpeed 0.19.8 refuses its expert groups at zero_stage 3, where every expert is split over all "
+            "ranks anyhow, like any other weight; set expert_parallel=1, or zero_stage 1 or 2"
+        )
+    if engine.zero_stage == 0 and precision == "bf16":
+        raise ValueError(
+            f"{told}DeepSpeed 0.19.8 leaves such experts out of the gradient's norm at zero_stage 0 in bf16, and clips "
+            "by a wrong one; set zero_stage 1 or 2, or precision=fp32"
+        )
 
 
 def load_config(path: Path | str, overrides: Sequence[str] = ()) -> Config:

@@ -28,11 +28,13 @@ class Distributed:
     rank: int
     world_size: int
     device: torch.device
+    group: dist.ProcessGroup | None = None
+    """Some of the run's ranks, among whom ``rank`` and ``world_size`` count; None: all of them."""
 
     def all_reduce(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks, in place; every rank gets the same bits."""
         if self.world_size > 1:
-            dist.all_reduce(tensor)
+            dist.all_reduce(tensor, group=self.group)
         return tensor
 
     def all_gather(self, tensor: Tensor) -> Tensor:
@@ -40,24 +42,24 @@ class Distributed:
         if self.world_size == 1:
             return tensor
         gathered = tensor.new_empty((self.world_size * tensor.shape[0], *tensor.shape[1:]))
-        dist.all_gather_single(gathered, tensor)
+        dist.all_gather_single(gathered, tensor, group=self.group)
         return gathered
 
     def all_to_all(self, tensor: Tensor, leaving: list[int], arriving: list[int]) -> Tensor:
-        """Parts of a flat tensor to each rank, in rank order, for parts from each.
+        """Rows of a tensor to each rank, in rank order, for rows from each.
 
         Args:
-            tensor: [sum(leaving)].
-            leaving: elements for each rank.
-            arriving: elements from each rank.
+            tensor: [sum(leaving), ...], contiguous.
+            leaving: rows for each rank.
+            arriving: rows from each rank.
 
         Returns:
-            [sum(arriving)], in rank order.
+            [sum(arriving), ...], in rank order.
         """
         if self.world_size == 1:
             return tensor
-        received = tensor.new_empty(sum(arriving))
-        dist.all_to_all_single(received, tensor, arriving, leaving)
+        received = tensor.new_empty((sum(arriving), *tensor.shape[1:]))
+        dist.all_to_all_single(received, tensor, arriving, leaving, group=self.group)
         return received
 
     def gather_objects(self, item: T) -> list[T]:
@@ -65,7 +67,7 @@ class Distributed:
         if self.world_size == 1:
             return [item]
         items: list[T | None] = [None] * self.world_size
-        dist.all_gather_object(items, item)
+        dist.all_gather_object(items, item, group=self.group)
         return items  # type: ignore[return-value]  # all_gather_object has filled every place
 
     def broadcast_object(self, item: T) -> T:
@@ -73,20 +75,20 @@ class Distributed:
         if self.world_size == 1:
             return item
         items = [item]
-        dist.broadcast_object_list(items, src=0)
+        dist.broadcast_object_list(items, group=self.group, group_src=0)
         return items[0]
 
     def broadcast(self, tensor: Tensor, source: int = 0) -> Tensor:
         """The values of rank ``source``, in place; the tensor may lie on another device than the rank's."""
         if self.world_size > 1:
             carried = tensor.to(self.device)
-            dist.broadcast(carried, src=source)
+            dist.broadcast(carried, group=self.group, group_src=source)
             tensor.copy_(carried)
         return tensor
 
     def barrier(self) -> None:
         if self.world_size > 1:
-            dist.barrier()
+            dist.barrier(self.group)
 
 
 def start(timeout_seconds: int) -> Distributed:

@@ -180,6 +180,7 @@ def config_changes(path: Path, config: Config) -> list[str]:
 def topology_changes(path: Path, config: Config, ranks: Distributed) -> list[str]:
     """What is different about the topology from that which saved a checkpoint, as ``key: old -> new``."""
     there, here = read_state(path)["topology"], _topology(config, ranks)
+    there = {"expert_parallel": 1, **there}  # what was saved before there was a choice
     return [f"{key}: {there[key]} -> {here[key]}" for key in here if there[key] != here[key]]
 
 
@@ -274,6 +275,7 @@ def _topology(config: Config, ranks: Distributed) -> dict[str, Any]:
     return {
         "world_size": ranks.world_size,
         "zero_stage": config.engine.zero_stage,
+        "expert_parallel": config.engine.expert_parallel,
         "offload_optimizer": config.engine.offload_optimizer,
         "precision": config.training.precision,
     }

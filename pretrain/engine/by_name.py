@@ -44,21 +44,32 @@ def plan_copies(layout: Layout, shards: Sequence[Shard]) -> list[Copy]:
     Raises:
         HeadraceError: some element of a parameter is in no file.
     """
+    stored = stored_parts(layout)
+    return [
+        copy
+        for number, shard in enumerate(shards)
+        for part in shard.parts
+        for copy in copies_of(part, number, stored.get(part.name, []))
+    ]
+
+
+def stored_parts(layout: Layout) -> dict[str, list[tuple[Part, Place]]]:
+    """For each parameter its parts, by their first elements, and where each lies."""
     stored: dict[str, list[tuple[Part, Place]]] = {}
     for place in layout.places:
         for part in place.parts:
             stored.setdefault(part.name, []).append((part, place))
     for parts in stored.values():
         parts.sort(key=lambda found: found[0].start)
-    return [
-        copy
-        for number, shard in enumerate(shards)
-        for part in shard.parts
-        for copy in _copies(part, number, stored.get(part.name, []))
-    ]
+    return stored
 
 
-def _copies(part: Part, shard: int, stored: Iterable[tuple[Part, Place]]) -> Iterable[Copy]:
+def copies_of(part: Part, shard: int, stored: Iterable[tuple[Part, Place]]) -> Iterable[Copy]:
+    """What makes up ``part`` of this rank's tensor ``shard``, out of what is stored of the same parameter.
+
+    Raises:
+        HeadraceError: some element of it is in no file.
+    """
     at, end = part.start, part.start + part.length
     for source, place in stored:
         stop = min(end, source.start + source.length)

@@ -18,8 +18,9 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
     """The dictionary that ``deepspeed.initialize`` takes for this run on ``world_size`` ranks.
 
     Raises:
-        UserError: the batch does not divide, or ``engine.deepspeed`` sets a key that Headrace sets itself.
+        UserError: the batch or the experts don't divide, or ``engine.deepspeed`` sets a key that Headrace sets itself.
     """
+    check_experts_divide(config, world_size)
     settings, training, on_gpu = config.engine, config.training, torch.cuda.is_available()
     zero: dict[str, Any] = {"stage": settings.zero_stage}
     if settings.zero_stage:
@@ -27,8 +28,12 @@ def deepspeed_config(config: Config, world_size: int) -> dict[str, Any]:
         bucket = settings.bucket_elements or (50_000_000 if on_gpu else 500_000)
         zero["reduce_bucket_size"] = zero["allgather_bucket_size"] = bucket
     if settings.zero_stage in (1, 2):
-        # one more copy of every gradient, against the fragmentation of a GPU's memory: a CPU only pays for it
-        zero["contiguous_gradients"] = on_gpu
+        divided = settings.expert_parallel > 1
+        # one more copy of every gradient, against the fragmentation of a GPU's memory: a CPU only pays for it;
+        # DeepSpeed has the gradients of expert groups in no other way
+        zero["contiguous_gradients"] = on_gpu or divided
+        if divided:
+            zero["reduce_scatter"] = True
     if settings.zero_stage == 3:
         threshold = settings.persistence_threshold
         zero["stage3_param_persistence_threshold"] = 100_000 if threshold is None else threshold
@@ -83,6 +88,17 @@ def accumulation_steps(config: Config, world_size: int) -> list[int]:
                 f"{', '.join(map(str, fitting))}."
             )
     return [batch // together for batch in batches.values()]
+
+
+def check_experts_divide(config: Config, world_size: int) -> None:
+    """Raise UserError where ``engine.expert_parallel`` ranks can't be had from ``world_size`` ranks."""
+    size = config.engine.expert_parallel
+    if world_size % size:
+        fitting = [ranks for ranks in range(1, size + 1) if size % ranks == 0 and world_size % ranks == 0]
+        raise UserError(
+            f"engine.expert_parallel = {size}: this run's {world_size} ranks are no multiple of it. Use a multiple of "
+            f"{size} ranks, or set engine.expert_parallel to one of {', '.join(map(str, fitting))}."
+        )
 
 
 def _pass_through(ours: dict[str, Any], extra: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -24,12 +24,13 @@ from pretrain.optimizer import parameter_groups
 
 from .deepspeed_config import clips_itself, deepspeed_config
 from .deepspeed_module import import_deepspeed
+from .expert_groups import expert_groups, shape_of
 from .finite import non_finite_parts
 from .gate import UpdateGate
 from .gradients import forget_gradients, scale_gradients
 from .initial import Given, fill_model
 from .masters import write_masters
-from .shards import attach_matrices, shape_of, shards_of
+from .shards import attach_matrices, shards_of
 
 
 @contextmanager
@@ -70,43 +71,45 @@ class Engine:
         self._rows = RowStatistics() if config.objective.loss.from_moments else None
         self.ranks = ranks
         deepspeed.init_distributed(dist_backend="nccl" if ranks.device.type == "cuda" else "gloo", verbose=False)
+        self._experts = expert_groups(config.engine.expert_parallel, ranks)
         model = self._build(deepspeed, config, vocab_size, settings)
+        self._experts.mark(model)
         if isinstance(model.head, Head):
             model.head.statistics = self._rows
         if not empty:
             # the same for every stage and number of ranks
             whole = deepspeed.zero.GatheredParameters if self._stage == 3 else None
-            fill_model(model, config.run.seed, ranks, initial, whole)
+            fill_model(model, config.run.seed, ranks, initial, whole, self._experts)
         if config.training.compile:
             for block in model.blocks:
                 block.compile()
         scaling = partial(width_scaling, settings=config.model, rate=config.optimizer.mup_rate)
         self._schedules = schedules(model)
         groups = parameter_groups(model.named_parameters(), config.optimizer, scaling, shape_of)
-        optimizer = config.optimizer.build(groups)
+        optimizer = config.optimizer.build(self._experts.apart(groups))
         with idle(optimizer):
             self._engine, self._optimizer, _, _ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=settings, dist_init_required=False
             )
-        shapes = {name: shape_of(parameter) for name, parameter in model.named_parameters()}
-        shards = shards_of(self._optimizer, optimizer.param_groups, model, self._stage, ranks)
-        attach_matrices(optimizer, shards, shapes, self._stage, ranks)
+        shapes = {name: self._experts.whole_shape(parameter) for name, parameter in model.named_parameters()}
+        shards = shards_of(self._optimizer, optimizer.param_groups, model, self._stage, ranks, self._experts)
+        attach_matrices(optimizer, shards, shapes, self._stage, ranks, self._experts)
         self._gate = UpdateGate(optimizer)
         self._non_finite = partial(non_finite_parts, shards, optimizer)
         if initial is not None and config.training.precision == "bf16":
-            write_masters(model, initial, self._stage, ranks, self._master())
+            write_masters(model, initial, self._stage, ranks, self._experts, self._master())
         set_timeout_of_all_groups(config.resilience.collective_timeout_seconds)
         if self._stage == 0 and ranks.world_size == 1:
             self._engine.enable_backward_allreduce = False  # copies every gradient twice to reduce it with nobody
         from .saving import EngineCheckpoints  # imports DeepSpeed, which has to find its accelerator chosen
 
-        self.checkpoints = EngineCheckpoints(self._engine, optimizer, shards, shapes, self._stage, ranks)
+        self.checkpoints = EngineCheckpoints(self._engine, optimizer, shards, shapes, self._stage, ranks, self._experts)
 
     def _build(self, deepspeed: Any, config: Config, vocab_size: int, settings: dict[str, Any]) -> Decoder:
         """The decoder without values."""
         # under ZeRO-3 every parameter is split over the ranks as soon as it is made: no rank ever holds the whole model
         with deepspeed.zero.Init(config_dict_or_path=settings) if self._stage == 3 else nullcontext():
-            return Decoder(config.model, vocab_size, config.training.activation_checkpointing)
+            return Decoder(config.model, vocab_size, config.training.activation_checkpointing, self._experts.across)
 
     def training_forward(self, batch: Batch) -> Outputs:
         """Logits [b, T, V] of a batch on this rank's device (or their moments, where the loss takes these), and, of a
@@ -202,7 +205,7 @@ class Engine:
 
     def _clip(self) -> Tensor:
         parameters = [p for p in self._engine.module.parameters() if p.grad is not None]
-        norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        norm = self._experts.norm(parameters)
         if self._clip_norm:
             nn.utils.clip_grads_with_norm_(parameters, self._clip_norm, norm)
         return norm
@@ -270,5 +273,5 @@ class Engine:
         for name, parameter in self._engine.module.named_parameters():
             value = read(parameter)
             if value is not None:
-                whole[name] = value.detach().float().cpu().clone()
+                whole[name] = self._experts.whole(parameter, value.detach().float()).cpu().clone()
         return whole

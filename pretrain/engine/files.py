@@ -78,6 +78,10 @@ class CheckpointFiles(_base.CheckpointEngine):  # type: ignore[misc, name-define
     def load(self, path: str, map_location: Any = None) -> Any:
         return self._default.load(path, map_location)
 
+    def preserves_storage_sharing(self) -> bool:
+        # else DeepSpeed saves copies of a model with expert groups, and what lies where could not be checked
+        return False
+
     def commit(self, info: Any) -> bool:
         return True
 

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from pretrain.distributed import Distributed
 from pretrain.model import initial_values, own_tensors
 
+from .expert_groups import ExpertGroups, is_divided
+
 
 class Given(Protocol):
     """Values to begin with in place of drawn ones, by the names of parameters and buffers."""
@@ -41,6 +43,7 @@ def fill_model(
     ranks: Distributed,
     initial: Given | None = None,
     whole: Whole | None = None,
+    experts: ExpertGroups | None = None,
     tell_every: float = 10.0,
 ) -> None:
     """Write the initial value of every parameter and buffer of ``model``, the same on every rank. Collective.
@@ -52,9 +55,13 @@ def fill_model(
         seed: the values are drawn from it and the modules' names.
         initial: values to take in place of the drawn ones, by name; only rank 0 reads from it, and makes all.
         whole: of ZeRO-3.
+        experts: the ranks that this one shares experts with, where they are divided.
         tell_every: seconds between two messages of rank 0 about how far it is.
     """
     owned = own_tensors(model)
+    if experts is not None:
+        for owner in [owner for owner, tensors in owned.items() if any(map(is_divided, tensors.values()))]:
+            _fill_divided(model, owner, owned.pop(owner), seed, ranks, initial, experts)
     names, started = list(owned), time.monotonic()
     told = started
     makers = 1 if initial is not None else ranks.world_size
@@ -76,6 +83,30 @@ def _values(model: nn.Module, owner: str, names: Iterable[str], seed: int, initi
     given = {own: initial.read(name) for own, name in full.items() if name in initial.shapes} if initial else {}
     # nothing is drawn for a module of which everything is given
     return given if given.keys() == full.keys() else {**initial_values(model, owner, seed), **given}
+
+
+def _fill_divided(
+    model: nn.Module,
+    owner: str,
+    tensors: dict[str, Tensor],
+    seed: int,
+    ranks: Distributed,
+    initial: Given | None,
+    experts: ExpertGroups,
+) -> None:
+    """Every rank draws its own experts; DeepSpeed hands those of the first to the ranks that have the same ones."""
+    given = {name for name in tensors if initial is not None and f"{owner}.{name}" in initial.shapes}
+    values = initial_values(model, owner, seed) if given != tensors.keys() else {}
+    for name, tensor in tensors.items():
+        if name not in given:
+            tensor.copy_(values[name])
+            continue
+        assert initial is not None
+        assert isinstance(tensor, nn.Parameter)
+        of_all = torch.empty(experts.whole_shape(tensor))
+        if ranks.rank == 0:
+            of_all.copy_(initial.read(f"{owner}.{name}"))
+        tensor.copy_(experts.own(tensor, ranks.broadcast(of_all, 0)))
 
 
 def _hand_over(

@@ -11,13 +11,18 @@ from torch import Tensor, nn
 from pretrain.distributed import Distributed
 
 from .deepspeed_module import import_deepspeed
+from .expert_groups import ExpertGroups
 from .initial import Given
-from .shards import shape_of
 
 
 @torch.no_grad()
 def write_masters(
-    model: nn.Module, given: Given, stage: int, ranks: Distributed, master: Callable[[nn.Parameter], Tensor]
+    model: nn.Module,
+    given: Given,
+    stage: int,
+    ranks: Distributed,
+    experts: ExpertGroups,
+    master: Callable[[nn.Parameter], Tensor],
 ) -> None:
     """Write every parameter that ``given`` has into the optimizer's fp32 copy, to the last bit. Collective.
 
@@ -28,16 +33,17 @@ def write_masters(
         given: only rank 0 reads from it, one tensor at a time.
         stage: of ZeRO.
         ranks: this process among its peers.
+        experts: those that it shares experts with.
         master: at stage 0, the whole copy of a parameter.
     """
     utils = import_deepspeed().utils
     for name, parameter in model.named_parameters():
         if name not in given.shapes:
             continue
-        value = torch.empty(shape_of(parameter))
+        value = torch.empty(experts.whole_shape(parameter))
         if ranks.rank == 0:
             value.copy_(given.read(name))
-        ranks.broadcast(value, 0)
+        value = experts.own(parameter, ranks.broadcast(value, 0))
         if stage == 0:
             master(parameter).copy_(value)
         elif stage == 3:

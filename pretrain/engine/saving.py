@@ -15,6 +15,7 @@ from pretrain.distributed import Distributed
 from pretrain.optimizer import MatrixWise
 
 from .by_name import load_by_name
+from .expert_groups import ExpertGroups
 from .files import CheckpointFiles
 from .layout import TAG, Key, Layout, Place, read_layout, resolve, write_layout
 from .low_precision import write_low_precision
@@ -31,6 +32,7 @@ class EngineCheckpoints:
         shapes: of all parameters on this rank, by name.
         stage: of ZeRO.
         ranks: this process among its peers.
+        experts: those that it shares experts with.
     """
 
     def __init__(
@@ -41,6 +43,7 @@ class EngineCheckpoints:
         shapes: Mapping[str, tuple[int, ...]],
         stage: int,
         ranks: Distributed,
+        experts: ExpertGroups,
     ) -> None:
         self._engine = engine
         self._optimizer = optimizer
@@ -48,6 +51,7 @@ class EngineCheckpoints:
         self._shapes = dict(shapes)
         self._stage = stage
         self._ranks = ranks
+        self._experts = experts
         self._files = CheckpointFiles(engine.checkpoint_engine, self._check_saved, ranks.device)
         engine.checkpoint_engine = self._files
         # copies of DeepSpeed's own tools: an error of the disk there would come between its barriers
@@ -72,7 +76,8 @@ class EngineCheckpoints:
     def load(self, folder: Path) -> None:
         """Restore what :meth:`save` wrote, on whatever topology; see :meth:`.engine.Engine.load`."""
         saved = read_layout(folder)
-        if saved == self.layout:
+        # DeepSpeed itself would give all ranks the experts of the first
+        if saved == self.layout and not self._experts.divided:
             self._load_alike(folder)
         else:
             self.load_by_name(folder, saved)
@@ -117,20 +122,28 @@ class EngineCheckpoints:
     @cached_property
     def layout(self) -> Layout:
         """Of every checkpoint of this engine. Collective when it is first asked for."""
-        # at stage 0 every rank holds the same, and rank 0 alone saves it
-        own = self._places if self._stage or self._ranks.rank == 0 else []
+        own = [place for _, place in self._saved]
         model = Path(self._engine._get_ckpt_name("", TAG)).as_posix()
         found = self._ranks.gather_objects((model, self._shapes, own))
         shapes = {name: shape for _, of_rank, _ in found for name, shape in of_rank.items()}
         return Layout(found[0][0], shapes, tuple(place for _, _, places in found for place in places))
 
     @cached_property
-    def _places(self) -> list[Place]:
-        """Where this rank's tensors come to lie, one for each shard."""
-        name = self._engine._get_zero_ckpt_name if self._stage else self._engine._get_ckpt_name
-        file = Path(name("", TAG)).as_posix()
-        homes = self._homes
-        return [
+    def _saved(self) -> list[tuple[Shard, Place]]:
+        """The tensors that this rank saves, and where they come to lie."""
+        saves = [True] * len(self._shards)
+        if self._stage == 0 and self._ranks.rank:
+            # every rank holds the same, and rank 0 alone saves it, but for experts that it has not
+            groups, first = self._optimizer.param_groups, self._experts.alike.rank == 0
+            saves = [first and groups[shard.group].get("moe", False) for shard in self._shards]
+        if self._stage:
+            name = self._engine._get_zero_ckpt_name("", TAG)
+        elif self._experts.divided:
+            name = self._engine._get_optimizer_ckpt_name("", TAG, self._experts.across.rank)
+        else:
+            name = self._engine._get_ckpt_name("", TAG)
+        file, homes = Path(name).as_posix(), self._homes
+        places = [
             Place(
                 file,
                 shard.weights,
@@ -141,6 +154,7 @@ class EngineCheckpoints:
             )
             for number, shard in enumerate(self._shards)
         ]
+        return [(shard, place) for shard, place, own in zip(self._shards, places, saves, strict=True) if own]
 
     @property
     def _states(self) -> tuple[Key, ...]:
@@ -153,12 +167,16 @@ class EngineCheckpoints:
     def _check_saved(self, path: str, content: Any) -> None:
         """Hold what DeepSpeed is about to write against the record of it, tensor by tensor.
 
+        At stage 0 the optimizer of each rank's experts comes in a file of its own, to which their weights are added.
+
         Raises:
             HeadraceError: something else would lie where the record says that the weights or their state lie.
         """
-        for shard, place in zip(self._shards, self._places, strict=True):
+        for shard, place in self._saved:
             if not path.endswith(f"/{place.file}"):
                 continue
+            if self._stage == 0 and self._experts.divided:
+                content.setdefault("module", {})[place.weights[-1]] = shard.tensor.detach()
             weights, state = resolve(content, place.weights), resolve(content, place.state)
             own = self._optimizer.state.get(shard.tensor) or {}
             # DeepSpeed may leave filling out, so the saved tensor may be shorter; without a step there is no state

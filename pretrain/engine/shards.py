@@ -4,7 +4,8 @@
 stage  a tensor
 =====  ===================================================================================================
 0      one parameter, whole on every rank
-1, 2   the parameters of a group one after another, cut into as many equal parts as there are ranks
+1, 2   the parameters of a group one after another, cut into as many equal parts as there are ranks; a group of
+       experts that are divided among ranks, into as many as there are ranks with the same ones
 3      of every parameter of a part of a group a share, as long on every rank; the last rank's is filled up
 =====  ===================================================================================================
 """
@@ -12,7 +13,7 @@ stage  a tensor
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +24,7 @@ from pretrain.distributed import Distributed
 from pretrain.optimizer import MatrixWise
 from pretrain.optimizer.matrices import Piece, pieces_of
 
+from .expert_groups import ExpertGroups
 from .layout import Key, Part
 
 
@@ -38,13 +40,13 @@ class Shard:
     parts: tuple[Part, ...]
 
 
-def shape_of(parameter: nn.Parameter) -> tuple[int, ...]:
-    """The whole shape, also where ZeRO-3 has split the parameter over the ranks."""
-    return tuple(getattr(parameter, "ds_shape", parameter.shape))
-
-
 def shards_of(
-    wrapper: Any, groups: Sequence[dict[str, Any]], model: nn.Module, stage: int, ranks: Distributed
+    wrapper: Any,
+    groups: Sequence[dict[str, Any]],
+    model: nn.Module,
+    stage: int,
+    ranks: Distributed,
+    experts: ExpertGroups,
 ) -> list[Shard]:
     """Everything that this rank's optimizer steps, in the optimizer's order.
 
@@ -55,6 +57,9 @@ def shards_of(
         wrapper: the optimizer that ``deepspeed.initialize`` returned.
         groups: of the optimizer that DeepSpeed was given.
         model: what the engine trains, not trained since.
+        stage: of ZeRO.
+        ranks: this process among its peers.
+        experts: those that it shares experts with.
 
     Raises:
         HeadraceError: the tensors don't hold what DeepSpeed 0.19.8 puts there.
@@ -67,8 +72,12 @@ def shards_of(
         elif stage == 3:
             shards += [_split(wrapper, number, each, names, ranks) for each in _sub_groups(wrapper, number)]
         else:
-            shards.append(_flattened(wrapper, number, names, ranks))
-    return shards
+            shards.append(_flattened(wrapper, number, names, experts.alike if group.get("moe") else ranks))
+    before = {names[id(parameter)]: experts.before(parameter) for parameter in model.parameters()}
+    return [
+        replace(shard, parts=tuple(replace(part, start=before[part.name] + part.start) for part in shard.parts))
+        for shard in shards
+    ]
 
 
 def _whole(wrapper: Any, number: int, group: dict[str, Any]) -> Iterator[Shard]:
@@ -138,6 +147,7 @@ def attach_matrices(
     shapes: Mapping[str, tuple[int, ...]],
     stage: int,
     ranks: Distributed,
+    experts: ExpertGroups,
 ) -> None:
     """Tell an optimizer that updates whole matrices where the pieces of them lie. Collective.
 
@@ -145,6 +155,9 @@ def attach_matrices(
         optimizer: the one that DeepSpeed was given; its groups are marked ``matrix`` where it updates whole matrices.
         shards: of :func:`shards_of`.
         shapes: of all parameters.
+        stage: of ZeRO.
+        ranks: this process among its peers.
+        experts: those that it shares experts with.
 
     Raises:
         HeadraceError: the optimizer can't be told.
@@ -163,8 +176,14 @@ def attach_matrices(
             # what DeepSpeed lets the optimizer step at a time: a group, at stage 3 one of its tensors
             together.setdefault(number if stage == 3 else shard.group, []).append(shard)
     optimizer.attach(
-        [([shard.tensor for shard in unit], _pieces(unit, shapes)) for unit in together.values()],
-        ranks,
+        [
+            (
+                [shard.tensor for shard in unit],
+                _pieces(unit, shapes),
+                experts.alike if groups[unit[0].group].get("moe") else ranks,
+            )
+            for unit in together.values()
+        ]
     )
 
 

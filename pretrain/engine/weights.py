@@ -1,19 +1,17 @@
-"""Whole weights out of a checkpoint, on one process, by DeepSpeed's own tool."""
+"""Whole weights out of a checkpoint, on one process, by what it says of itself (:mod:`.layout`)."""
 
 from __future__ import annotations
 
-import importlib
-import sys
-from collections.abc import Mapping
-from contextlib import redirect_stdout
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
-from .deepspeed_module import import_deepspeed
-from .layout import TAG
+from .by_name import Copy, copies_of, stored_parts
+from .layout import Layout, Part, read_layout, resolve
 
 
 class StoredTensor(Protocol):
@@ -23,26 +21,71 @@ class StoredTensor(Protocol):
         """The tensor, whole, on the CPU."""
 
 
-def stored_weights(checkpoint: Path) -> Mapping[str, StoredTensor]:
-    """Every parameter and buffer of a checkpoint by name, whatever ZeRO stage and number of ranks saved it.
+class _Files:
+    """The files of a checkpoint, each mapped into memory when it is first asked for."""
 
-    Stages 1 to 3 give the optimizer's copy in fp32; stage 0 what the model computed with: in bf16 the rounded values.
-    Of a checkpoint of stage 3 the pieces stay in the files, mapped into memory, until a tensor is asked for; of the
-    others the whole model is in memory once.
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._opened: dict[str, Any] = {}
+
+    def __getitem__(self, file: str) -> Any:
+        if file not in self._opened:
+            path = self._folder / file
+            self._opened[file] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+        return self._opened[file]
+
+
+class _Pieces:
+    """A parameter in fp32, put together out of the optimizer's tensors."""
+
+    def __init__(self, files: _Files, shape: Sequence[int], copies: Sequence[Copy]) -> None:
+        self._files, self._shape, self._copies = files, shape, copies
+
+    def contiguous(self) -> Tensor:
+        whole = torch.empty(self._shape)
+        for copy in self._copies:
+            weights = resolve(self._files[copy.place.file], copy.place.weights).detach().reshape(-1)
+            whole.view(-1)[copy.target : copy.target + copy.length] = weights[copy.source : copy.source + copy.length]
+        return whole
+
+
+class _Stored(Mapping[str, StoredTensor]):
+    def __init__(self, folder: Path) -> None:
+        self._layout: Layout = read_layout(folder)
+        self._files = _Files(folder)
+        self._parts = stored_parts(self._layout)
+
+    @cached_property
+    def _buffers(self) -> dict[str, Tensor]:
+        content = self._files[self._layout.model]
+        return {name: content["module"][name] for name in content["buffer_names"]}
+
+    def __getitem__(self, name: str) -> StoredTensor:
+        if name not in self._layout.shapes:
+            return self._buffers[name]
+        shape = torch.Size(self._layout.shapes[name])
+        copies = copies_of(Part(name, 0, shape.numel(), 0), 0, self._parts[name])
+        return _Pieces(self._files, shape, list(copies))
+
+    def __iter__(self) -> Iterator[str]:
+        return iter((*self._layout.shapes, *self._buffers))
+
+    def __len__(self) -> int:
+        return len(self._layout.shapes) + len(self._buffers)
+
+
+def stored_weights(checkpoint: Path) -> Mapping[str, StoredTensor]:
+    """Every parameter and buffer of a checkpoint by name, whatever topology saved it; a tied head is not named.
+
+    Parameters are the optimizer's own copy, in fp32. They stay in the files, mapped into memory, until asked for.
 
     Args:
         checkpoint: a complete checkpoint folder.
+
+    Raises:
+        DataError: its record of what lies where can't be read.
     """
-    import_deepspeed()
-    if any((checkpoint / TAG).glob("*optim_states.pt")):
-        tool = importlib.import_module("deepspeed.utils.zero_to_fp32")
-        with redirect_stdout(sys.stderr):  # the tool prints, and stdout belongs to the command's answer
-            stored = tool.get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), tag=TAG, lazy_mode=True)
-        return cast(Mapping[str, StoredTensor], stored)
-    # stage 0 shards nothing: the module lies whole in the one file
-    path = checkpoint / TAG / "mp_rank_00_model_states.pt"
-    state = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    return cast(Mapping[str, StoredTensor], state["module"])
+    return _Stored(checkpoint)
 
 
 def load_weights(checkpoint: Path) -> dict[str, Tensor]:

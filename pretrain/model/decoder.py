@@ -8,6 +8,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from pretrain.distributed import Distributed
+
 from .attention import Attention, document_mask
 from .experts.layer import MixtureOfExperts
 from .feed_forward import FeedForward
@@ -53,12 +55,12 @@ class Block(nn.Module):
 class ExpertBlock(nn.Module):
     """A block with a mixture of experts: x + attention(norm(x)), then x + experts(norm(x))."""
 
-    def __init__(self, name: str, layer: int, settings: ModelSettings) -> None:
+    def __init__(self, name: str, layer: int, settings: ModelSettings, across: Distributed | None) -> None:
         super().__init__()
         self.attention_norm = RMSNorm(settings.hidden_size, settings.norm_eps)
         self.attention = Attention(f"{name}.attention", settings)
         self.feed_forward_norm = RMSNorm(settings.hidden_size, settings.norm_eps)
-        self.feed_forward = MixtureOfExperts(f"{name}.feed_forward", layer, settings)
+        self.feed_forward = MixtureOfExperts(f"{name}.feed_forward", layer, settings, across)
 
     def forward(
         self, x: Tensor, by: Rotation, mask: Tensor | None, counted: Tensor | None, noise_keys: Tensor | None
@@ -88,6 +90,7 @@ class Decoder(nn.Module):
         activation_checkpointing: ``full`` keeps only the input of each block and recomputes the block in the backward
             pass: about a third more arithmetic. ``low_rank`` keeps the r-dimensional activations of factorised layers
             too.
+        across: the ranks that hold the experts of every block together, an equal part each; None: all are here.
     """
 
     def __init__(
@@ -95,6 +98,7 @@ class Decoder(nn.Module):
         settings: ModelSettings,
         vocab_size: int,
         activation_checkpointing: ActivationCheckpointing = "none",
+        across: Distributed | None = None,
     ) -> None:
         super().__init__()
         self.head_dim = settings.effective_head_dim
@@ -104,7 +108,7 @@ class Decoder(nn.Module):
         self.activation_checkpointing = activation_checkpointing
         self.embedding = Embedding(vocab_size, settings)
         self.blocks = nn.ModuleList(
-            ExpertBlock(f"blocks.{index}", index, settings)
+            ExpertBlock(f"blocks.{index}", index, settings, across)
             if settings.has_experts(index)
             else Block(f"blocks.{index}", settings)
             for index in range(settings.layers)

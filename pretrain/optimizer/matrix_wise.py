@@ -48,15 +48,14 @@ class MatrixWise(torch.optim.Optimizer):
         super().__init__(groups, {"lr": settings.lr})
         self._units: dict[Tensor, MatrixUnit] = {}
 
-    def attach(self, units: Sequence[tuple[Sequence[Tensor], Sequence[Piece]]], ranks: Distributed) -> None:
+    def attach(self, units: Sequence[tuple[Sequence[Tensor], Sequence[Piece], Distributed]]) -> None:
         """Tell where the pieces of the matrices lie. Collective.
 
         Args:
-            units: for each set of tensors that are stepped together, in one order on all ranks: the tensors, and what
-                lies in them.
-            ranks: this process among those that hold pieces.
+            units: for each set of tensors that are stepped together, in one order on all ranks: the tensors, what lies
+                in them, and this process among those that hold pieces of the same matrices.
         """
-        made = [MatrixUnit(tensors, pieces, ranks, self.dtype, self.spread) for tensors, pieces in units]
+        made = [MatrixUnit(tensors, pieces, ranks, self.dtype, self.spread) for tensors, pieces, ranks in units]
         self._units = {unit.tensors[0]: unit for unit in made}
 
     def homes(self) -> dict[str, Tensor]:

@@ -87,10 +87,10 @@ def go_through() -> list[tuple[str, dict[str, Tensor], list[Tensor], int, int]]:
     plain_all_to_all, plain_all_gather = dist.all_to_all_single, dist.all_gather_single
 
     def counting(function: Any) -> Any:
-        def counted(*arguments: Any) -> Any:
+        def counted(*arguments: Any, **options: Any) -> Any:
             nonlocal calls
             calls += 1
-            return function(*arguments)
+            return function(*arguments, **options)
 
         return counted
 

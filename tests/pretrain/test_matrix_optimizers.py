@@ -282,18 +282,19 @@ def test_a_flat_part_of_a_matrix_is_refused(settings: AdamSettings) -> None:
         optimizer.step()
     assert isinstance(optimizer, MatrixWise)
     for told in ([torch.zeros(30)], [flat, torch.zeros(30)]):
-        optimizer.attach([(told, [])], Distributed(0, 1, torch.device("cpu")))
+        optimizer.attach([(told, [], Distributed(0, 1, torch.device("cpu")))])
         with pytest.raises(HeadraceError, match="was not told"):
             optimizer.step()
 
 
 def test_what_updates_matrices_and_can_not_be_told_where_they_lie_is_refused() -> None:
+    from pretrain.engine.expert_groups import expert_groups
     from pretrain.engine.shards import attach_matrices
 
-    settings = MuonSettings()
+    settings, alone = MuonSettings(), Distributed(0, 1, torch.device("cpu"))
     groups = groups_of(settings, blocks_0_attention_query_weight=(6, 4))
     with pytest.raises(HeadraceError, match="SGD is to update whole matrices, and is no pretrain"):
-        attach_matrices(torch.optim.SGD(groups, lr=0.1), [], {}, 1, Distributed(0, 1, torch.device("cpu")))
+        attach_matrices(torch.optim.SGD(groups, lr=0.1), [], {}, 1, alone, expert_groups(1, alone))
 
 
 def moved_weights() -> list[str]:

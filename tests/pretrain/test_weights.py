@@ -1,4 +1,4 @@
-"""DeepSpeed's own tool reads our checkpoints: whole fp32 weights, equal to the optimizer's, from every ZeRO stage."""
+"""Checkpoints give whole fp32 weights, the optimizer's, from every stage: to us, and to DeepSpeed's own tool."""
 
 from __future__ import annotations
 
@@ -39,11 +39,6 @@ def read_back(root: Path) -> None:
         ranks.barrier()
         engine.save(folder)
         whole = engine.full_parameters()
-        if (stage, precision) == (
-            0,
-            "bf16",
-        ):  # nothing is sharded: what is read is the module, not the optimizer's copy
-            whole = {name: value.bfloat16().float() for name, value in whole.items()}
         ranks.barrier()
         read = [load_weights(folder)]
         if stage:

@@ -20,11 +20,14 @@ class Experts(nn.Module):
     Args:
         number: E. size: f. hidden_size: d.
         init_std, down_std: of gate and up, and of down.
+        first: the number of the first of these experts in its block, where other ranks hold others.
     """
 
-    def __init__(self, number: int, size: int, hidden_size: int, init_std: float, down_std: float) -> None:
+    def __init__(
+        self, number: int, size: int, hidden_size: int, init_std: float, down_std: float, first: int = 0
+    ) -> None:
         super().__init__()
-        self.number = number
+        self.number, self.first = number, first
         self.shapes = {"gate": (size, hidden_size), "up": (size, hidden_size), "down": (hidden_size, size)}
         self.stds = {"gate": init_std, "up": init_std, "down": down_std}
         self.gate, self.up, self.down = (nn.Parameter(torch.empty(number, *shape)) for shape in self.shapes.values())
@@ -35,9 +38,9 @@ class Experts(nn.Module):
         return grouped_linear(F.silu(gate) * up, self.down, ends)
 
     def initial_values(self, draw: Draw) -> dict[str, Tensor]:
-        """Each expert's matrices are drawn under its own number, as ``...experts.3.gate``."""
+        """Each expert's matrices are drawn under its number in the block, as ``...experts.3.gate``."""
         values = {name: torch.empty(self.number, *shape) for name, shape in self.shapes.items()}
         for name, whole in values.items():
             for number in range(self.number):
-                whole[number] = draw(f"{number}.{name}", self.shapes[name], self.stds[name])
+                whole[number] = draw(f"{self.first + number}.{name}", self.shapes[name], self.stds[name])
         return values

@@ -7,11 +7,14 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from pretrain.distributed import Distributed
+
 from ..feed_forward import FeedForward
 from ..linear.choose import initial_std
 from .capacity import within_capacity
 from .dispatch import Dispatch
 from .entropy import tsallis_entropy
+from .exchange import Exchange
 from .experts import Experts
 from .kinds.top_k import TopKSettings, top_experts
 from .router import Router
@@ -29,9 +32,10 @@ class MixtureOfExperts(nn.Module):
         name: the module's full name, as ``blocks.3.feed_forward``.
         layer: the block's number.
         settings: of the model, with ``experts``.
+        across: the ranks that hold the experts together, an equal part each, in their order; None: all are here.
     """
 
-    def __init__(self, name: str, layer: int, settings: ModelSettings) -> None:
+    def __init__(self, name: str, layer: int, settings: ModelSettings, across: Distributed | None = None) -> None:
         super().__init__()
         mixture = settings.experts
         assert mixture is not None
@@ -39,7 +43,10 @@ class MixtureOfExperts(nn.Module):
         hidden, size = settings.hidden_size, mixture.intermediate_size
         stds = [initial_std(f"{name}.{part}", settings) for part in ("router", "experts.gate", "experts.down")]
         self.router = Router(layer, mixture, hidden, stds[0])
-        self.experts = Experts(mixture.number, size, hidden, stds[1], stds[2])
+        self.across = across if across is not None and across.world_size > 1 else None
+        here = mixture.number if self.across is None else mixture.number // self.across.world_size
+        first = 0 if self.across is None else here * self.across.rank
+        self.experts = Experts(here, size, hidden, stds[1], stds[2], first)
         if mixture.shared:
             self.shared = FeedForward(f"{name}.shared", settings, mixture.shared * size)
 
@@ -64,10 +71,19 @@ class MixtureOfExperts(nn.Module):
         plan = Dispatch.plan(
             kept.experts.flatten(0, 1), None if kept.kept is None else kept.kept.flatten(0, 1), mixture.number
         )
-        sorted_outputs = self.experts(plan.gather(x.flatten(0, 1)), plan.ends)
+        sorted_outputs = self._outputs(plan.gather(x.flatten(0, 1)), plan.ends)
         output = plan.combine(sorted_outputs, self._weights(choice, kept).flatten(0, 1)).view_as(x)
         output = output if shared is None else output + shared
         return output, self._statistics(scores, choice, kept, valid).packed
+
+    def _outputs(self, rows: Tensor, ends: Tensor) -> Tensor:
+        """What the experts make of the rows [n, d] in their order; ``ends`` [E] as of a :class:`Dispatch`."""
+        if self.across is None:
+            outputs: Tensor = self.experts(rows, ends)
+        else:
+            exchange = Exchange.plan(ends, self.across)
+            outputs = exchange.back(self.experts(exchange.there(rows), exchange.ends), len(rows))
+        return outputs
 
     def _weights(self, choice: Choice, kept: Choice) -> Tensor:
         """[b, T, K]; those of a token's chosen experts sum to ``scaling`` where they are normalised, dropped or not."""

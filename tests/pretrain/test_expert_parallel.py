@@ -1,0 +1,190 @@
+"""Expert parallelism makes the update of one process on the concatenated batch: ZeRO stage x groups x accumulation x
+recompute. The gradient is clipped in every step, so that an update is right only if the norm of both groups is."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from data_pipeline.errors import UserError
+from pretrain.config import Config
+from pretrain.engine import deepspeed_config
+from tests.ranks import run_on_ranks
+
+from .methods import Method
+from .methods.experts import METHODS, balanced, experts, losses
+from .steps import EngineRun, PlainObjective, batch_of, relative_difference, run_engine, run_plain, tiny_config
+from .test_method_matrix import BATCH, added
+
+ALL_ON_THE_LAST = {"score": "sigmoid", "selection_bias": True}
+BIASED = {f"blocks.{n}.feed_forward.router.selection_bias": 10.0 * torch.arange(4) for n in range(2)}
+METHOD: dict[str, Method] = {
+    "balanced": balanced({"shared": 1, "jitter": 0.1}, losses({}, {"level": "sequence"})),
+    "ranks without a row": replace(balanced(ALL_ON_THE_LAST, {"bias": {"rate": 0.05}}), initial=lambda config: BIASED),
+    "hybrid": METHODS["hybrid"],
+    "expert choice": METHODS["expert choice"],
+    "scoring pass": METHODS["sample weights"],
+    "muon": METHODS["muon"],
+    "galore": METHODS["galore"],
+}
+Case = tuple[str, int, int, int, str, dict[str, Any]]
+"""Method, ZeRO stage, expert-parallel ranks, micro-steps, activation checkpointing, further settings."""
+
+LEAN: list[Case] = [
+    ("balanced", 0, 2, 2, "full", {}),
+    ("scoring pass", 1, 4, 1, "none", {}),
+    ("ranks without a row", 1, 2, 2, "full", {}),
+    ("balanced", 2, 2, 1, "full", {}),
+    ("muon", 2, 4, 2, "none", {"precision": "bf16"}),
+]
+OTHERS: list[Case] = [
+    ("balanced", 1, 2, 2, "full", {"offload_optimizer": "cpu"}),
+    ("balanced", 2, 2, 2, "full", {"offload_optimizer": "cpu"}),
+    ("balanced", 2, 2, 2, "none", {"overlap_communication": True, "bucket_elements": 2000}),
+    ("balanced", 1, 2, 2, "none", {"compile": True}),
+    ("balanced", 2, 2, 1, "none", {"deepspeed": {"prescale_gradients": True, "gradient_predivide_factor": 2.0}}),
+]
+TOLERANCES = {
+    "fp32": {"gradients": 1e-6, "updates": 1e-5, "parameters": 1e-6, "losses": 1e-6, "norms": 1e-5},
+    "bf16": {"gradients": 3e-2, "updates": 0.2, "parameters": 1e-2, "losses": 1e-2, "norms": 0.1},
+}
+"""Relative differences, of vectors or the largest of the steps; of ``parameters`` the largest of any element, not
+relative. In bf16 a rounded gradient may turn the sign of one of Adam's updates."""
+
+
+def configured(case: Case, world_size: int) -> Config:
+    name, stage, size, micro_steps, recompute, further = case
+    sections = {section: dict(content) for section, content in METHOD[name].sections.items()}
+    training = {
+        "global_batch": BATCH,
+        "micro_batch": BATCH // (micro_steps * world_size),
+        "activation_checkpointing": recompute,
+        **{key: value for key, value in further.items() if key in ("precision", "compile")},
+    }
+    engine = {key: value for key, value in further.items() if key not in training}
+    sections["training"] = {**sections.get("training", {}), **training}
+    sections["engine"] = {"zero_stage": stage, "expert_parallel": size, **engine}
+    sections["optimizer"] = {"eps": 1e-4, **sections.get("optimizer", {})}
+    return tiny_config(**sections)
+
+
+def differences(cases: list[Case]) -> list[tuple[str, dict[str, float], dict[str, float]]]:
+    """On one rank, for each case: what it is, how far it is from the plain loop, and how far it may be."""
+    from pretrain.distributed import start
+
+    ranks = start(60)
+    references: dict[tuple[str, int, str], dict[str, Any]] = {}
+    found = []
+    for case in cases:
+        method, config = METHOD[case[0]], configured(case, ranks.world_size)
+        key = (case[0], case[3], config.training.precision)
+        initial = method.initial(config)
+        if key not in references:
+            balancing = method.balancing() if method.balancing else None
+            objective = method.objective or PlainObjective(method.token_losses)
+            plain = objective, method.optimizer, method.before_step, initial, balancing, method.token_losses
+            references[key] = run_plain(config, BATCH // case[3], *plain)
+        seen, reference = run_engine(config, ranks, initial), references[key]
+        assert min(reference["norms"]) > config.optimizer.clip_norm > 0
+        apart = {
+            "gradients": relative_difference(seen["gradients"], reference["gradients"]),
+            "updates": relative_difference(added(seen, reference), added(reference, reference)),
+            "parameters": largest_difference(seen["parameters"], reference["parameters"]),
+        }
+        for name in ("losses", "norms"):
+            apart[name] = max(abs(a / b - 1) for a, b in zip(seen[name], reference[name], strict=True))
+        found.append((f"{ranks.world_size} ranks, {case}", apart, TOLERANCES[config.training.precision]))
+    return found
+
+
+def largest_difference(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in other)
+
+
+def assert_equal_updates(world_size: int, cases: list[Case], timeout: float = 500) -> None:
+    everybodys = run_on_ranks(differences, world_size, cases, timeout=timeout)
+    for rank, found in enumerate(everybodys):
+        assert len(found) == len(cases)
+        wrong = [
+            f"rank {rank}, {where}: {key} {value:.2e}"
+            for where, apart, allowed in found
+            for key, value in apart.items()
+            if not value < allowed[key]
+        ]
+        assert not wrong, "\n".join(wrong)
+
+
+@pytest.mark.slow
+def test_divided_experts_make_the_plain_update() -> None:
+    assert_equal_updates(4, LEAN)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
+@pytest.mark.parametrize("stage", [0, 1, 2])
+@pytest.mark.parametrize("world_size", [2, 4])
+@pytest.mark.parametrize("name", METHOD)
+def test_the_whole_matrix(name: str, world_size: int, stage: int) -> None:
+    cases: list[Case] = [
+        (name, stage, size, micro_steps, recompute, {"precision": precision})
+        for size in (2, 4)
+        for micro_steps in (1, 4)
+        for recompute in ("none", "full")
+        for precision in ("fp32", "bf16")
+        if size <= world_size and not (stage == 0 and precision == "bf16")
+    ]
+    assert_equal_updates(world_size, cases, timeout=3500)
+
+
+@pytest.mark.campaign
+@pytest.mark.timeout(3600)
+def test_with_other_settings_of_the_engine() -> None:
+    assert_equal_updates(4, OTHERS, timeout=3500)
+
+
+def unequal_evaluation() -> list[float]:
+    """On one of two ranks: an evaluation of other rows on each, as if by divided experts, and by whole ones."""
+    from pretrain.distributed import start
+
+    ranks = start(60)
+    found = []
+    for size in (1, 2):
+        run = EngineRun(configured(("balanced", 1, size, 1, "none", {}), 2), ranks)
+        run.engine.evaluating(True)
+        with torch.no_grad():
+            own = [batch_of(0, rows) for rows in ((torch.arange(5).numpy(), torch.arange(1).numpy())[ranks.rank],)]
+            found += [float(run.engine.forward(batch).float().square().mean()) for batch in own]
+    return found
+
+
+def test_ranks_with_unequal_batches() -> None:
+    for whole, divided in run_on_ranks(unequal_evaluation, 2):
+        assert divided == pytest.approx(whole, rel=1e-6)
+
+
+def refused(size: int, **sections: dict[str, Any]) -> str:
+    with pytest.raises(UserError) as caught:
+        tiny_config(**{**sections, "engine": {**sections.get("engine", {}), "expert_parallel": size}})
+    return str(caught.value)
+
+
+def test_what_can_not_be_divided_is_refused_before_any_work() -> None:
+    model = experts({}).sections["model"]
+    assert "model.experts is null; leave it out" in refused(2)
+    assert "does not divide model.experts.number 4; 1, 2, 4 do" in refused(3, model=model)
+    assert "at zero_stage 3" in refused(2, model=model, engine={"zero_stage": 3})
+    message = refused(2, model=model, engine={"zero_stage": 0}, training={"precision": "bf16"})
+    assert "leaves such experts out of the gradient's norm at zero_stage 0 in bf16" in message
+    assert "'engine.expert_parallel' = 0" in refused(0)
+    config = tiny_config(model=model, engine={"zero_stage": 2, "expert_parallel": 4})
+    for ranks, fitting in ((6, "1, 2"), (1, "1"), (2, "1, 2")):
+        with pytest.raises(UserError, match=rf"this run's {ranks} ranks are no multiple .* to one of {fitting}\."):
+            deepspeed_config(config, ranks)
+    contrary = {"zero_optimization": {"reduce_scatter": False}}
+    config = tiny_config(model=model, engine={"zero_stage": 2, "expert_parallel": 2, "deepspeed": contrary})
+    with pytest.raises(UserError, match=r"zero_optimization\.reduce_scatter = False contradicts"):
+        deepspeed_config(config, 2)
