@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,16 +70,32 @@ def has_masters(config: Config) -> bool:
     return config.training.precision == "bf16" or config.engine.zero_stage > 0
 
 
+def parameters_of_a_rank(config: Config, shapes: Mapping[str, Sequence[int]]) -> int:
+    """Of all ``shapes``, where ZeRO splits none: a rank has its part of the experts."""
+    size = config.engine.expert_parallel
+    return sum(math.prod(shape) // (size if ".experts." in name else 1) for name, shape in shapes.items())
+
+
 def memory(config: Config, vocab_size: int, ranks: int) -> dict[str, Any]:
     """Bytes of what depends on the method.
 
     Returns:
-        ``optimizer_state`` over all ranks, and ``optimizer_state_of_a_rank`` of ``ranks``; ``buffers`` on every rank;
+        ``weights_of_a_rank``, of the model in the precision of training; ``optimizer_state`` over all ranks, and
+        ``optimizer_state_of_a_rank`` of ``ranks``; ``buffers`` on every rank;
         ``activations`` on every rank at their peak (:mod:`pretrain.model.activations`), for each choice of
         ``training.activation_checkpointing`` that the model allows: of a ``token`` and of a ``micro_batch``.
     """
     counted = parts(config, vocab_size)
     state = sum(part.optimizer_bytes for part in counted)
+    shapes = parameter_shapes(config.model, vocab_size)
+    if config.engine.zero_stage:
+        of_a_rank = -(-state // ranks)
+    else:
+        size = config.engine.expert_parallel
+        of_a_rank = sum(part.optimizer_bytes // (size if part.name == "experts" else 1) for part in counted)
+    parameters = parameters_of_a_rank(config, shapes)
+    if config.engine.zero_stage == 3:
+        parameters = -(-parameters // ranks)
     factorised = any(layer.cost.products for layer in linear_layers(config.model))
     tokens = config.training.micro_batch * config.data.seq_len
     value_bytes = 2 if config.training.precision == "bf16" else 4
@@ -96,8 +113,9 @@ def memory(config: Config, vocab_size: int, ranks: int) -> dict[str, Any]:
         if factorised or how != "low_rank"
     }
     return {
+        "weights_of_a_rank": parameters * value_bytes,
         "optimizer_state": state,
-        "optimizer_state_of_a_rank": -(-state // ranks) if config.engine.zero_stage else state,
+        "optimizer_state_of_a_rank": of_a_rank,
         "buffers": sum(part.buffer_bytes for part in counted),
         "activations": {how: {"token": peak, "micro_batch": peak * tokens} for how, peak in peaks.items()},
     }

@@ -16,6 +16,7 @@ from .config import Config, load_config
 from .costs import memory, parts
 from .engine import accumulation_steps
 from .model import count_parameters, flops_per_token
+from .plan_experts import expert_communication, show_expert_communication
 from .plan_mup import mup_rows, show_mup
 from .run_folder import CHECKPOINTS
 from .state import checkpoint_end, end_position, leaving_out, left_out
@@ -52,6 +53,7 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
         "flops": per_token * tokens + per_step * config.total_steps,
         "parts": [asdict(part) for part in counted],
         "memory": memory(config, vocabulary, ranks),
+        "expert_parallel": expert_communication(config, ranks),
         "mup": mup_rows(config),
         "steps": config.total_steps,
         "sequences": sequences,
@@ -93,6 +95,7 @@ def show_plan(plan: dict[str, Any]) -> str:
         f"{plan['accumulation_steps']} micro-steps a step",
         f"arithmetic    {plan['flops_per_token']:.3e} FLOPs a token, {plan['flops']:.3e} in all",
         *_show_parts(plan),
+        *show_expert_communication(plan["expert_parallel"]),
         *show_mup(plan["mup"]),
     ]
     for stage in plan["batch_ramp"]:
@@ -129,8 +132,8 @@ def _show_parts(plan: dict[str, Any]) -> list[str]:
     taken = plan["memory"]
     whole, of_a_rank = taken["optimizer_state"], taken["optimizer_state_of_a_rank"]
     lines.append(
-        f"memory        optimizer state {_bytes(whole)}, {_bytes(of_a_rank)} on a rank; buffers "
-        f"{_bytes(taken['buffers'])} on each"
+        f"memory        weights {_bytes(taken['weights_of_a_rank'])} on a rank; optimizer state {_bytes(whole)}, "
+        f"{_bytes(of_a_rank)} on a rank; buffers {_bytes(taken['buffers'])} on each"
     )
     for how, peak in taken["activations"].items():
         lines.append(

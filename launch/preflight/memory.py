@@ -7,7 +7,8 @@ With P parameters on R ranks, s bytes for a value (2 in bf16, 4 in fp32) and B e
     optimizer      its fp32 state and copy of the weights: all at ZeRO 0, else a share of 1 / R
     context        what CUDA, its libraries and NCCL hold: 1.5 GB
 
-and at the same time the larger of what a backward pass takes and what follows the last one::
+Where experts are divided among ranks, P is a rank's own, except in shares P / R, which are of all parameters. The rest
+is at the same time the larger of what a backward pass takes and what follows the last one::
 
     activations    :func:`pretrain.costs.memory`, and buckets of 2 B s (ZeRO 1), 3 B s (ZeRO 2, 3)
     reduction      ZeRO 0: a flat copy of up to 5 10^8 gradients, in bf16 an fp32 copy of all; ZeRO 1: 4 P / R, and
@@ -23,7 +24,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from pretrain.config import Config
-from pretrain.costs import memory
+from pretrain.costs import memory, parameters_of_a_rank
 from pretrain.model import parameter_shapes
 
 from .findings import Finding, Request, size
@@ -59,7 +60,8 @@ class MemoryEstimate:
 def estimate(config: Config, vocab_size: int, ranks: int) -> MemoryEstimate:
     """What one of ``ranks`` ranks holds at its peak."""
     shapes = parameter_shapes(config.model, vocab_size)
-    count, value = sum(math.prod(shape) for shape in shapes.values()), 2 if config.training.precision == "bf16" else 4
+    total, value = sum(math.prod(shape) for shape in shapes.values()), 2 if config.training.precision == "bf16" else 4
+    count = parameters_of_a_rank(config, shapes)
     stage, bf16 = config.engine.zero_stage, value == 2
     costs = memory(config, vocab_size, ranks)
     bucket = float(min((config.engine.bucket_elements or _BUCKET) if stage else 0, count) * value)
@@ -71,15 +73,15 @@ def estimate(config: Config, vocab_size: int, ranks: int) -> MemoryEstimate:
         gradients += 4.0 * count
         reduction = 6.0 * min(count, _REDUCED_TOGETHER) if ranks > 1 else 0.0
     elif stage == 1:
-        reduction = 4.0 * count / ranks + buckets
+        reduction = 4.0 * total / ranks + buckets
     else:
-        gradients = (4.0 if stage == 2 else 8.0) * count / ranks
+        gradients = (4.0 if stage == 2 else 8.0) * total / ranks
         buckets, reduction = 3 * bucket, 0.0
     if stage == 3:
-        weights = (count / ranks + min(count, _LIVE)) * value
+        weights = (total / ranks + min(total, _LIVE)) * value
     optimizer = float(costs["optimizer_state_of_a_rank"])
     if config.engine.offload_optimizer == "cpu":
-        optimizer, gradients = 0.0, gradients - (4.0 * count / ranks if stage >= 2 else 0.0)
+        optimizer, gradients = 0.0, gradients - (4.0 * total / ranks if stage >= 2 else 0.0)
     how = config.training.activation_checkpointing
     return MemoryEstimate(
         weights=weights,

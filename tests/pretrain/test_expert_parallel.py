@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from data_pipeline.errors import UserError
 from pretrain.config import Config
 from pretrain.engine import deepspeed_config
+from pretrain.plan_experts import expert_communication
 from tests.ranks import run_on_ranks
 
 from .methods import Method
@@ -47,6 +49,10 @@ OTHERS: list[Case] = [
     ("balanced", 2, 2, 2, "none", {"overlap_communication": True, "bucket_elements": 2000}),
     ("balanced", 1, 2, 2, "none", {"compile": True}),
     ("balanced", 2, 2, 1, "none", {"deepspeed": {"prescale_gradients": True, "gradient_predivide_factor": 2.0}}),
+]
+PLANNED: list[Case] = [
+    ("balanced", 2, 2, 1, "none", {}),
+    ("scoring pass", 1, 2, 2, "full", {"precision": "bf16"}),
 ]
 TOLERANCES = {
     "fp32": {"gradients": 1e-6, "updates": 1e-5, "parameters": 1e-6, "losses": 1e-6, "norms": 1e-5},
@@ -146,24 +152,54 @@ def test_with_other_settings_of_the_engine() -> None:
     assert_equal_updates(4, OTHERS, timeout=3500)
 
 
-def unequal_evaluation() -> list[float]:
-    """On one of two ranks: an evaluation of other rows on each, as if by divided experts, and by whole ones."""
+def evaluated_and_counted() -> tuple[list[float], list[tuple[int, int]], list[tuple[int, int]]]:
+    """On one of two ranks: an evaluation of other rows on each rank, by whole experts and by divided ones; and for some
+    cases what a step sends, all-to-alls and bytes of rows and of counts, and what the plan says."""
     from pretrain.distributed import start
 
     ranks = start(60)
-    found = []
+    found, seen, told = [], [], []
+    plain = dist.all_to_all_single
+
+    def counted(received: Tensor, sent: Tensor, *arguments: Any, **options: Any) -> None:
+        moved.append((sent.dtype, sent.numel() * sent.element_size()))
+        plain(received, sent, *arguments, **options)
+
     for size in (1, 2):
         run = EngineRun(configured(("balanced", 1, size, 1, "none", {}), 2), ranks)
         run.engine.evaluating(True)
         with torch.no_grad():
             own = [batch_of(0, rows) for rows in ((torch.arange(5).numpy(), torch.arange(1).numpy())[ranks.rank],)]
             found += [float(run.engine.forward(batch).float().square().mean()) for batch in own]
-    return found
+    moved: list[tuple[torch.dtype, int]] = []
+    for case in PLANNED:
+        config = configured(case, 2)
+        run = EngineRun(config, ranks)
+        moved.clear()
+        dist.all_to_all_single = counted
+        run.step(0)
+        dist.all_to_all_single = plain
+        rows = [size for dtype, size in moved if dtype != torch.int32]
+        plan = expert_communication(config, 2)
+        assert plan is not None
+        scored = case[0] == "scoring pass"
+        # of what both ranks send, half is for the senders themselves when experts are balanced
+        sent = int(ranks.all_reduce(torch.tensor(sum(rows))))
+        seen += [(len(rows), sent // 2 // 2), (len(moved) - len(rows), 0)]
+        told += [
+            (
+                plan["all_to_alls"] + scored * plan["scoring_all_to_alls"],
+                plan["bytes"] + scored * plan["scoring_bytes"],
+            ),
+            (plan["counts"] + scored * plan["scoring_all_to_alls"] // 2, 0),
+        ]
+    return found, seen, told
 
 
-def test_ranks_with_unequal_batches() -> None:
-    for whole, divided in run_on_ranks(unequal_evaluation, 2):
+def test_unequal_batches_and_what_moves() -> None:
+    for (whole, divided), seen, told in run_on_ranks(evaluated_and_counted, 2):
         assert divided == pytest.approx(whole, rel=1e-6)
+        assert seen == told
 
 
 def refused(size: int, **sections: dict[str, Any]) -> str:
