@@ -211,6 +211,15 @@ class MonitorSettings(Settings):
 class ResilienceSettings(Settings):
     collective_timeout_seconds: int = Field(default=1800, ge=1, le=LONGEST_WAIT)
     """A collective that takes longer means a lost rank: the run ends with an error."""
+    hang_multiple: float | None = Field(default=20.0, gt=1)
+    """A step that takes this many times the usual one (the median of the last 50) is taken for one that never ends: all
+    ranks leave their stacks in the run folder and the run ends, to be started again. ``null`` waits for ever."""
+    hang_seconds: float = Field(default=600.0, gt=0)
+    """But no step is taken for one before it has lasted so long."""
+    straggler_ratio: float = Field(default=1.5, gt=1)
+    """A rank whose forward pass, or whose waiting for data, takes this many times the ranks' median is named."""
+    straggler_every: int | None = Field(default=100, ge=1)
+    """Optimizer steps between looks for such ranks, each over the steps since the last one; ``null`` never looks."""
 
 
 class Config(Settings):

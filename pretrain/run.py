@@ -32,10 +32,11 @@ from .config import Config, load_config
 from .data import RunData, stretch_of_run
 from .distributed import Distributed, finish, start
 from .engine import Engine
+from .hangs import HangGuard
 from .incidents import NonFiniteError, RollbackError, SpikeError
 from .initial_weights import Weights
 from .monitor import AttemptsLog, Monitor, Reason, read_attempts
-from .run_folder import CHECKPOINTS, DAMAGE, lock_run_folder, open_run_folder, set_aside, versions, write_config
+from .run_folder import CHECKPOINTS, DAMAGE, HANGS, lock_run_folder, open_run_folder, set_aside, versions, write_config
 from .signals import StopRequest
 from .stability.rollbacks import ahead, read_rollbacks
 from .state import (
@@ -98,6 +99,7 @@ class Session:
         self._trainer: Trainer | None = None
         self._monitor: Monitor | None = None
         self._ledger: DamageLedger | None = None
+        self._guard: HangGuard | None = None
 
     def run(self, config: Config, stop: StopRequest) -> None:
         """Check, start or resume, train. Raises what :meth:`Trainer.train` raises, and UserError before any work."""
@@ -180,7 +182,14 @@ class Session:
             store.load(origin, engine)
         made = together(ranks, lambda: len(read_rollbacks(folder)) if ranks.rank == 0 else 0)
         rollbacks = ranks.broadcast_object(made)
-        self._trainer = Trainer(config, data, ranks, engine, store, self._monitor, self._ledger, state, rollbacks)
+        if self._guard is None:
+            traces = folder / HANGS / f"attempt_{self._attempt}"
+            self._guard = HangGuard(
+                config.resilience, traces, ranks, lambda error: self.end("crash", error.exit_code, error)
+            )
+        self._trainer = Trainer(
+            config, data, ranks, engine, store, self._monitor, self._ledger, state, rollbacks, self._guard
+        )
         return engine
 
     def _origin(self, config: Config, store: CheckpointStore) -> tuple[Path | None, list[str]]:

@@ -8,6 +8,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
@@ -27,6 +28,7 @@ from .distributed import Distributed
 from .engine import Engine
 from .evaluation import evaluate, evaluation_metrics
 from .expert_metrics import expert_metrics, selection_bias_range
+from .hangs import HangGuard
 from .incidents import Incidents, NonFiniteError, non_finite_weights
 from .model import flops_per_token
 from .monitor import Monitor, peak_flops
@@ -37,6 +39,7 @@ from .stability import Figures, Incident, Past, judge
 from .state import TrainState, checkpoint_state, end_position
 from .step_metrics import name_dropped, step_metrics
 from .stopwatch import Stopwatch
+from .stragglers import Stragglers
 
 
 class TooManyHolesError(UserError):
@@ -94,15 +97,23 @@ class Trainer:
     state: TrainState
     rollbacks: int = 0
     """Of the run so far."""
+    guard: HangGuard | None = None
+    """Watches the steps."""
     _pace: Pace = field(default_factory=Pace)
     _scoring: Stopwatch | None = field(default=None, init=False)
     """Of the step's scoring pass, where it had one."""
+    _forward: Stopwatch = field(init=False)
+    """Of the step's first forward pass."""
+    _stragglers: Stragglers = field(init=False)
     _incidents: Incidents = field(init=False)
     _saved_step: int = field(init=False)
     """The step of the newest checkpoint."""
 
     def __post_init__(self) -> None:
         self._saved_step = self.state.step
+        self._forward = Stopwatch(self.ranks.device)
+        alone = self.config.engine.zero_stage < 3
+        self._stragglers = Stragglers(self.config.resilience, self.ranks, alone)
         self._incidents = Incidents(self.config, self.data, self.ranks, self.engine, self.monitor, self.finish_save)
 
     def train(self, stop: StopRequest) -> None:
@@ -124,6 +135,8 @@ class Trainer:
             self.evaluate()  # the attempt before was stopped between the step and its evaluation
         with self._loader() as loader:
             while self.state.step < total:
+                if self.guard:
+                    self.guard.begin_step(self.state.step + 1)
                 started = time.perf_counter()
                 step = loader.next_step_unless(stop.overdue)
                 batches = step.micro_batches if step else None
@@ -144,12 +157,17 @@ class Trainer:
                     self._tell_saved(self.store.advance_save())
                 scored = self._scoring.seconds() if self._scoring else 0.0
                 self._pace.add(step.global_batch, time.perf_counter() - started, loader.waited, scored)
+                for straggler in self._stragglers.add(self.state.step, self._forward.seconds(), loader.waited):
+                    if self.monitor:
+                        self.monitor.event(straggler)
                 if holes:
                     self._record_damage(step)
                 if statistics.dropped and self.monitor and not incident:
                     told, where = self._name_dropped(statistics, self.state.step), {"step": self.state.step}
                     self.monitor.event({"event": "dropped_samples", "message": told, **where})
                 self._log(statistics, rate)
+                if self.guard:
+                    self.guard.pause()
                 finished = self.state.step == total
                 signals = [] if finished else names(statistics.flags[:-1])
                 if self._due(config.evaluation.every_steps) and not signals:
@@ -175,9 +193,10 @@ class Trainer:
         self.engine.update_buffers(self.state.step)
         self.engine.begin_step(len(step.micro_batches))
         self._scoring = self._score(objective, step) if objective.scores_first else None
-        for micro_batch in step.micro_batches:
+        for number, micro_batch in enumerate(step.micro_batches):
             batch = micro_batch.to(self.ranks.device)
-            logits, routing = self.engine.training_forward(batch)
+            with self._forward if number == 0 else nullcontext():
+                logits, routing = self.engine.training_forward(batch)
             self.engine.backward(objective.micro_step(logits, batch, routing))
         if (factor := objective.gradient_factor()) is not None:
             self.engine.scale_gradients(factor)

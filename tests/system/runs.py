@@ -91,7 +91,7 @@ class Runs:
 
     def metrics(self, name: str) -> list[dict[str, Any]]:
         """The metric lines of a run without what depends on the clock."""
-        lines = read_metrics(self.run_folder(name))
+        lines = [line for line in read_metrics(self.run_folder(name)) if line.get("event") != "straggler"]
         return [{key: value for key, value in line.items() if key not in WALL_CLOCK_FIELDS} for line in lines]
 
     def state_hashes(self, name: str, step: int) -> dict[str, str]:
