@@ -7,9 +7,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError, ProcessFailure
@@ -46,10 +45,10 @@ class Ended:
         return f"{who} was killed by {name}{', often for lack of memory' if name == 'SIGKILL' else ''}"
 
 
-def run_agent(config: LaunchConfig, path: Path, overrides: Sequence[str]) -> Ended:
-    """``pretrain train`` on this node's ranks; returns when all have ended."""
+def run_agent(config: LaunchConfig, module: str, *arguments: str) -> Ended:
+    """``python -m MODULE ARGUMENTS`` on this node's ranks; returns when all have ended."""
     try:
-        elastic_launch(config, sys.executable)("-m", "pretrain", "train", str(path), *overrides)
+        elastic_launch(config, sys.executable)("-m", module, *arguments)
         return Ended(EXIT_DONE)
     except ChildFailedError as error:
         rank, first = first_failure(error.failures)

@@ -12,11 +12,11 @@ import socket
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from data_pipeline.errors import UserError, run_command
+from data_pipeline.errors import EXIT_CRASH, UserError, run_command
 from data_pipeline.files import publish_json
 from pretrain.monitor import read_attempts
 
@@ -58,13 +58,16 @@ def begin(
             skip = str(verdict.exit_code)
             print(f"the job before has said the last word: {verdict.why}", file=sys.stderr)
     logs = folder / "logs" / f"job_{job}_{life}"
-    print(shell(folder=folder, attempts=attempts, logs=logs, port=free_port(job), skip=skip))
+    port = free_port(job)
+    print(shell(folder=folder, attempts=attempts, logs=logs, port=port, check_port=free_port(job, port), skip=skip))
 
 
-def free_port(job: int) -> int:
+def free_port(job: int, besides: int = 0) -> int:
     """A free port of this host, the same for the same job where nothing else took it in between."""
     for number in range(PORTS):
         port = FIRST_PORT + (job * 7 + number) % PORTS
+        if port == besides:
+            continue
         with socket.socket() as probe:
             try:
                 probe.bind(("", port))
@@ -74,14 +77,28 @@ def free_port(job: int) -> int:
     raise UserError(f"no port between {FIRST_PORT:,} and {FIRST_PORT + PORTS - 1:,} is free on {socket.gethostname()}.")
 
 
+Meet = Annotated[str, typer.Option(help="HOST:PORT of the first node")]
+Logs = Annotated[Path, typer.Option(help="folder for this start's logs")]
+
+
 @app.command()
-def node(
-    config: ConfigFile,
-    overrides: Overrides = None,
-    meet: Annotated[str, typer.Option(help="HOST:PORT of the first node")] = "",
-    logs: Annotated[Path, typer.Option(help="folder for this start's logs")] = Path("logs"),
-) -> None:
+def node(config: ConfigFile, overrides: Overrides = None, meet: Meet = "", logs: Logs = Path("logs")) -> None:
     """Run this node's ranks: one for each GPU, or HEADRACE_RANKS_PER_NODE."""
+    report = run_ranks(meet, logs, "pretrain", "train", str(config), *(overrides or []))
+    publish_json(logs / f"node_{int(os.environ['SLURM_NODEID']):05d}.json", report)
+    raise typer.Exit(report["exit_code"])
+
+
+@app.command()
+def check(folder: Annotated[Path, typer.Argument()], meet: Meet = "", logs: Logs = Path("logs")) -> None:
+    """Let this node's ranks check the node (:mod:`launch.node_check`)."""
+    checks = logs / "check"
+    checks.mkdir(parents=True, exist_ok=True)
+    run_ranks(meet, checks, "launch.node_check", str(checks), str(folder))
+
+
+def run_ranks(meet: str, logs: Path, module: str, *arguments: str) -> dict[str, Any]:
+    """A process of this module for each rank of this node, under torchrun's agent; how they ended."""
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
@@ -109,11 +126,36 @@ def node(
         signals_to_handle="SIGTERM,SIGINT",
         shutdown_timeout=PATIENCE_SECONDS,
     )
-    ended = run_agent(launch, config, overrides or [])
+    ended = run_agent(launch, module, *arguments)
     name = os.environ.get("SLURMD_NODENAME", socket.gethostname())
-    report = {**asdict(ended), "node": name, "told": f"{ended.told} on {name}" if ended.told else ""}
-    publish_json(logs / f"node_{number:05d}.json", report)
-    raise typer.Exit(ended.exit_code)
+    return {**asdict(ended), "node": name, "told": f"{ended.told} on {name}" if ended.told else ""}
+
+
+@app.command()
+def checked(
+    logs: Annotated[Path, typer.Argument()],
+    nodes: Annotated[str, typer.Option(help="names of the nodes, in Slurm's order, with spaces between")] = "",
+) -> None:
+    """Say which nodes are broken or slow, and what is to be done: go on, or without them, or give up."""
+    from .node_verdict import read_checks
+
+    names = nodes.split()
+    found = read_checks(logs / "check", names)
+    print(f"node check: {found.summary}", file=sys.stderr)
+    for name, why in found.slow.items():
+        print(f"warning: node {name} is slow: {why}", file=sys.stderr)
+    for name, why in found.broken.items():
+        print(f"error: node {name} is broken: {why}", file=sys.stderr)
+    if found.unknown:
+        print(f"error: the nodes do not reach each other: {found.unknown}", file=sys.stderr)
+    action, exclude = "train", ""
+    if not found.fit:
+        print(
+            f"What the ranks said stands in {logs / 'check'}. HEADRACE_NODE_CHECK=no leaves this out.", file=sys.stderr
+        )
+        # all of them at once: it is not the nodes, but what they share
+        action, exclude = ("requeue", ",".join(found.broken)) if 0 < len(found.broken) < len(names) else ("stop", "")
+    print(shell(action=action, exit_code=EXIT_CRASH, exclude=exclude))
 
 
 def ranks_of_node() -> int:

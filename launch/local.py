@@ -47,7 +47,7 @@ def launch_local(path: Path, overrides: Sequence[str], ranks: int) -> int:
         monitor_interval=0.1,
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
     )
-    ended = run_agent(config, path, overrides)
+    ended = run_agent(config, "pretrain", "train", str(path), *overrides)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     if ended.code < 0:
         print(

@@ -146,6 +146,24 @@ class SlurmCluster:
             wanted = {"SLURM_ARRAY_JOB_ID": str(task.job), "SLURM_ARRAY_TASK_ID": str(task.array_task)}
         return [process for process in _processes(self.folder) if wanted.items() <= _environ(process).items()]
 
+    @contextmanager
+    def without(self, node: str, task: Task) -> Iterator[None]:
+        """Lose a node for the time of the body: its daemon and what a task has started there are killed, and the
+        controller is told, which would find it out by itself in SlurmdTimeout (five minutes)."""
+        self.daemons[node].kill()
+        self.daemons[node].wait()
+        for process in self.processes(task):
+            if _environ(process).get("SLURMD_NODENAME") == node:
+                with suppress(psutil.NoSuchProcess):
+                    process.kill()
+        self.call("scontrol", "update", f"NodeName={node}", "State=DOWN", "Reason=lost")
+        try:
+            yield
+        finally:
+            _start(self, "slurmd", "-D", "-N", node, log=f"{node}.out")
+            self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+            _wait_for(self, lambda: _is_idle(self, node))
+
     def logs(self, lines: int = 20) -> str:
         """The ends of the daemons' logs."""
         logs = ((path, path.read_text(errors="replace").splitlines()) for path in sorted(self.folder.glob("*.log")))
@@ -272,6 +290,10 @@ def _wait_for(cluster: SlurmCluster, reached: Callable[[], bool], timeout: float
 def _idle_nodes(cluster: SlurmCluster) -> int:
     shown = cluster.run("sinfo", "--noheader", "--Node", "--format=%N %T").stdout
     return len({line for line in shown.splitlines() if line.endswith(" idle")})
+
+
+def _is_idle(cluster: SlurmCluster, node: str) -> bool:
+    return cluster.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T").stdout.strip() == "idle"
 
 
 def _parse_task(line: str) -> Task:

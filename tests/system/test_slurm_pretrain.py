@@ -36,7 +36,7 @@ def submit(runs: Runs, slurm: SlurmCluster, *arguments: str | Path, options: tup
     """``sbatch OPTIONS slurm/pretrain.sbatch ARGUMENTS``, one rank a node."""
     setup = runs.folder / "setup.sh"
     setup.write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
-    environment = {"HEADRACE_SETUP": str(setup), "HEADRACE_RANKS_PER_NODE": "1", **env}
+    environment = {"HEADRACE_SETUP": str(setup), "HEADRACE_RANKS_PER_NODE": "1", "HEADRACE_NODE_CHECK": "no", **env}
     return slurm.sbatch("--cpus-per-task=1", *options, SCRIPT, *arguments, cwd=runs.folder, **environment)
 
 
@@ -115,6 +115,42 @@ def launch(runs: Runs, slurm: SlurmCluster, *arguments: str | Path) -> subproces
     setup.write_text(f'export PATH="{Path(sys.executable).parent}:$PATH"\n')
     command = (sys.executable, "-m", "launch", *arguments)
     return slurm.run(*command, cwd=runs.folder, timeout=300, HEADRACE_SETUP=str(setup))
+
+
+BROKEN_DISK = """\
+import os, sys
+if "launch.node_check" in sys.orig_argv and os.environ.get("SLURMD_NODENAME") == "n2":
+    def fsync(descriptor):
+        raise OSError(5, "Input/output error")
+    os.fsync = fsync
+"""
+
+
+def test_a_broken_node_is_left_out_and_a_lost_one_is_done_without(runs: Runs, slurm: SlurmCluster) -> None:
+    """Both jobs take one node or two; what they began on two, one ends."""
+    code = runs.folder / "code"
+    code.mkdir()
+    (code / "sitecustomize.py").write_text(BROKEN_DISK)
+    check = {"HEADRACE_NODE_CHECK": "yes", "HEADRACE_CODE": str(code)}
+    broken = submit(runs, slurm, runs.config("broken"), options=("--nodes=1-2",), **check)
+    (task,) = slurm.wait(broken)
+    printed = slurm.output(broken)
+    assert (task.state, task.restarts) == ("COMPLETED", 1), printed
+    assert "error: node n2 is broken: rank 1: files: OSError: [Errno 5] Input/output error" in printed
+    assert "node check: 1 nodes: " in printed  # the second start is checked, too
+    assert [(one.world_size, one.reason) for one in read_attempts(runs.run_folder("broken"))] == [(1, "done")]
+
+    steps = ("training.steps=150", "evaluation.every_steps=50")
+    lost = submit(runs, slurm, runs.config("lost"), *steps, options=("--nodes=1-2",))
+    wait_for_lines(runs, "lost", 20)
+    with slurm.without("n2", slurm.tasks(lost)[0]):
+        (task,) = slurm.wait(lost)
+    assert (task.state, task.restarts) == ("COMPLETED", 1), slurm.output(lost)
+    first, second = read_attempts(runs.run_folder("lost"))
+    assert (first.world_size, second.world_size, second.reason, second.last_step) == (2, 1, "done", 150)
+    assert second.first_step > 1
+    logged = [line["step"] for line in runs.metrics("lost") if "objective" in line]
+    assert logged == list(range(1, 151))
 
 
 def test_submitting_checks_freezes_chains_and_evaluates(runs: Runs, slurm: SlurmCluster) -> None:
