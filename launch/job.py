@@ -10,9 +10,10 @@ import os
 import shlex
 import socket
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -21,6 +22,9 @@ from data_pipeline.files import publish_json
 from pretrain.monitor import read_attempts
 
 from .restarts import MAX_CRASHES, judge, read_reports
+
+if TYPE_CHECKING:
+    from pretrain.config import Config
 
 FIRST_PORT, PORTS = 18_000, 14_000
 """Below the ports that Linux hands out by itself."""
@@ -44,12 +48,16 @@ def begin(
     overrides: Overrides = None,
     job: Annotated[int, typer.Option(help="SLURM_JOB_ID")] = 0,
     life: Annotated[str, typer.Option(help="what tells this start from the job's others")] = "0",
+    nodes: Annotated[int, typer.Option(help="that are left of the job")] = 1,
     follower: Annotated[bool, typer.Option("--follower", help="queued behind another job of the same run")] = False,
 ) -> None:
     """Check the configuration, and say where this start logs and meets. Runs on the first node."""
     from pretrain.config import load_config
 
-    folder = load_config(config, overrides or []).run_folder
+    loaded = load_config(config, overrides or [])
+    folder = loaded.run_folder
+    # all of a whole job, even if they do not fit: the run then says what would
+    use = nodes if nodes == int(os.environ.get("SLURM_JOB_NUM_NODES", nodes)) else fitting_nodes(loaded, nodes)
     attempts = len(read_attempts(folder))
     skip = ""
     if follower and attempts:
@@ -59,7 +67,19 @@ def begin(
             print(f"the job before has said the last word: {verdict.why}", file=sys.stderr)
     logs = folder / "logs" / f"job_{job}_{life}"
     port = free_port(job)
-    print(shell(folder=folder, attempts=attempts, logs=logs, port=port, check_port=free_port(job, port), skip=skip))
+    ports = {"port": port, "check_port": free_port(job, port)}
+    print(shell(folder=folder, attempts=attempts, logs=logs, use=use, skip=skip, **ports))
+
+
+def fitting_nodes(config: Config, nodes: int) -> int:
+    """The most of ``nodes`` nodes whose ranks divide every batch; 0 if none do."""
+    from pretrain.engine import accumulation_steps
+
+    for count in range(nodes, 0, -1):
+        with suppress(UserError):
+            accumulation_steps(config, count * ranks_of_node())
+            return count
+    return 0
 
 
 def free_port(job: int, besides: int = 0) -> int:
@@ -104,7 +124,7 @@ def run_ranks(meet: str, logs: Path, module: str, *arguments: str) -> dict[str, 
 
     from .agent import run_agent
 
-    number, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_JOB_NUM_NODES"])
+    number, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_STEP_NUM_NODES"])
     ranks = ranks_of_node()
     cpus = int(os.environ.get("SLURM_CPUS_PER_TASK") or os.environ.get("SLURM_CPUS_ON_NODE") or 1)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cpus // ranks)))
@@ -183,10 +203,11 @@ def end(
     attempts: Annotated[int, typer.Option(help="what begin said")] = 0,
     logs: Annotated[Path, typer.Option(help="what begin said")] = Path("logs"),
     asked: Annotated[bool, typer.Option("--asked", help="the job was asked to stop")] = False,
+    lost: Annotated[str, typer.Option(help="nodes that Slurm has lost in the meantime")] = "",
 ) -> None:
     """Say what is to be done now that the ranks have ended, and why."""
     reports = read_reports(logs)
-    verdict = judge(folder, attempts, asked=asked, reports=reports, crashes=_max_crashes())
+    verdict = judge(folder, attempts, asked=asked, reports=reports, crashes=_max_crashes(), lost=lost)
     where = f" What the ranks said stands in {logs}." if verdict.action in ("stop", "again") else ""
     print(f"{verdict.action}: {verdict.why}{where}", file=sys.stderr, flush=True)
     print(shell(action=verdict.action, exit_code=verdict.exit_code, exclude=verdict.exclude or ""))

@@ -9,6 +9,7 @@ user_error     never again by itself: the same configuration and data would fail
 non_finite,    never again by itself: the same samples would give the same loss
 unstable
 rolled_back    killed while it went back to a checkpoint by itself: it goes on from there
+a node lost    it goes on, whatever it gained
 crash, killed  it goes on from the newest checkpoint if this attempt did a step that none before it had done, and if
                there were not too many crashes in a row
 =============  ======================================================================================================
@@ -52,7 +53,9 @@ class Verdict:
     """The node whose fault it was, as far as that can be known: not to be used again."""
 
 
-def judge(folder: Path, before: int, *, asked: bool, reports: Sequence[dict[str, Any]] = (), crashes: int) -> Verdict:
+def judge(
+    folder: Path, before: int, *, asked: bool, reports: Sequence[dict[str, Any]] = (), crashes: int, lost: str = ""
+) -> Verdict:
     """What to do after the attempts of the run in ``folder`` beyond the first ``before``.
 
     Args:
@@ -61,11 +64,14 @@ def judge(folder: Path, before: int, *, asked: bool, reports: Sequence[dict[str,
         asked: it was asked to stop, so that the allocation comes to its end.
         reports: of the nodes (:func:`read_reports`).
         crashes: in a row, after which a run is given up.
+        lost: names of nodes that Slurm has lost meanwhile.
     """
     attempts = read_attempts(folder)
     if len(attempts) <= before:
         if asked:
             return Verdict("requeue", EXIT_STOPPED, "it was asked to stop before it had begun")
+        if lost:
+            return Verdict("again", EXIT_CRASH, f"{lost} was lost before it had begun")
         told = "; ".join(report["told"] for report in reports if report["told"])
         return Verdict("stop", EXIT_CRASH, f"it ended before it could record a start{f' ({told})' if told else ''}")
     last = attempts[-1]
@@ -79,6 +85,8 @@ def judge(folder: Path, before: int, *, asked: bool, reports: Sequence[dict[str,
         return Verdict("stop", EXIT_CRASH, f"the same step would fail again: {last.message}")
     if last.reason == "rolled_back":
         return Verdict("requeue" if asked else "again", EXIT_CRASH, f"ended while it went back: {last.message}")
+    if lost:
+        return Verdict("requeue" if asked else "again", EXIT_CRASH, f"{lost} was lost: it goes on with what is left")
     return _after_crash(folder, attempts, asked, reports, crashes)
 
 
