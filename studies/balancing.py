@@ -22,7 +22,7 @@ import numpy as np
 from pretrain.config import load_config
 from pretrain.model import count_parameters
 
-from .common import Curve, Interval, Plot, Run, interval, marked, shown, table
+from .common import Curve, Interval, Plot, Run, interval, marked, seeds_told, shown, table
 from .common.command import Do, Results, study_command
 from .common.runs import BASE, VOCABULARY, prepare_data, whole_seeds
 from .headers import prepare_headers
@@ -217,8 +217,8 @@ def report(results: Sequence[dict[str, Any]], size: Size) -> tuple[str, list[Plo
     text = f"""## Balancing experts over a sequence, a micro-batch or the global batch
 
 Held-out loss, nats per token, after {size.steps} steps of {size.batch} sequences of 128 tokens of three domains (40 %
-code and 30 % documentation of Python's standard library, 30 % C++ headers of torch); {seeds} seeds, one learning rate
-({size.lr:g}, {size.lr_from}). {len(model.expert_layers)} blocks of {model.experts.number if model.experts else 0}
+code and 30 % documentation of Python's standard library, 30 % C++ headers of torch); {seeds_told(seeds)}; one learning
+rate ({size.lr:g}, {size.lr_from}). {len(model.expert_layers)} blocks of {model.experts.number if model.experts else 0}
 experts, of which a token goes to {model.experts.top_k if model.experts else 0}: {count.total / 1e6:.2f}M parameters,
 {count.active / 1e6:.2f}M of them active. The balance batch is the sequences that a loss's frequencies are of: 1 is the
 level `sequence`, {size.batch} is `global_batch` (exact), between them `micro_batch`. The first row has losses, the

@@ -7,8 +7,8 @@ arXiv 2508.18672): widths d x experts E x experts of a token k at the same token
 blocks, load balancing over the global batch at 0.01 and the router's z-loss at 0.001. Total parameters grow with E,
 active ones with k; sparsity is 1 - k / E. ``configs/sweeps/optimal_sparsity.yaml`` is the paper's family,
 ``optimal_sparsity_small.yaml`` one for an hour of a GPU; here the models are those of the other studies, so that
-several seeds fit on a CPU. The paper's finding on reasoning tasks is out of reach of such models: this is about the
-training loss and the held-out loss alone, which it finds to fall with total parameters.
+several seeds fit on a CPU. The paper's findings on tasks are out of reach of such models: this is about the training
+and the held-out loss alone.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ import numpy as np
 from pretrain.config import load_config
 from pretrain.model import ParameterCount, count_parameters
 
-from .common import Curve, Interval, Plot, Run, interval, marked, shown, table
+from .common import Curve, Interval, Plot, Run, interval, marked, seeds_told, shown, table
 from .common.command import Do, Results, study_command
 from .common.runs import BASE, VOCABULARY, prepare_data, whole_seeds
 
@@ -200,14 +200,15 @@ def report(results: Sequence[dict[str, Any]], size: Size) -> tuple[str, list[Plo
 
 A family of decoders of {size.overrides.get("model.layers", 2)} blocks with experts of 2 d features, E of them in a
 block, of which a token goes to k, on the text of Python's standard library: {size.steps} steps of {size.batch}
-sequences of {SEQUENCE_TOKENS} tokens, {size.tokens / 1e6:.1f}M tokens for all, {seeds} seeds, one learning rate
+sequences of {SEQUENCE_TOKENS} tokens, {size.tokens / 1e6:.1f}M tokens for all, {seeds_told(seeds)}; one learning rate
 ({size.lr:g}, {size.lr_from}). Losses are nats per token, training the mean of the last tenth of the steps, held-out on
 text that no run has seen; differences are taken seed by seed, bold where the 95 % interval is not around 0. CV of loads
 (standard deviation over mean) and dead experts (of all blocks together) are those of the last tenth of the steps. With
 more experts at the same k, total parameters and sparsity grow together; they can't be told apart here.
 
-The paper (up to 125B tokens) finds the loss to fall with total parameters throughout, and at the same loss the models
-with more active ones to reason better, which models so small can't show. Held-out losses here:
+The paper (125B tokens, widths of 512 to 2048) finds what is memorised to grow with total parameters throughout,
+reasoning to be best near 20 tokens for each of them, and of models of one loss those with more active parameters to
+reason better. Models so small reason about nothing: this is about the losses. Held-out losses here:
 
 {verdict(results, size)}
 

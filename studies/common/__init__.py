@@ -3,7 +3,7 @@
 from .docs import put_section, table
 from .plots import Curve, Plot, write_plots
 from .runs import Run, Study
-from .statistics import Interval, interval, marked, shown
+from .statistics import Interval, interval, marked, seeds_told, shown
 
 __all__ = [
     "Curve",
@@ -14,6 +14,7 @@ __all__ = [
     "interval",
     "marked",
     "put_section",
+    "seeds_told",
     "shown",
     "table",
     "write_plots",

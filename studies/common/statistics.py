@@ -45,3 +45,8 @@ def marked(value: Interval) -> str:
     """A difference, to three digits; bold where the interval is not around 0."""
     sure = not math.isnan(value.half) and not value.low <= 0 <= value.high
     return f"**{shown(value, 3)}**" if sure else shown(value, 3)
+
+
+def seeds_told(count: int) -> str:
+    """How many seeds, in words that say what one of them is worth."""
+    return f"{count} seeds" if count > 1 else "one seed, so that there is no interval and a difference may be chance"

@@ -53,6 +53,13 @@ def test_the_report_says_what_the_global_batch_gives() -> None:
     assert list(plots[2].curves[0].y) == pytest.approx([0.012, 0.042, 0.322])
 
 
+def test_one_seed_tells_nothing_apart_and_says_so() -> None:
+    text, _ = report([each for each in results() if each["seed"] == 1], SIZE)
+    assert "one seed, so that there is no interval" in text
+    assert "the global batch is not told apart from 1 (-0.400), not told apart from 4 (-0.200)" in text
+    assert "**" not in text
+
+
 def test_a_run_that_diverged_is_worse() -> None:
     found = results()
     del chosen(found, Way("loss", 0.01, 32))[0]["heldout_loss"]
