@@ -66,8 +66,11 @@ class NumpyKernel:
         return len(offsets)
 
     def widen(self, rows: Rows, eos_id: int, samples: IntArray, size: int) -> Widen:
-        """Makes batches of ``size`` of the rows [n]; those whose sample [n] is negative are holes, and become EOS."""
-        tokens = rows.copy()
+        """Makes batches of ``size`` of the first n rows; those whose sample [n] is negative are holes, and become EOS.
+
+        There are more rows where damage in a later step has ended what was read together.
+        """
+        tokens = rows.copy()[: len(samples)]
         if (holes := samples < 0).any():
             tokens[holes] = eos_id
         count, stride = len(tokens) // size, tokens.shape[1]

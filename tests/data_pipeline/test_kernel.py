@@ -49,16 +49,18 @@ def in_pieces(tokens: np.ndarray, seed: int) -> Rows:
 @given(
     length=st.one_of(st.integers(2, 20), st.sampled_from([64, 127, 128, 129, 130, 255, 256, 257, 400])),
     size=st.integers(1, 4), count=st.integers(1, 3), share=st.sampled_from([0.0, 0.003, 0.1, 0.7, 1.0]),
-    wide=st.booleans(), seed=st.integers(0, 1 << 20), hole=st.sampled_from([0.0, 0.3]),
+    wide=st.booleans(), seed=st.integers(0, 1 << 20), hole=st.sampled_from([0.0, 0.3]), beyond=st.integers(0, 3),
 )  # fmt: skip
 def test_batches_are_equal_to_the_bit(
-    kernels: dict[str, Any], length: int, size: int, count: int, share: float, wide: bool, seed: int, hole: float
-) -> None:
+    kernels: dict[str, Any], length: int, size: int, count: int, share: float, wide: bool, seed: int, hole: float,
+    beyond: int,
+) -> None:  # fmt: skip
+    """Rows beyond the samples are of a step that has to wait."""
     rng = np.random.default_rng(seed)
-    shape = (size * count, length)
+    shape = (size * count + beyond, length)
     tokens = rng.integers(3, 1 << 31 if wide else 1 << 16, shape).astype(np.uint32 if wide else np.uint16)
     tokens[rng.random(shape) < share] = EOS
-    samples = np.where(rng.random(len(tokens)) < hole, -1, np.arange(len(tokens)))
+    samples = np.where(rng.random(size * count) < hole, -1, np.arange(size * count))
     made = {name: one.widen(in_pieces(tokens, seed), EOS, samples, size) for name, one in kernels.items()}
     for number in range(count):
         part = slice(number * size, (number + 1) * size)
