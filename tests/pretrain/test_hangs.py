@@ -111,7 +111,9 @@ def test_giving_up_leaves_stacks_and_the_reason(tmp_path: Path, monkeypatch: pyt
     for step in range(1, 6):
         watch.begin_step(step)
     assert over.wait(30)
-    next(thread for thread in threading.enumerate() if thread.name == "hang-guard").join(30)
+    for thread in threading.enumerate():
+        if thread.name == "hang-guard":
+            thread.join(30)
     assert signals == [(71, "SIGUSR2"), (71, "SIGKILL")]
     assert "rank 1 on here does not answer" in str(ended[0])
     assert "rank 2 on there does not answer" in str(ended[0])
