@@ -96,7 +96,7 @@ class TokenSource:
 
             self._files = RemoteShards(store, self.shards, self._layout, on_damage)
         self.unusable = self._files.check_sizes(*share, on_damage)
-        """How many shards of this process's share were missing or of another size; not 0 only under ``"hole"``."""
+        """Where shards of this process's share were missing or of another size; some only under ``"hole"``."""
         sequences = -(-self.shards.tokens // seq_len)
         self._ends = np.cumsum(sequences)
         self._starts = self._ends - sequences

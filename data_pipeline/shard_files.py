@@ -19,7 +19,7 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 
-from .damage import DamagedBlockError, OnDamage, Reason
+from .damage import HOLES_ADVICE, DamagedBlockError, OnDamage, Reason
 from .errors import DataError
 from .layout import SHARD_FOLDER, BlockLayout, index_entries
 from .permutation import IntArray
@@ -155,8 +155,8 @@ class ShardFiles(ABC):
         """Called in a forked child: the parent's threads are gone, with the locks that they held."""
         self._checksums_lock = threading.Lock()
 
-    def check_sizes(self, rank: int, world: int, on_damage: OnDamage) -> int:
-        """Hold each ``world``-th shard, from row ``rank`` on, against the manifest; returns how many do not fit.
+    def check_sizes(self, rank: int, world: int, on_damage: OnDamage) -> list[str]:
+        """Hold each ``world``-th shard, from row ``rank`` on, against the manifest; returns those that do not fit.
 
         Raises:
             DataError: some do not, and ``on_damage`` is ``"stop"``; names the first ones.
@@ -177,8 +177,8 @@ class ShardFiles(ABC):
             if (more := len(wrong) - len(listed)) > 0:
                 missing = int((sizes[wrong] < 0).sum())
                 listed.append(f"and {more} more (in all {missing} missing, {len(wrong) - missing} of another size)")
-            raise DataError(f"{'; '.join(listed)}. {self._advice}")
-        return len(wrong)
+            raise DataError(f"{'; '.join(listed)}. {self._advice} {HOLES_ADVICE}")
+        return [self.where(row) for row in mine[wrong].tolist()]
 
     def where(self, shard: int) -> str:
         """The path or address of a shard."""

@@ -258,6 +258,8 @@ def _table_damage(job: _ShardJob) -> Iterator[Damage]:
         yield Damage(name, f"SHA-256 is {found}, the manifest says {shard.docs_sha256}", shard.name)
     try:
         table = read_documents(job.folder, shard)
+        if not archive_path(job.folder, shard.name).is_file():  # reported with the archive
+            return
         blocks = map_blocks(archive_path(job.folder, shard.name), job.layout, shard.blocks)
     except DataError as error:
         yield Damage(name, str(error), shard.name)

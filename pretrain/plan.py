@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import chain, repeat
 from pathlib import Path
 from typing import Any
 
@@ -98,8 +99,8 @@ def show_plan(plan: dict[str, Any]) -> str:
         *show_expert_communication(plan["expert_parallel"]),
         *show_mup(plan["mup"]),
     ]
-    for stage in plan["batch_ramp"]:
-        lines.append(f"ramp          first {stage['steps']:,} steps of {stage['global_batch']:,} sequences")
+    for when, stage in zip(chain(["first"], repeat("then")), plan["batch_ramp"], strict=False):
+        lines.append(f"ramp          {when} {stage['steps']:,} steps of {stage['global_batch']:,} sequences")
     lines.append(
         f"order         {plan['order']}"
         + (f", {plan['skipped_sequences']:,} sequences left out" if plan["skipped_sequences"] else "")

@@ -276,9 +276,11 @@ class Session:
 
     def _tell_missing(self, data: RunData, state: TrainState) -> None:
         """Say at the start which shards ``data.on_damage: hole`` lets be missing. Collective."""
-        missing = sum(source.unusable for source in (*data.sources, *data.heldout.values()))
-        if (missing := sum(self._ranks.gather_objects(missing))) and self._monitor:
-            told = f"{missing} shards are missing or not of their size: their sequences will be holes"
+        mine = [shard for source in (*data.sources, *data.heldout.values()) for shard in source.unusable]
+        missing = sorted({shard for part in self._ranks.gather_objects(mine) for shard in part})
+        if missing and self._monitor:
+            listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+            told = f"missing or not of their size, so that their sequences will be holes: {listed}"
             self._monitor.event({"event": "missing_shards", "step": state.step, "message": told})
 
     def _tell_kernel(self) -> None:

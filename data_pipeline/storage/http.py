@@ -120,7 +120,7 @@ class HttpStore(RemoteStore):
             name,
             start,
             "the server answers requests for a byte range with the whole file",
-            "Read whole files (order mode `full`), or serve the files with byte ranges (nginx, Apache and every "
+            "Read whole files (`data.order: full`), or serve the files with byte ranges (nginx, Apache and every "
             "object store do).",
         )
 

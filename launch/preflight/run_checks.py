@@ -63,7 +63,8 @@ def data(config: Config, request: Request, opened: list[RunData]) -> Iterator[Fi
         told = f"{config.data.sources[name].path}: {source.sequences:,} sequences, identity "
         yield Finding(f"data.{name}", "info", f"{told}{source.manifest.identity[:12]}.")
         if source.unusable:
-            yield Finding("data.holes", "warning", f"data.sources.{name}: {source.unusable} shards are missing.")
+            told = f"{len(source.unusable):,} shards are missing or not of their size, first {source.unusable[0]}"
+            yield Finding("data.holes", "warning", f"data.sources.{name}: {told}.")
     damaged = _sampled(config, stream)
     stream.close()
     if damaged:

@@ -101,6 +101,11 @@ def test_a_missing_shard_is_reported(dataset: Path) -> None:
     assert ("shards/000001.tar", "missing") in found
 
 
+def test_a_missing_archive_does_not_make_its_table_look_damaged(dataset: Path) -> None:
+    (dataset / "shards" / "000001.tar").unlink()
+    assert [str(item) for item in verify_dataset(dataset, 1)] == ["shards/000001.tar: missing"]
+
+
 @pytest.mark.parametrize("form", ["energon", "wids"])
 def test_index_files_for_other_readers_are_known_and_held_against_the_manifest(dataset: Path, form: str) -> None:
     written = write_index(dataset, form)

@@ -175,6 +175,13 @@ def test_plan_in_figures(runs: Runs) -> None:
     assert "20 steps of 256 tokens, 5,120 tokens in all; 4 micro-steps a step" in text
     assert f"a: {drawn[0]} of its {data.sources[0].sequences} sequences" in text
     assert f"batches       made by {kernel.describe()}" in text
+    stages = "training.batch_ramp=[{steps: 3, global_batch: 2}, {steps: 5, global_batch: 4}]"
+    ramp = [
+        line
+        for line in show_plan(make_plan(path, [stages, "training.micro_batch=1"], 2)).splitlines()
+        if line.startswith("ramp")
+    ]
+    assert ramp == ["ramp          first 3 steps of 2 sequences", "ramp          then 5 steps of 4 sequences"]
     assert not runs.run_folder("planned").exists()
 
 
