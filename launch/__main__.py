@@ -31,7 +31,7 @@ Signal = Annotated[int, typer.Option(min=1, help="seconds before the limit at wh
 Partition = Annotated[str | None, typer.Option(help="of the cluster")]
 Account = Annotated[str | None, typer.Option(help="to charge")]
 SbatchOption = Annotated[list[str] | None, typer.Option("--sbatch", help="a further option of sbatch, as --qos=high")]
-DryRun = Annotated[bool, typer.Option("--dry-run", help="print the exact command, submit nothing")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="print the exact commands, start and submit nothing")]
 AsJson = Annotated[bool, typer.Option("--json", help="print JSON")]
 
 
@@ -125,6 +125,17 @@ def sweep(
     """Run every member of a grid that is not done yet, and show a table of all. Ends with 1 where members failed."""
     from . import sweep as sweeps
 
+    if not on_slurm:
+        of_slurm = {
+            "--wait": wait, "--nodes": nodes != "1", "--gpus-per-node": gpus_per_node, "--time": time,
+            "--ranks-per-node": ranks_per_node, "--cpus-per-task": cpus_per_task, "--partition": partition,
+            "--account": account, "--sbatch": sbatch,
+        }  # fmt: skip
+        if given := [name for name, value in of_slurm.items() if value]:
+            raise UserError(
+                f"{', '.join(given)} says nothing of a sweep on this machine. Give --slurm for a job array, or --ranks "
+                "for the processes of a member here."
+            )
     request = _request(grid, None, nodes, gpus_per_node, ranks_per_node, gpu_memory, time, signal, partition, account)
     if not on_slurm:
         request = _local(request, ranks)
@@ -138,7 +149,9 @@ def sweep(
             return
         sweeps.wait(job)
     elif not table:
-        sweeps.run_locally(opened, ranks, at_a_time or 1)
+        sweeps.run_locally(opened, ranks, at_a_time or 1, dry_run)
+        if dry_run:
+            return
     rows = sweeps.results(opened)
     print(json.dumps(rows) if as_json else sweeps.show_results(rows))
     raise typer.Exit(1 if opened.open and not table else 0)
@@ -195,7 +208,9 @@ def _local(request: Request, ranks: int) -> Request:
 
     from .preflight import Request
 
-    return Request(request.path, ranks_per_node=ranks, gpu_memory=request.gpu_memory, gpus=torch.cuda.is_available())
+    return Request(
+        request.path, ranks_per_node=ranks, gpu_memory=request.gpu_memory, gpus=torch.cuda.is_available(), cluster=False
+    )
 
 
 def _parsed(option: str, text: str | None, parse: Callable[[str], float | None]) -> float | None:

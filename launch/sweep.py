@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import subprocess
 import sys
 import time
@@ -73,21 +74,28 @@ def open_sweep(path: Path, overrides: Sequence[str], request: Request) -> Sweep 
     return sweep
 
 
-def run_locally(sweep: Sweep, ranks: int, at_a_time: int) -> int:
-    """Run what is open, ``at_a_time`` members together; 1 where one failed."""
+def run_locally(sweep: Sweep, ranks: int, at_a_time: int, dry_run: bool = False) -> int:
+    """Run what is open, ``at_a_time`` members together; 1 where one failed. A dry run only prints the commands."""
     logs = sweep.folder / "logs"
     logs.mkdir(exist_ok=True)
 
+    def command(number: int) -> list[str]:
+        return [sys.executable, "-m", "launch", "local", "--ranks", str(ranks), str(sweep.files[number])]
+
     def start(number: int) -> int:
         member, began = sweep.members[number], time.monotonic()
-        command = [sys.executable, "-m", "launch", "local", "--ranks", str(ranks), str(sweep.files[number])]
         with open(logs / f"{member.name}.log", "ab") as log:
-            code = subprocess.run(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False).returncode
+            code = subprocess.run(
+                command(number), stdin=subprocess.DEVNULL, stdout=log, stderr=log, check=False
+            ).returncode
         print(f"{member.name}: ended with {code} after {time.monotonic() - began:.0f} s", flush=True)
         return code
 
     skipped = len(sweep.members) - len(sweep.open)
     print(f"{sweep.folder}: {len(sweep.open)} members to run, {skipped} are done", flush=True)
+    if dry_run:
+        print("\n".join(shlex.join(command(number)) for number in sweep.open))
+        return EXIT_DONE
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // (ranks * at_a_time))))
     with ThreadPoolExecutor(at_a_time) as pool:
         codes = list(pool.map(start, sweep.open))

@@ -62,7 +62,7 @@ def save_seconds(config: Config) -> float | None:
 
 def check_slurm(request: Request) -> Iterator[Finding]:
     """The partition's limits and nodes, and the user's accounts."""
-    if not have("sinfo"):
+    if not (request.cluster and have("sinfo")):
         return
     try:
         shown = run("sinfo", "--noheader", "--format=%R|%l|%D|%G|%a")

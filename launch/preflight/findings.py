@@ -51,6 +51,8 @@ class Request:
     account: str | None = None
     gpus: bool = True
     """Ranks have a GPU each; on CPUs ``gpus_per_node`` of a partition says nothing."""
+    cluster: bool = True
+    """For a Slurm cluster; on one machine nothing is asked of Slurm."""
 
     @property
     def worlds(self) -> list[int]:

@@ -10,8 +10,8 @@ import yaml
 
 from data_pipeline.errors import UserError
 from launch import sweep as sweeps
-from launch.__main__ import bytes_of
-from launch.preflight import Request
+from launch.__main__ import bytes_of, sweep
+from launch.preflight import Request, cluster
 from launch.slurm import node_range
 from launch.sweep_settings import load_sweep
 from pretrain.model import count_parameters
@@ -141,6 +141,22 @@ def test_a_member_that_can_not_run_stops_the_sweep(runs: Runs, capsys: pytest.Ca
     path = write(runs, grid={"data.sources.a.path": ["/nowhere/data"]})
     assert sweeps.open_sweep(path, [], Request(path, gpus=False)) == 2
     assert "data.missing" in capsys.readouterr().err
+
+
+def test_a_dry_run_on_this_machine_starts_nothing(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor does it ask Slurm, or take in silence what only Slurm could do."""
+    path = write(runs, grid={"optimizer.lr": [1e-3, 3e-3]})
+    started = pretend(monkeypatch)
+    asked: list[str] = []
+    monkeypatch.setattr(cluster, "have", asked.append)
+    sweep(path, dry_run=True, ranks=2)
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.split(" launch ")[1].split("/")[0] for line in lines[1:]] == ["local --ranks 2 "] * 2
+    assert started == asked == []
+    with pytest.raises(UserError, match=r"--nodes, --time says nothing of a sweep on this machine\. Give --slurm"):
+        sweep(path, nodes="2", time="1:00:00")
 
 
 def test_words_of_the_command_line() -> None:
