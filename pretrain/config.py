@@ -254,6 +254,11 @@ class Config(Settings):
                 "training.activation_checkpointing low_rank keeps the r-dimensional activations of factorised layers, "
                 f"and model.linear makes none (its layers are {kinds}); use full or none, or a kind such as cola"
             )
+        if self.stability.deterministic and self.training.compile:
+            raise ValueError(
+                "stability.deterministic can't be kept with training.compile, whose kernels are chosen by how long "
+                "they take; set one of them to false"
+            )
         _check_expert_parallel(self.engine, self.model, self.training.precision)
         check_balancing(self.objective, self.model)
         if self.model.mup:

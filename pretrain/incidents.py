@@ -66,6 +66,7 @@ class Incidents:
         """
         told = f"{incident.told}, at positions {step.position} to {step.next_position - 1}"
         told += self._suspects(incident, objective, step, state)
+        told += f". {incident.rerun}" if incident.rerun else ""
         broken = non_finite_weights(self.engine, self.ranks) if incident.kind == "non_finite" else ""
         if broken and incident.action == "skip":
             incident = replace(incident, action="stop", bound=f"its weights are not finite any more: {broken}")

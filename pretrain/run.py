@@ -30,6 +30,7 @@ from .check import check_run, warnings
 from .checkpoint import CheckpointError, CheckpointStore, read_state, refuse_copies, seed_generators
 from .config import Config, load_config
 from .data import RunData, stretch_of_run
+from .deterministic import be_deterministic
 from .distributed import Distributed, finish, start
 from .engine import Engine
 from .hangs import HangGuard
@@ -68,7 +69,7 @@ TOGETHER = (AgreedError, CheckpointError, NonFiniteError, RollbackError, SpikeEr
 def run_training(path: Path, overrides: Sequence[str]) -> NoReturn:
     """Train the run that ``path`` and ``overrides`` describe, and end the process with the exit code of the reason."""
     stop = StopRequest()
-    config, failure = attempt(lambda: load_config(path, overrides))
+    config, failure = attempt(lambda: _configure(path, overrides))
     ranks = start(config.resilience.collective_timeout_seconds if config else START_TIMEOUT_SECONDS)
     session = Session(ranks)
     try:
@@ -87,6 +88,13 @@ def run_training(path: Path, overrides: Sequence[str]) -> NoReturn:
         traceback.print_exc()
         finish(session.end("crash", EXIT_CRASH, error), together=False)
     finish(code, together=True)
+
+
+def _configure(path: Path, overrides: Sequence[str]) -> Config:
+    config = load_config(path, overrides)
+    if config.stability.deterministic:
+        be_deterministic()
+    return config
 
 
 class Session:

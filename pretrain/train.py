@@ -35,7 +35,7 @@ from .monitor import Monitor, peak_flops
 from .objective import Objective, StepStatistics
 from .optimizer import learning_rate
 from .signals import StopRequest, names
-from .stability import Figures, Incident, Past, judge
+from .stability import Computed, Figures, Incident, Past, judge, verdict
 from .state import TrainState, checkpoint_state, end_position
 from .step_metrics import name_dropped, step_metrics
 from .stopwatch import Stopwatch
@@ -191,8 +191,29 @@ class Trainer:
     ) -> tuple[StepStatistics, Incident | None]:
         """One optimizer step over the global batch: what it was, and why its update was not made, if it was not."""
         self.engine.update_buffers(self.state.step)
+        self._scoring = self._accumulate(objective, step)
+        found: list[tuple[StepStatistics, Incident | None]] = []
+        own: torch.Tensor | None = None
+
+        def accept(norm: torch.Tensor | float) -> bool:
+            nonlocal own
+            own = self._own_sums(objective) if self.config.stability.rerun else None
+            statistics = objective.end_step([*stop.flags, self.store.busy], norm)
+            figures = Figures(statistics.loss, statistics.objective, statistics.gradient_norm)
+            found.append((statistics, judge(self.config.stability, self._past, figures)))
+            return found[0][1] is None
+
+        self.engine.step(rate, accept)
+        statistics, incident = found[0]
+        if incident and own is not None:
+            first = Computed(incident.figures, tuple(own.tolist()))
+            incident = replace(incident, rerun=self._rerun(objective, step, rate, first))
+        return statistics, incident
+
+    def _accumulate(self, objective: Objective, step: Step) -> Stopwatch | None:
+        """The step's gradient; the time of its scoring pass, where it had one."""
         self.engine.begin_step(len(step.micro_batches))
-        self._scoring = self._score(objective, step) if objective.scores_first else None
+        scoring = self._score(objective, step) if objective.scores_first else None
         for number, micro_batch in enumerate(step.micro_batches):
             batch = micro_batch.to(self.ranks.device)
             with self._forward if number == 0 else nullcontext():
@@ -200,16 +221,29 @@ class Trainer:
             self.engine.backward(objective.micro_step(logits, batch, routing))
         if (factor := objective.gradient_factor()) is not None:
             self.engine.scale_gradients(factor)
-        found: list[tuple[StepStatistics, Incident | None]] = []
+        return scoring
 
-        def accept(norm: torch.Tensor | float) -> bool:
-            statistics = objective.end_step([*stop.flags, self.store.busy], norm)
-            figures = Figures(statistics.loss, statistics.objective, statistics.gradient_norm)
-            found.append((statistics, judge(self.config.stability, self._past, figures)))
-            return found[0][1] is None
+    def _own_sums(self, objective: Objective) -> torch.Tensor:
+        return torch.cat([objective.own_sums(), self.engine.own_gradient.view(1)])
 
-        self.engine.step(rate, accept)
-        return found[0]
+    def _rerun(self, objective: Objective, step: Step, rate: float, first: Computed) -> str:
+        """Compute a step whose update was left out again, from the same state, and say what that tells. Collective."""
+        objective.begin_step(self.state.step, step.micro_batches, self.state.loss_range, self.state.expert_frequencies)
+        self._accumulate(objective, step)
+        found: list[Computed] = []
+
+        def leave_out(norm: torch.Tensor | float) -> bool:
+            own = self._own_sums(objective)
+            seen = objective.end_step((), norm)
+            figures = Figures(seen.loss, seen.objective, seen.gradient_norm)
+            found.append(Computed(figures, tuple(own.tolist())))
+            return False
+
+        self.engine.step(rate, leave_out)
+        (again,) = found
+        me = f"rank {self.ranks.rank} on {socket.gethostname()}"
+        differing = self.ranks.gather_objects("" if first.same_own(again) else me)
+        return verdict(first, again, [told for told in differing if told])
 
     @property
     def _past(self) -> Past:

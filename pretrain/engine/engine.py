@@ -31,6 +31,7 @@ from .gradients import forget_gradients, scale_gradients
 from .initial import Given, fill_model
 from .masters import write_masters
 from .shards import attach_matrices, shards_of
+from .watch import GradientWatch
 
 
 @contextmanager
@@ -74,6 +75,7 @@ class Engine:
         self._experts = expert_groups(config.engine.expert_parallel, ranks)
         model = self._build(deepspeed, config, vocab_size, settings)
         self._experts.mark(model)
+        self._watch = GradientWatch(model.embedding, ranks.device) if config.stability.rerun else None
         if isinstance(model.head, Head):
             model.head.statistics = self._rows
         if not empty:
@@ -152,12 +154,21 @@ class Engine:
     def begin_step(self, micro_steps: int) -> None:
         """Say how many micro-steps the optimizer step that begins has; a batch ramp changes it on the way."""
         self._left = micro_steps
+        if self._watch:
+            self._watch.begin()
         if self._rows:
             self._rows.begin(last=micro_steps == 1)
         self._engine._config.gradient_accumulation_steps = micro_steps
         if hasattr(self._engine.optimizer, "gradient_accumulation_steps"):
             self._engine.optimizer.gradient_accumulation_steps = micro_steps
         self._engine.set_gradient_accumulation_boundary(micro_steps == 1)
+
+    @property
+    def own_gradient(self) -> Tensor:
+        """Sum of squares of what this rank's backward passes of the step have brought back to the embedding, a scalar
+        on the device; where ``stability.rerun`` asks for it."""
+        assert self._watch is not None
+        return self._watch.energy
 
     def backward(self, loss: Tensor) -> None:
         """Accumulate the gradient of ``loss`` (scalar); reduces over the ranks after the step's last micro-step."""

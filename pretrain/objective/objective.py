@@ -239,6 +239,11 @@ class Objective:
         known = means, counts, batch.source_ids.double(), batch.run_positions.double(), importances
         return Samples(*known), within
 
+    def own_sums(self) -> Tensor:
+        """This rank's share of the objective and its losses by source so far, [1 + sources] on the device."""
+        step = self._current()
+        return torch.cat([step.objective.view(1), step.losses])
+
     def gradient_factor(self) -> Tensor | None:
         """What the gradients that the step has accumulated have to be multiplied by before they are used, a scalar on
         the device; None: they are as they should be. After the last ``micro_step``, once. Collective."""

@@ -56,6 +56,8 @@ class Incident:
     """Of a spike."""
     bound: str = ""
     """Where the action is ``stop`` because of a bound: which."""
+    rerun: str = ""
+    """What computing the step again has told, where that is asked for."""
 
     @property
     def told(self) -> str:

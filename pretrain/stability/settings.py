@@ -47,9 +47,17 @@ class StabilitySettings(Settings):
     drop_steps: int | None = Field(default=None, ge=1)
     """How many steps' positions a rollback leaves out, the last of them the incident's; at most back to the checkpoint.
     ``null``: all from the checkpoint on."""
+    deterministic: bool = False
+    """Take only kernels that give the same bits each time (:mod:`pretrain.deterministic`), which may be slower; an
+    operation that has none is an error."""
+    rerun: bool = False
+    """Compute the step of an incident a second time from the same state: the same bits mean data, others hardware.
+    Needs ``deterministic``. Costs a step for each incident, and a sum of squares in every step."""
 
     @model_validator(mode="after")
     def _check(self) -> StabilitySettings:
+        if self.rerun and not self.deterministic:
+            raise ValueError("rerun can tell nothing from kernels that add in any order; set deterministic=true")
         actions = {self.non_finite, self.spike.action if self.spike else "stop"}
         bounds = (["max_skips_in_row", "max_skips", "skip_window"], {"skip", "rollback"}, "leaves a step out")
         for names, needed, what in (bounds, (["max_rollbacks", "drop_steps"], {"rollback"}, "goes back")):

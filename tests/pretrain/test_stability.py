@@ -3,15 +3,28 @@
 from __future__ import annotations
 
 import math
+import os
 import statistics
 from pathlib import Path
 
 import pytest
+import torch
 
 from data_pipeline.errors import UserError
 from pretrain.config import load_config
+from pretrain.deterministic import be_deterministic
 from pretrain.objective import StepStatistics
-from pretrain.stability import Figures, Incident, Past, SpikeSettings, StabilitySettings, judge, without_checkpoint
+from pretrain.stability import (
+    Computed,
+    Figures,
+    Incident,
+    Past,
+    SpikeSettings,
+    StabilitySettings,
+    judge,
+    verdict,
+    without_checkpoint,
+)
 from pretrain.stability.robust import robust_z
 from pretrain.stability.rollbacks import Rollback, ahead, merged, read_rollbacks, record_rollback
 from pretrain.stability.suspects import Suspect, name_samples, suspicious
@@ -168,14 +181,52 @@ def test_ranges_are_merged() -> None:
         ("stability={drop_steps: 5}", "drop_steps 5 says nothing"),
         ("stability={spike: {least: 40, window: 20}}", "least 40 losses never come together in a window of 20"),
         ("stability={spike: {action: stop}}", "stability.spike.action"),
+        ("stability={rerun: true}", "rerun can tell nothing from kernels that add in any order"),
+        (["stability.deterministic=true", "training.compile=true"], "can't be kept with training.compile"),
     ],
 )
-def test_settings_that_say_nothing_are_refused(override: str, part: str) -> None:
+def test_settings_that_say_nothing_or_contradict_are_refused(override: str | list[str], part: str) -> None:
     with pytest.raises(UserError) as caught:
-        load_config(DEMO, [override])
+        load_config(DEMO, override if isinstance(override, list) else [override])
     assert part in str(caught.value)
 
 
 def test_an_incident_is_told_with_its_figures() -> None:
     incident = Incident("spike", "skip", Figures(9.0, 9.5, 1.0), 12.345)
     assert incident.told == "loss 9.0, objective 9.5, gradient norm 1.0, robust z-score of the loss 12.35"
+
+
+def test_what_computing_a_step_again_tells() -> None:
+    nan = Figures(math.nan, math.nan, math.inf)
+    first = Computed(nan, (1.0, math.nan))
+    assert first.same(Computed(Figures(math.nan, math.nan, math.inf), (2.0,)))
+    assert first.same_own(Computed(FINE, (1.0, math.nan)))
+    assert verdict(first, first, []).endswith("the data or the arithmetic, not the hardware")
+    again = Computed(FINE, (1.0, 2.0))
+    assert not first.same_own(again)
+    told = verdict(first, again, ["rank 1 on n7"])
+    assert told == "Computed again it came to loss 2.0, gradient norm 0.5: hardware, on rank 1 on n7"
+    assert "a rank that is not known" in verdict(first, again, [])
+    assert "rank 3 on n2" in verdict(first, first, ["rank 3 on n2"]), "ranks' errors may cancel in the sum"
+
+
+def test_deterministic_mode_tells_torch_and_its_libraries(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "NCCL_ALGO"):
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
+    monkeypatch.setattr(torch.backends.cudnn, "deterministic", False)
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    try:
+        be_deterministic()
+        assert torch.are_deterministic_algorithms_enabled()
+        assert (torch.backends.cudnn.benchmark, torch.backends.cudnn.deterministic) == (False, True)
+        assert (os.environ["CUBLAS_WORKSPACE_CONFIG"], os.environ["NCCL_ALGO"]) == (":4096:8", "^NVLS")
+        # one of the operations without a deterministic kernel, on any device
+        with pytest.raises(RuntimeError, match="deterministic"):
+            torch.zeros(3).put_(torch.tensor([0, 0]), torch.ones(2), accumulate=False)
+        monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":0:0")
+        with pytest.raises(UserError, match="CUBLAS_WORKSPACE_CONFIG = ':0:0'"):
+            be_deterministic()
+    finally:
+        torch.use_deterministic_algorithms(False)

@@ -1,4 +1,4 @@
-"""A step whose gradient is not finite on one rank leaves no trace on any, at every ZeRO stage and precision."""
+"""A step with a gradient that is not finite on one rank, or that is refused, leaves no trace at any ZeRO stage."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pretrain.config import Config
 from tests.marks import campaign
 from tests.ranks import run_on_ranks
 
-from .steps import RATES, EngineRun, tiny_config
+from .steps import RATES, EngineRun, micro_batches, tiny_config
 
 LEAN = [(0, "fp32", "adamw"), (1, "bf16", "adamw"), (2, "fp32", "adamw"), (3, "bf16", "adamw")]
 ALL = [*itertools.product((0, 1, 2, 3), ("fp32", "bf16"), ("adamw",)), *((stage, "bf16", "muon") for stage in range(4))]
@@ -46,9 +46,13 @@ def nan_gradient(loss: Any) -> Any:
     return Poison.apply(loss)
 
 
-def steps(run: EngineRun, bad: int, poisoned: bool) -> list[float]:
-    """Three steps but for step ``bad``, which is made with a NaN in a gradient of the last rank, or not at all; the
-    gradient norms."""
+STEPS, REFUSED = 4, 2
+"""The step (from 0) that is refused though it is finite."""
+
+
+def steps(run: EngineRun, bad: int, harmed: bool) -> list[float]:
+    """Steps of which ``bad`` has a NaN in a gradient of the last rank, and REFUSED is not accepted; or the others
+    alone. The gradient norms."""
     asked: list[float] = []
     backward = run.engine.backward
 
@@ -58,22 +62,22 @@ def steps(run: EngineRun, bad: int, poisoned: bool) -> list[float]:
 
     def accept(norm: Any) -> bool:
         asked.append(run.objective.end_step((), norm).gradient_norm)
-        return math.isfinite(asked[-1])
+        return math.isfinite(asked[-1]) and step != REFUSED
 
-    for step in range(3):
-        if step == bad and not poisoned:
+    for step in range(STEPS):
+        if step in (bad, REFUSED) and not harmed:
             continue
         if step == bad and run.ranks.rank == run.ranks.world_size - 1:
             run.engine.backward = poison  # type: ignore[method-assign]
         run.backward(step)
         run.engine.__dict__.pop("backward", None)
-        run.engine.step(RATES[step], accept)
+        run.engine.step(RATES[step % len(RATES)], accept)
     return asked
 
 
 def poisoned_steps(cases: list[tuple[int, str, str]], offload: str, bad: int) -> list[dict[str, Any]]:
-    """On one rank: three steps of which one has a NaN, against the steps without that one; and what a check finds of
-    weights and moments."""
+    """On one rank: steps of which one has a NaN and one is refused, against those without them; what a check finds of
+    weights and moments; and a norm that is not finite on the last rank alone."""
     import torch
 
     from pretrain.distributed import start
@@ -83,11 +87,14 @@ def poisoned_steps(cases: list[tuple[int, str, str]], offload: str, bad: int) ->
     for case in cases:
         config = case_config(*case, offload)
         runs = [EngineRun(config, ranks) for _ in range(2)]
-        asked = [steps(run, bad, poisoned) for run, poisoned in zip(runs, (True, False), strict=True)]
+        asked = [steps(run, bad, harmed) for run, harmed in zip(runs, (True, False), strict=True)]
         left, reference = (run.engine.full_parameters() for run in runs)
         same = all(torch.equal(value, reference[name]) for name, value in left.items())
         seen = {"case": case, "asked": asked, "same": same, "tensors": len(left)}
         found.append({**seen, "broken": broken_weights(runs[1])})
+    runs[0].objective.begin_step(0, micro_batches(0, ranks, 2))
+    last = ranks.rank == ranks.world_size - 1
+    found[-1]["alone"] = runs[0].objective.end_step((), math.nan if last else 1.0).gradient_norm
     return found
 
 
@@ -103,14 +110,15 @@ def test_a_nan_in_one_ranks_gradient_leaves_the_step_out_on_all(
     for found in by_rank:
         for case in found:
             with_it, without = case["asked"]
-            assert [math.isfinite(norm) for norm in with_it] == [step != bad for step in range(3)], case
-            assert len(without) == 2
+            assert [math.isfinite(norm) for norm in with_it] == [step != bad for step in range(STEPS)], case
+            assert len(without) == STEPS - 2
             assert with_it[-1] == without[-1]
             assert case["tensors"] > 10
             assert case["same"], case["case"]
             assert case["broken"]["sound"] == []
             for what in ("weights", "moment", "rounded"):
                 assert case["broken"][what] == [case["broken"]["name"]], case
+        assert math.isnan(found[-1]["alone"])
     assert [case["asked"][1] for case in by_rank[0]] == [case["asked"][1] for case in by_rank[1]]
 
 

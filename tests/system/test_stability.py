@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,21 @@ def json_data(runs: Runs) -> dict[str, Any]:
             "b": {"path": str(runs.data), "domain": "b", "max_epochs": None, "weight": 0.5},
         },
     }
+
+
+@pytest.mark.slow
+def test_a_step_computed_again_tells_bad_data_from_a_bad_device(runs: Runs) -> None:
+    stability = {"spike": {"window": 16, "least": 8}, "deterministic": True, "rerun": True}
+    config = runs.config("run", **{**settings(2, "skip"), "stability": stability})
+    done = runs.train(config, fault=f"gradient:{BAD_STEP},flip:9,spike:{SPIKE}")
+    assert done.returncode == 0, done.stderr
+    assert incidents(runs, "run") == [("non_finite", BAD_STEP + 1), ("spike", 10), ("spike", 13)]
+    gradient, device, data = [str(line["message"]) for line in runs.metrics("run") if "event" in line]
+    assert "No sample's own loss is not finite. Computed again it came to the same bits" in gradient
+    assert f": hardware, on rank 1 on {socket.gethostname()}" in device
+    assert f"The highest losses: position {SPIKE} of source" in data
+    assert data.endswith("Computed again it came to the same bits: the data or the arithmetic, not the hardware")
+    assert [line["skipped"] for line in runs.metrics("run") if "objective" in line][-1] == 3
 
 
 @pytest.mark.slow
