@@ -68,9 +68,9 @@ def test_a_spike_is_a_loss_above_the_threshold_and_never_below() -> None:
     assert (found.kind, found.action) == ("spike", "skip")
     assert found.z == pytest.approx(6.0 + 0.6745 * 1.0 / 0.01)
     assert judge(settings, past(losses=losses[1:]), Figures(9.0, 9.0, 1.0)) is None, "too few losses"
-    # of more losses than the window only the last count: here those at 9
-    shifted = (*losses, *(loss + 7.0 for loss in losses))
-    assert judge(settings, past(losses=shifted), Figures(9.0, 9.0, 1.0)) is None
+    # of more losses than the window only the last count: among all of these, 3 would be no spike
+    higher = (*(loss + 7.0 for loss in losses), *losses)
+    assert judge(settings, past(losses=higher), Figures(3.0, 3.0, 1.0)) is not None
     off = StabilitySettings()
     assert judge(off, past(losses=losses), Figures(1e9, 1e9, 1e9)) is None, "off by default"
 
