@@ -393,9 +393,12 @@ def test_groups_of_one_and_ends_never_reached_are_refused() -> None:
 
 
 def test_small_groups_are_warned_of() -> None:
-    def told(world_size: int, micro_batch: int = 2, global_batch: int = 16, **given: Any) -> list[str]:
+    def told(
+        world_size: int, micro_batch: int = 2, global_batch: int = 16, first_batch: int = 0, **given: Any
+    ) -> list[str]:
         reweighting = {"strategy": "linupper", "temperature": 0.4, **given}
-        training = {"global_batch": global_batch, "micro_batch": micro_batch}
+        ramp = [{"steps": 1, "global_batch": first_batch}] if first_batch else []
+        training = {"global_batch": global_batch, "micro_batch": micro_batch, "batch_ramp": ramp}
         return warnings(tiny_config(objective={"reweighting": reweighting}, training=training), world_size)
 
     (warning,) = told(2)
@@ -406,6 +409,7 @@ def test_small_groups_are_warned_of() -> None:
     assert told(4) == []
     assert told(2, group="global_batch") == []
     assert "only 4 samples" in told(2, global_batch=4, group="global_batch_one_pass")[0]
+    assert "only 4 samples" in told(2, first_batch=4, group="global_batch")[0], "of the first steps"
     assert "can take 50%" in told(2, cap=2.0)[0]
     assert told(1, strategy="uniform", temperature=1.0) == []
     assert told(1, temperature=math.inf) == []
