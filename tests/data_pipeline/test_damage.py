@@ -222,6 +222,13 @@ def test_an_evaluation_counts_its_damaged_sequences_and_masks_them(bench: Bench)
             ]
         with pytest.raises(DataError, match=r"000003\.tar"):
             list(EvaluationLoader(bench.source("stop", "heldout"), rank=0, world_size=1, micro_batch=5))
+    flip(shard_path(bench.folder, "000003"), LAYOUT.data_offset(0) + 9)
+    shutil.rmtree(bench.storage.cache.folder or "", ignore_errors=True)
+    filled = EvaluationLoader(
+        bench.source("hole", "heldout"), rank=0, world_size=1, micro_batch=PER_BLOCK + 1, sequences=1, on_damage="hole"
+    )
+    list(filled)
+    assert [hole.position for hole in filled.damage] == [0], "rows that only fill up are no damage"
 
 
 def test_missing_shards_are_named_at_the_start(bench: Bench) -> None:

@@ -132,12 +132,15 @@ def rebuilt(row: ExplainedRow, documents: Documents) -> list[int]:
     return tokens
 
 
-def test_every_row_of_every_step_is_explained(run: Path, documents: Documents) -> None:
+def test_every_row_of_every_step_is_explained(run: Path, documents: Documents, folder: Path) -> None:
     expected = sorted(loaded(run))
     assert len(expected) == 2 * 6 + 6 * 12 + 12 * 9
     rows = [row for step in range(1, 21) for row in explain(run, step, None, None, False)]
     found = sorted((row.step, row.rank, row.row, row.position, rebuilt(row, documents)) for row in rows)
     assert found == expected
+    for row in rows[:40]:
+        content = (folder / "shards" / f"{row.shard}.tar").read_bytes()[row.offset : row.offset + 2 * SEQ]
+        assert np.frombuffer(content, "<u2").tolist() == rebuilt(row, documents)
 
 
 def test_when_seen_is_the_inverse(run: Path, documents: Documents) -> None:
@@ -232,6 +235,8 @@ def test_the_history_forgets_what_a_resume_takes_anew(folder: Path, tmp_path: Pa
     assert [(each.first_step, each.world_size) for each in read_history(tmp_path).stretches] == [(0, 2), (8, 1)]
     record_stretch(tmp_path, whole)
     assert [each.first_step for each in read_history(tmp_path).stretches] == [0], "a run that starts over"
+    record_stretch(tmp_path, stretch(folder, ramp=(), skip_ranges=(), first_step=5, first_position=72, end_step=30))
+    assert [each.first_position for each in read_history(tmp_path).stretches] == [0, 72], "it begins elsewhere"
 
 
 def test_a_run_that_began_with_another_runs_checkpoint(folder: Path, tmp_path: Path) -> None:
