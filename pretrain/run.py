@@ -7,6 +7,7 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -85,7 +86,8 @@ def run_training(path: Path, overrides: Sequence[str]) -> NoReturn:
         code = session.end("user_error" if error.exit_code == EXIT_USER_ERROR else "crash", error.exit_code, error)
         finish(code, together=isinstance(error, TOGETHER))
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # printed with its traceback, and recorded
-        traceback.print_exc()
+        with suppress(OSError):  # as in Session.end
+            traceback.print_exc()
         finish(session.end("crash", EXIT_CRASH, error), together=False)
     finish(code, together=True)
 
@@ -307,7 +309,8 @@ class Session:
         if error is not None and (ranks.rank == 0 or not by_all):
             where = "" if by_all else f"rank {ranks.rank} on {socket.gethostname()}: "
             label = {"stopped": "stopped", "rolled_back": "rollback"}.get(reason, "error")
-            print(f"{label}: {where}{error}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # a pipe whose reader is gone must not keep the reason from the record
+                print(f"{label}: {where}{error}", file=sys.stderr, flush=True)
         if self._monitor:
             self._monitor.close()
         if self._ledger:
