@@ -11,6 +11,7 @@ import pytest
 
 from pretrain.monitor import read_attempts, read_metrics
 from pretrain.report import write_report
+from tests.marks import campaign
 
 from .runs import Runs
 
@@ -37,9 +38,10 @@ def incidents(runs: Runs, name: str) -> list[tuple[str, int]]:
 
 
 @pytest.mark.slow
-def test_a_spike_is_gone_back_from_and_its_range_left_out_also_after_a_kill(runs: Runs) -> None:
+@pytest.mark.parametrize("stage", [campaign(0), 1, campaign(2), campaign(3)])
+def test_a_spike_is_gone_back_from_and_its_range_left_out_also_after_a_kill(runs: Runs, stage: int) -> None:
     faults = f"gradient:{BAD_STEP},spike:{SPIKE}"
-    whole = runs.config("whole", **settings(1, "rollback"))
+    whole = runs.config("whole", **settings(stage, "rollback"))
     done = runs.train(whole, fault=faults)
     assert done.returncode == 0, done.stderr
     folder = runs.run_folder("whole")
@@ -58,14 +60,14 @@ def test_a_spike_is_gone_back_from_and_its_range_left_out_also_after_a_kill(runs
 
     # the run whose user leaves the same range out
     range_left_out = {"skip_ranges": [[96, 104]], **json_data(runs)}
-    by_hand = runs.config("by_hand", **settings(1, "rollback"), data=range_left_out)
+    by_hand = runs.config("by_hand", **settings(stage, "rollback"), data=range_left_out)
     reference = runs.train(by_hand, fault=faults)
     assert reference.returncode == 0, reference.stderr
     assert incidents(runs, "by_hand") == [("non_finite", BAD_STEP + 1)]
     assert runs.state_hashes("by_hand", STEPS) == runs.state_hashes("whole", STEPS)
 
     # killed before the first checkpoint after the incident
-    broken = runs.config("broken", **settings(1, "rollback"))
+    broken = runs.config("broken", **settings(stage, "rollback"))
     assert runs.train(broken, fault=f"{faults},step:14").returncode != 0
     assert read_attempts(runs.run_folder("broken"))[0].reason == "rolled_back"
     resumed = runs.train(broken, fault=faults)
