@@ -4,7 +4,7 @@ BIN := .venv/bin
 READY := .venv/.ready
 WORKERS ?= 2
 
-.PHONY: setup browser slurm demo demo-short test test-fast lint campaign studies
+.PHONY: setup browser slurm demo demo-short test test-fast lint campaign faults studies
 
 setup: $(READY)
 
@@ -49,6 +49,10 @@ lint: setup
 # minutes to hours: what `make test` leaves out
 campaign: setup
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m campaign
+
+# two hundred kills and what else may befall a run; some 20 minutes
+faults: setup
+	$(BIN)/python -m tests.faults --kills 200
 
 # small models that show what the methods do: hours, restartable; writes docs/studies.md
 studies: setup

@@ -112,7 +112,7 @@ class Trainer:
     def __post_init__(self) -> None:
         self._saved_step = self.state.step
         self._forward = Stopwatch(self.ranks.device)
-        alone = self.config.engine.zero_stage < 3
+        alone = self.config.engine.zero_stage < 3 and self.config.engine.expert_parallel == 1
         self._stragglers = Stragglers(self.config.resilience, self.ranks, alone)
         self._incidents = Incidents(self.config, self.data, self.ranks, self.engine, self.monitor, self.finish_save)
 

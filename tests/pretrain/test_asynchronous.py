@@ -50,6 +50,7 @@ def awkward_content() -> dict[str, Any]:
         "marked": marked,
         "module": module,
         "shared": [shared, shared, (shared, 3), Pair(shared, torch.tensor(1.5))],
+        "shared again": shared,
         "kinds": [nn.Parameter(torch.randn(3)), torch.empty(0), torch.arange(3), torch.zeros((), requires_grad=True)],
         "object": Anything(),
         "plain": ({1: None}, frozenset({4}), torch.float16, torch.Size([2]), "text", 1e-3),
