@@ -13,13 +13,23 @@ from torch import Tensor
 
 from data_pipeline.errors import UserError
 from pretrain.config import Config
+from pretrain.costs import memory
 from pretrain.engine import deepspeed_config
-from pretrain.plan_experts import expert_communication
+from pretrain.plan_experts import expert_communication, show_expert_communication
 from tests.ranks import run_on_ranks
 
 from .methods import Method
 from .methods.experts import METHODS, balanced, experts, losses
-from .steps import EngineRun, PlainObjective, batch_of, relative_difference, run_engine, run_plain, tiny_config
+from .steps import (
+    VOCABULARY,
+    EngineRun,
+    PlainObjective,
+    batch_of,
+    relative_difference,
+    run_engine,
+    run_plain,
+    tiny_config,
+)
 from .test_method_matrix import BATCH, added
 
 ALL_ON_THE_LAST = {"score": "sigmoid", "selection_bias": True}
@@ -51,7 +61,7 @@ OTHERS: list[Case] = [
     ("balanced", 2, 2, 1, "none", {"deepspeed": {"prescale_gradients": True, "gradient_predivide_factor": 2.0}}),
 ]
 PLANNED: list[Case] = [
-    ("balanced", 2, 2, 1, "none", {}),
+    ("balanced", 0, 2, 1, "none", {}),
     ("scoring pass", 1, 2, 2, "full", {"precision": "bf16"}),
 ]
 TOLERANCES = {
@@ -154,7 +164,8 @@ def test_with_other_settings_of_the_engine() -> None:
 
 def evaluated_and_counted() -> tuple[list[float], list[tuple[int, int]], list[tuple[int, int]]]:
     """On one of two ranks: an evaluation of other rows on each rank, by whole experts and by divided ones; and for some
-    cases what a step sends, all-to-alls and bytes of rows and of counts, and what the plan says."""
+    cases what a step sends, all-to-alls and bytes of rows and of counts, what the rank holds, bytes of weights and at
+    stage 0 of optimizer state, and what the plan says of both."""
     from pretrain.distributed import start
 
     ranks = start(60)
@@ -193,6 +204,11 @@ def evaluated_and_counted() -> tuple[list[float], list[tuple[int, int]], list[tu
             ),
             (plan["counts"] + scored * plan["scoring_all_to_alls"] // 2, 0),
         ]
+        module, costs = run.engine._engine.module, memory(config, VOCABULARY, 2)
+        state = [value for each in run.engine._optimizer.state.values() for value in each.values() if value.dim()]
+        of_weights = sum(p.numel() * p.element_size() for p in module.parameters())
+        seen.append((of_weights, 4 * sum(map(torch.numel, state)) if config.engine.zero_stage == 0 else 0))
+        told.append((costs["weights_of_a_rank"], costs["optimizer_state_of_a_rank"] * (config.engine.zero_stage == 0)))
     return found, seen, told
 
 
@@ -200,6 +216,17 @@ def test_unequal_batches_and_what_moves() -> None:
     for (whole, divided), seen, told in run_on_ranks(evaluated_and_counted, 2):
         assert divided == pytest.approx(whole, rel=1e-6)
         assert seen == told
+
+
+def test_the_plan_for_people() -> None:
+    config = configured(("balanced", 2, 2, 4, "full", {}), 4)
+    assert show_expert_communication(expert_communication(config, 4)) == [
+        "experts       2 of each block on a rank, in groups of 2 ranks",
+        # 2 blocks x 4 micro-steps x 3 passes there and back, of 24 tokens x 2 slots x 32 features x 4 bytes, a half
+        "exchange      48 all-to-alls of rows a step, 0.147 MB out of a rank when balanced, and 16 of counts; "
+        "a scoring pass would add 16, 0.0492 MB",
+    ]
+    assert show_expert_communication(expert_communication(configured(("balanced", 2, 1, 4, "full", {}), 4), 4)) == []
 
 
 def refused(size: int, **sections: dict[str, Any]) -> str:

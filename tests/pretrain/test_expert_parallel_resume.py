@@ -82,7 +82,7 @@ def leg(root: Path, number: int, ranks: Distributed, optimizer: dict[str, Any], 
     if ranks.rank == 0:
         folder.mkdir()
     ranks.barrier()
-    run.engine.save(folder)
+    run.engine.begin_save(folder, later=number % 2 == 1)()  # every other one beside the training
     held, bias = run.held(), run.engine.selection_bias()
     if ranks.rank == 0:
         torch.save(held, folder / "held.pt")

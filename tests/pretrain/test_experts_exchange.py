@@ -41,17 +41,18 @@ def made(settings: dict[str, Any], across: Distributed | None, dtype: torch.dtyp
     return layer
 
 
-def rows_of(rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Inputs [b, T, d], which tokens count, and what weighs the outputs: another b on each rank, 0 on the second."""
+def rows_of(rank: int, dtype: torch.dtype, none_on_second: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Inputs [b, T, d], which tokens count, and what weighs the outputs: another b on each rank."""
     generator = torch.Generator().manual_seed(rank)
-    shape = (3 * (rank != 1) + rank, 7, 16) if rank != 1 else (0, 7, 16)
+    shape = (0 if none_on_second and rank == 1 else 3 + rank, 7, 16)
     x, weights = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for _ in range(2))
     return x.requires_grad_(), torch.rand(shape[:2], generator=generator) < 0.8, weights
 
 
 def passed(layer: MixtureOfExperts, rank: int, dtype: torch.dtype, recompute: bool) -> dict[str, Tensor]:
     """What a forward and a backward pass over a rank's rows give."""
-    x, counted, weights = rows_of(rank, dtype)
+    # where a block is recomputed, also a rank without a token
+    x, counted, weights = rows_of(rank, dtype, none_on_second=recompute)
     layer.zero_grad()
     call = (lambda *inputs: checkpoint(layer, *inputs, use_reentrant=False)) if recompute else layer
     output, routing = call(x, counted, None)
@@ -74,7 +75,7 @@ def compared(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
         for dtype, recompute in ways:
             divided, whole = made(settings, ranks, dtype), made(settings, None, dtype)
             here, again = (passed(divided, ranks.rank, dtype, recompute) for _ in range(2))
-            alone = [passed(whole, rank, dtype, False) for rank in range(ranks.world_size)]
+            alone = [passed(whole, rank, dtype, recompute) for rank in range(ranks.world_size)]
             expected = dict(alone[ranks.rank])
             for key in ("of experts.gate", "of experts.up", "of experts.down"):
                 summed = sum((each[key].double() for each in alone if each[key].numel()), torch.zeros(()))
