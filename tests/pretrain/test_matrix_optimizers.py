@@ -299,6 +299,7 @@ def test_what_updates_matrices_and_can_not_be_told_where_they_lie_is_refused() -
 
 def moved_weights() -> list[str]:
     from pretrain.distributed import start
+    from pretrain.engine.expert_groups import expert_groups
     from pretrain.engine.shards import shards_of
 
     ranks, found = start(60), []
@@ -313,7 +314,8 @@ def moved_weights() -> list[str]:
             else:
                 optimizer.param_groups[number]["params"][0].data += 1.0
             try:
-                shards_of(wrapper, optimizer.param_groups, engine._engine.module, stage, ranks)
+                experts = expert_groups(1, ranks)
+                shards_of(wrapper, optimizer.param_groups, engine._engine.module, stage, ranks, experts)
             except HeadraceError as error:
                 found.append(str(error))
     return found
