@@ -132,7 +132,9 @@ class Study:
         return load_config(BASE, self._arguments(run))
 
     def _arguments(self, run: Run) -> list[str]:
-        overrides = {**run.overrides, "run.name": run.name, "run.folder": f"runs/studies/{self.name}"}
+        # a run that leaves steps out is another run: here it has diverged, and that is its result
+        given = {"stability.non_finite": "stop", **run.overrides}
+        overrides = {**given, "run.name": run.name, "run.folder": f"runs/studies/{self.name}"}
         return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
 
 
