@@ -58,7 +58,6 @@ OTHERS: list[Case] = [
     ("balanced", 2, 2, 2, "full", {"offload_optimizer": "cpu"}),
     ("balanced", 2, 2, 2, "none", {"overlap_communication": True, "bucket_elements": 2000}),
     ("balanced", 1, 2, 2, "none", {"compile": True}),
-    ("balanced", 2, 2, 1, "none", {"deepspeed": {"prescale_gradients": True, "gradient_predivide_factor": 2.0}}),
 ]
 PLANNED: list[Case] = [
     ("balanced", 0, 2, 1, "none", {}),
@@ -113,7 +112,10 @@ def differences(cases: list[Case]) -> list[tuple[str, dict[str, float], dict[str
         }
         for name in ("losses", "norms"):
             apart[name] = max(abs(a / b - 1) for a, b in zip(seen[name], reference[name], strict=True))
-        found.append((f"{ranks.world_size} ranks, {case}", apart, TOLERANCES[config.training.precision]))
+        allowed = dict(TOLERANCES[config.training.precision])
+        if config.training.compile:
+            allowed["gradients"] = 1e-5  # fused kernels round otherwise
+        found.append((f"{ranks.world_size} ranks, {case}", apart, allowed))
     return found
 
 
