@@ -51,7 +51,7 @@ class CopySeconds:
             self.seconds += time.perf_counter() - started
             return copied
 
-        HostCopies.copy = timed  # type: ignore[method-assign]
+        HostCopies.copy = timed  # type: ignore[method-assign]  # timed where the engine calls it
 
     def take(self) -> float:
         seconds, self.seconds = self.seconds, 0.0

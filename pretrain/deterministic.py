@@ -29,6 +29,6 @@ def be_deterministic() -> None:
         )
     os.environ.setdefault("NCCL_ALGO", "^NVLS")
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in its stubs
     torch.backends.cudnn.deterministic = True
     torch.backends.cudnn.benchmark = False

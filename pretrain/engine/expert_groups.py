@@ -54,6 +54,7 @@ class ExpertGroups:
         for module in model.modules():
             if isinstance(module, Experts):
                 for parameter in module.parameters():
+                    # by these two DeepSpeed knows a parameter of an expert
                     parameter.allreduce, parameter.group_name = False, self.name  # type: ignore[attr-defined]
 
     def apart(self, groups: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

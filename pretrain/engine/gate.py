@@ -23,6 +23,7 @@ class UpdateGate:
         self._decision: bool | None = None
         self.passed = True
         """Whether the last step's update was made, or would have been but for DeepSpeed."""
+        # of this object alone: DeepSpeed calls it in the middle of its own step
         optimizer.step = self._gated  # type: ignore[method-assign, assignment]
 
     @contextmanager
