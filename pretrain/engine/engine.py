@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
@@ -61,6 +62,9 @@ class Engine:
     ) -> None:
         deepspeed = import_deepspeed()
         settings = deepspeed_config(config, ranks.world_size)
+        # an earlier engine of this process dies here and not within an import: its finalizer imports, which Python 3.11
+        # answers there with a KeyError of its import locks (python/cpython#91351)
+        gc.collect()
         self._clip_norm = config.optimizer.clip_norm
         self._clips_itself = clips_itself(config)
         self._stage = config.engine.zero_stage
