@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 
@@ -36,7 +37,7 @@ SAMPLED = 8
 def configuration(config: Config, request: Request) -> Iterator[Finding]:
     """Batches against every number of ranks, the engine's and the schedule's settings, the model's shape."""
     for world in request.worlds:
-        if (found := _tried("batch", lambda world=world: accumulation_steps(config, world))) is not None:  # type: ignore[misc]
+        if (found := _tried("batch", partial(accumulation_steps, config, world))) is not None:
             yield found
             return
     checks: dict[str, Callable[[], object]] = {
@@ -71,7 +72,7 @@ def data(config: Config, request: Request, opened: list[RunData]) -> Iterator[Fi
         yield damaged
     if config.evaluation.every_steps is not None:
         for name in stream.names:
-            if found := _tried("data.heldout", lambda name=name: open_split(config.data, name, HELDOUT).close()):  # type: ignore[misc]
+            if found := _tried("data.heldout", partial(_heldout, config, name)):
                 yield found
                 return
     try:
@@ -92,6 +93,10 @@ def _sampled(config: Config, stream: Stream) -> Finding | None:
     except HeadraceError as error:
         return refused("data.damaged", error)
     return None
+
+
+def _heldout(config: Config, name: str) -> None:
+    open_split(config.data, name, HELDOUT).close()
 
 
 def _resumed(origin: Path, config: Config, data: RunData, ranks: Distributed) -> object:
@@ -125,7 +130,7 @@ def resume(config: Config, request: Request, data: RunData) -> Iterator[Finding]
         return
     for world in request.worlds:
         ranks = Distributed(0, world, torch.device("cpu"))
-        if found := _tried("resume.incompatible", lambda ranks=ranks: _resumed(origin, config, data, ranks)):  # type: ignore[misc]
+        if found := _tried("resume.incompatible", partial(_resumed, origin, config, data, ranks)):
             yield found
             return
     step, total = step_of(origin), config.total_steps
