@@ -5,7 +5,7 @@ at the N-th time (from 1) that a rank has written a checkpoint's first tensors, 
 rename a finished checkpoint, or to remove an old one. ``logits:N`` makes the logits of the sequence at position N of
 the run NaN, ``below:N`` what they come from too, ``spike:N`` a thousand times as large. ``gradient:N`` makes the
 gradient of rank 1 NaN in optimizer step N + 1, ``flip:N`` adds to its loss there the first time only, as a broken
-device would. A worker that torchrun has restarted has no fault.
+device would; ``signal:N`` sends rank 1 a SIGTERM in the midst of it. A worker that torchrun has restarted has no fault.
 """
 
 from __future__ import annotations
@@ -100,6 +100,18 @@ def broken_device(micro_step: Callable[..., Any], place: str, number: int) -> Ca
     return step
 
 
+def signalled(micro_step: Callable[..., Any], number: int) -> Callable[..., Any]:
+    def step(self: Objective, *arguments: Any) -> Any:
+        global seen
+        if os.environ["RANK"] == "1" and self._current().number == number:
+            seen += 1
+            if seen == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+        return micro_step(self, *arguments)
+
+    return step
+
+
 def half_a_save(save: Callable[..., None], number: int) -> Callable[..., None]:
     def saving(state: Any, target: Any, *arguments: Any, **options: Any) -> None:
         save(state, target, *arguments, **options)
@@ -128,6 +140,8 @@ def build_in(place: str, number: int) -> None:
             setattr(Objective, name, poisoned(getattr(Objective, name), place, number))
     elif place in ("gradient", "flip"):
         Objective.micro_step = broken_device(Objective.micro_step, place, number)  # type: ignore[method-assign]
+    elif place == "signal":
+        Objective.micro_step = signalled(Objective.micro_step, number)  # type: ignore[method-assign]
     elif place == "write":
         torch.save = half_a_save(torch.save, number)  # type: ignore[assignment]
     elif place == "manifest":

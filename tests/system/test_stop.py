@@ -62,6 +62,14 @@ def test_stopped_runs_go_on_to_the_same_bits(runs: Runs) -> None:
 
 
 @pytest.mark.slow
+def test_a_signal_within_a_step_stops_the_run_after_that_step(runs: Runs) -> None:
+    """It reaches one rank while micro-steps are still to come: all ranks agree on it at the end of the same step."""
+    assert runs.train(runs.config("within"), fault="signal:5").returncode != 0
+    (attempt,) = read_attempts(runs.run_folder("within"))
+    assert (attempt.reason, attempt.signal, attempt.last_step) == ("stopped", "SIGTERM", 6)
+
+
+@pytest.mark.slow
 def test_a_finished_run_started_again_changes_nothing(runs: Runs) -> None:
     config = runs.config("finished")
     assert runs.train(config, ranks=1).returncode == 0
