@@ -7,7 +7,6 @@ import socket
 import sys
 import traceback
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
@@ -50,6 +49,7 @@ from .state import (
     resume_state,
     topology_changes,
 )
+from .terminal import outlive_output
 from .train import StoppedError, TooManyHolesError, Trainer
 
 
@@ -70,6 +70,7 @@ TOGETHER = (AgreedError, CheckpointError, NonFiniteError, RollbackError, SpikeEr
 def run_training(path: Path, overrides: Sequence[str]) -> NoReturn:
     """Train the run that ``path`` and ``overrides`` describe, and end the process with the exit code of the reason."""
     stop = StopRequest()
+    outlive_output()
     config, failure = attempt(lambda: _configure(path, overrides))
     ranks = start(config.resilience.collective_timeout_seconds if config else START_TIMEOUT_SECONDS)
     session = Session(ranks)
@@ -86,8 +87,7 @@ def run_training(path: Path, overrides: Sequence[str]) -> NoReturn:
         code = session.end("user_error" if error.exit_code == EXIT_USER_ERROR else "crash", error.exit_code, error)
         finish(code, together=isinstance(error, TOGETHER))
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001  # printed with its traceback, and recorded
-        with suppress(OSError):  # as in Session.end
-            traceback.print_exc()
+        traceback.print_exc()
         finish(session.end("crash", EXIT_CRASH, error), together=False)
     finish(code, together=True)
 
@@ -309,8 +309,7 @@ class Session:
         if error is not None and (ranks.rank == 0 or not by_all):
             where = "" if by_all else f"rank {ranks.rank} on {socket.gethostname()}: "
             label = {"stopped": "stopped", "rolled_back": "rollback"}.get(reason, "error")
-            with suppress(OSError):  # a pipe whose reader is gone must not keep the reason from the record
-                print(f"{label}: {where}{error}", file=sys.stderr, flush=True)
+            print(f"{label}: {where}{error}", file=sys.stderr, flush=True)
         if self._monitor:
             self._monitor.close()
         if self._ledger:

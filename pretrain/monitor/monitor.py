@@ -8,6 +8,8 @@ from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 
+from pretrain.terminal import lost_output
+
 from .metrics import MetricLine, MetricsLog
 from .progress import evaluation_line, progress_line
 from .tensorboard import TensorBoardWriter
@@ -35,17 +37,23 @@ class Monitor:
         self._tensorboard = TensorBoardWriter(run_folder, resume_step) if tensorboard else None
         self._total_steps = total_steps
         self._print = print
+        self._lost = ""
         self._recent: deque[float] = deque(maxlen=50)
         self.superseded = self._metrics.superseded
         self.lost_steps = self._metrics.lost_steps
 
     def log(self, line: MetricLine) -> None:
-        """One logged step. The remaining time is told by the median of the last 50 lines' ``step_seconds``."""
+        """One logged step. The remaining time is told by the median of the last 50 lines' ``step_seconds``. Output that
+        nobody takes any more is an event."""
         self._write(line)
         if isinstance(seconds := line.get("step_seconds"), int | float):
             self._recent.append(seconds)
         pace = statistics.median(self._recent) if self._recent else None
         self._print(progress_line(line, self._total_steps, pace))
+        if (lost := lost_output()) and lost != self._lost:
+            self._lost = lost
+            told = f"{lost}: what the run says is in metrics.jsonl from here on"
+            self.event({"event": "output_lost", "step": line["step"], "message": told})
 
     def evaluation(self, line: MetricLine) -> None:
         """One evaluation; in TensorBoard its numbers stand under the set's name."""
