@@ -136,6 +136,8 @@ def sweep(
                 f"{', '.join(given)} says nothing of a sweep on this machine. Give --slurm for a job array, or --ranks "
                 "for the processes of a member here."
             )
+    elif ranks != 1:
+        raise UserError(f"--ranks {ranks} says nothing of a job array. Give --gpus-per-node or --ranks-per-node.")
     request = _request(grid, None, nodes, gpus_per_node, ranks_per_node, gpu_memory, time, signal, partition, account)
     if not on_slurm:
         request = _local(request, ranks)

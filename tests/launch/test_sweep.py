@@ -157,6 +157,8 @@ def test_a_dry_run_on_this_machine_starts_nothing(
     assert started == asked == []
     with pytest.raises(UserError, match=r"--nodes, --time says nothing of a sweep on this machine\. Give --slurm"):
         sweep(path, nodes="2", time="1:00:00")
+    with pytest.raises(UserError, match=r"--ranks 2 says nothing of a job array\. Give --gpus-per-node or --ranks-per"):
+        sweep(path, on_slurm=True, ranks=2)
 
 
 def test_words_of_the_command_line() -> None:
