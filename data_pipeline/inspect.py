@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import DataError
+from .kernel import describe
 from .layout import TOKENIZER_FILE
 from .manifest import HELDOUT, SPLITS, TRAIN, Manifest, Shard, read_manifest
 from .shard_reading import read_documents, read_tokens
@@ -42,6 +43,7 @@ def inspect_dataset(folder: Path, samples: int = 0, entropy: bool = False) -> di
         "pack_tokens": manifest.pack_tokens,
         "tokenizer_sha256": manifest.tokenizer_sha256,
         "shards": len(manifest.shards),
+        "kernel": describe(),
         "groups": manifest.shards.totals(),
         "sources": manifest.sources,
     }
@@ -105,6 +107,7 @@ def render(report: dict[str, Any]) -> str:
         f"tokenizer  {report['vocab_size']:,} pieces, {report['tokenizer_sha256'][:16]}",
         f"format     {report['shards']} shards of blocks of {report['block_tokens']:,} {report['dtype']} tokens",
         f"packing    {_packing(report)}",
+        f"kernel     {report['kernel']}",
         "",
         f"{'domain':<{wide}}{'split':<9}"
         f"{'shards':>7}{'documents':>12}{'tokens':>16}{'text bytes':>16}{'bytes/token':>13}",

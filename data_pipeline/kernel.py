@@ -41,6 +41,8 @@ _COMPILERS = ("cc", "gcc", "clang")
 _COMPILE_SECONDS = 120
 _TOKENS = {np.dtype("<u2"), np.dtype("<u4")}
 _WIDTHS = ("plain", "AVX2", "AVX-512")
+_CRCS = ("tables", "the CPU", "VPCLMULQDQ")
+_ALL = 2
 
 
 class _RowTable(ctypes.Structure):
@@ -61,20 +63,21 @@ class NativeKernel:
 
     Args:
         library: the compiled file.
-        portable: leave out the instructions that not every CPU of this kind has.
+        level: what may be used of this CPU, 0: what any of its kind has, 1: its CRC32C instruction and wider vectors
+            too, 2: all.
 
     Raises:
         OSError: it can't be loaded, or does not compute what it should.
     """
 
-    def __init__(self, library: Path, portable: bool = False) -> None:
+    def __init__(self, library: Path, level: int = _ALL) -> None:
         loaded = ctypes.CDLL(str(library))
-        self._portable = int(portable)
+        self._level = level
         self._crc32c = _declare(loaded.headrace_crc32c, ctypes.c_uint32, "pid")
         self._read = _declare(loaded.headrace_read, ctypes.c_int64, "dippippd")
         self._batch = _declare(loaded.headrace_batch, ctypes.c_int64, "piipppd")
-        features = 0 if portable else _declare(loaded.headrace_features, ctypes.c_int, "")()
-        self.features = f"CRC32C by {'the CPU' if features & 1 else 'tables'}, {_WIDTHS[features >> 1]} vectors"
+        features = _declare(loaded.headrace_features, ctypes.c_int, "d")(level)
+        self.features = f"CRC32C by {_CRCS[features & 3]}, {_WIDTHS[features >> 2]} vectors"
         """What of this CPU is used."""
         example = np.arange(10_007, dtype=np.uint64).astype(np.uint8)
         if self.crc32c(example) != crc32c.crc32c(example.data):
@@ -82,7 +85,7 @@ class NativeKernel:
 
     def crc32c(self, content: npt.NDArray[np.uint8]) -> int:
         """The CRC32C of some bytes [n], contiguous."""
-        return int(self._crc32c(content.ctypes.data, content.size, self._portable))
+        return int(self._crc32c(content.ctypes.data, content.size, self._level))
 
     def read(
         self,
@@ -99,7 +102,7 @@ class NativeKernel:
         offsets = np.ascontiguousarray(offsets)
         crcs = None if expected is None else (expected := np.ascontiguousarray(expected)).ctypes.data
         pointers = (offsets.ctypes.data, into.ctypes.data, size, crcs, at.ctypes.data)
-        return int(self._read(descriptor, len(offsets), *pointers, self._portable))
+        return int(self._read(descriptor, len(offsets), *pointers, self._level))
 
     def widen(self, rows: Rows, eos_id: int, samples: IntArray, size: int) -> Widen:
         """As :meth:`NumpyKernel.widen`; the memory of the rows must stay as it is until the last batch is made."""
@@ -111,13 +114,13 @@ class NativeKernel:
         table = _RowTable(sources.ctypes.data, samples.ctypes.data, len(samples), rows.length, dtype.itemsize, eos_id)
         ends = np.empty(size * (rows.length - 1) + 1, np.int32)
         single = ctypes.c_int64()
-        batch, portable = self._batch, self._portable
+        batch, level = self._batch, self._level
         alive = (rows, sources, samples, table)
         pointer, ends_pointer, single_pointer = ctypes.addressof(table), ends.ctypes.data, ctypes.addressof(single)
 
         def fill(number: int, into: torch.Tensor) -> tuple[npt.NDArray[np.int32], bool]:
             assert alive
-            found = batch(pointer, number * size, size, into.data_ptr(), ends_pointer, single_pointer, portable)
+            found = batch(pointer, number * size, size, into.data_ptr(), ends_pointer, single_pointer, level)
             return ends[:found].copy(), single.value != 0
 
         return fill

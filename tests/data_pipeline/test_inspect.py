@@ -10,6 +10,7 @@ import pytest
 
 from data_pipeline.errors import DataError
 from data_pipeline.inspect import inspect_dataset, render, sample_documents, unigram_entropy
+from data_pipeline.kernel import describe
 from data_pipeline.manifest import Manifest
 from data_pipeline.testing import tiny_tokenizer, write_token_dataset
 
@@ -67,6 +68,7 @@ def test_the_report(tmp_path: Path, manifest: Manifest) -> None:
     text = render(report)
     assert manifest.identity in text
     assert "cross-entropy under all training unigrams" in text
+    assert f"kernel     {describe()}" in text
     assert text.count("--- ") == 3
 
     command = [sys.executable, "-m", "data_pipeline", "inspect", str(tmp_path), "--samples", "1", "--entropy", "--json"]
@@ -83,5 +85,5 @@ def test_long_names_keep_their_column(tmp_path: Path, manifest: Manifest) -> Non
     lines = render(report).splitlines()
     assert [line.split()[:2] for line in lines if line.startswith(name)] == [[name, "train"], [name, "1"]]
     kept = lines.index(next(line for line in lines if line.endswith("  kept")))
-    assert {len(line) for line in lines[6:10]} == {len(lines[6])}
+    assert {len(line) for line in lines[7:11]} == {len(lines[7])}
     assert {line.rindex("  ") for line in lines[kept : kept + 4]} == {lines[kept].rindex("  ")}

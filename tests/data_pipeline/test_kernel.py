@@ -20,7 +20,8 @@ from data_pipeline.numpy_kernel import NumpyKernel
 from data_pipeline.rows import Part, Rows
 
 EOS = 2
-KERNELS = ("native", "portable", "numpy")
+NATIVE = ("all", "without_folding", "portable")
+KERNELS = (*NATIVE, "numpy")
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,8 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         kernel._compile(library)
     except RuntimeError as error:
         pytest.skip(str(error))
-    return {"native": NativeKernel(library), "portable": NativeKernel(library, portable=True), "numpy": NumpyKernel()}
+    levels = zip(NATIVE, (2, 1, 0), strict=True)
+    return {**{name: NativeKernel(library, level) for name, level in levels}, "numpy": NumpyKernel()}
 
 
 def in_pieces(tokens: np.ndarray, seed: int) -> Rows:
@@ -98,12 +100,12 @@ def test_tokens_of_another_dtype_are_taken_too(kernels: dict[str, Any]) -> None:
 
 def test_crc32c_is_the_library_s(kernels: dict[str, Any]) -> None:
     rng = np.random.default_rng(0)
-    sizes = [*range(80), *rng.integers(80, 3000, 60).tolist(), 131_074, 262_148]
+    sizes = [*range(80), *range(250, 330), *range(506, 520), *rng.integers(80, 3000, 60).tolist(), 131_074, 262_148]
     for size in sizes:
         content = rng.integers(0, 256, size + 3).astype(np.uint8)[3:]  # not aligned
-        for name in ("native", "portable"):
+        for name in NATIVE:
             assert kernels[name].crc32c(content) == crc32c.crc32c(content.tobytes()), (name, size)
-    assert kernels["native"].crc32c(np.frombuffer(b"123456789", np.uint8)) == 0xE3069283  # RFC 3720's check value
+    assert kernels["all"].crc32c(np.frombuffer(b"123456789", np.uint8)) == 0xE3069283  # RFC 3720's check value
 
 
 @pytest.mark.parametrize("name", KERNELS)
