@@ -25,8 +25,8 @@ size, 0 to 1) and ``weights/histogram`` (:func:`weight_histogram`). Beside them 
 ``weights/scoring_seconds`` (of the scoring passes, per step).
 
 Of a model with experts, the keys below ``experts/`` say how a step's tokens were routed; :mod:`pretrain.expert_metrics`
-lists them. Lists (``experts/load/N`` and ``experts/domain_load/N/NAME``, shares by expert of block N) are in this file
-alone, numbers in TensorBoard too.
+lists them. Lists (``experts/load/N`` and ``experts/domain_load/N/NAME``, shares by expert of block N) are histograms in
+TensorBoard, with a bin an expert.
 """
 
 from __future__ import annotations

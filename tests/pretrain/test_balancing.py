@@ -14,12 +14,14 @@ from data_pipeline.errors import UserError
 from data_pipeline.settings import build_settings
 from pretrain.check import check_run, warnings
 from pretrain.distributed import Distributed
+from pretrain.model.experts.entropy import EntropySettings, tsallis_entropy
 from pretrain.model.experts.statistics import Routing
+from pretrain.objective import Objective
 from pretrain.objective.balancing.balancer import Balancer
 from pretrain.objective.balancing.base import ChangeSettings
 from pretrain.objective.balancing.settings import BalancingSettings, BiasSettings
 
-from .steps import tiny_config
+from .steps import VOCABULARY, batch_of, tiny_config
 
 ALONE = Distributed(0, 1, torch.device("cpu"))
 
@@ -96,24 +98,44 @@ def random_logits(rows: int, seed: int = 0) -> Tensor:
     return lean + torch.randn(rows, 10, 6, generator=random, dtype=torch.float64)
 
 
+@pytest.mark.parametrize("micro_steps", [1, 3])
 @pytest.mark.parametrize("loss", [*LEVELS, {"kind": "router_z"}])
-def test_derivatives(loss: dict[str, Any]) -> None:
-    """∂LBL/∂x_tj = (E/T) p_tj (f_j - Σ_i f_i p_ti); ∂L_z/∂x_tj = (2/T) lse_t p_tj. Ragged, to 1e-8 in float64."""
+def test_derivatives(loss: dict[str, Any], micro_steps: int) -> None:
+    """∂LBL/∂x_tj = (E/T) p_tj (f_j - Σ_i f_i p_ti); ∂L_z/∂x_tj = (2/T) lse_t p_tj. Ragged, to 1e-8 in float64, of the
+    whole step at once and of each row by itself."""
     logits = random_logits(3).requires_grad_()
     counted = torch.ones(3, 10, dtype=torch.bool)
     counted[1, 4:] = False
-    (gradient,) = torch.autograd.grad(value([routing_of(logits, 2, counted)], loss), logits)
+    parts = [
+        routing_of(part, 2, of) for part, of in zip(logits.chunk(micro_steps), counted.chunk(micro_steps), strict=True)
+    ]
+    (gradient,) = torch.autograd.grad(value(parts, loss), logits)
     x = logits.detach()
     p, tokens = x.softmax(-1), int(counted.sum())
     chosen = torch.zeros_like(p).scatter(-1, x.topk(2, dim=-1).indices, 1.0) * counted[..., None]
     if loss["kind"] == "router_z":
         expected = 2 / tokens * x.logsumexp(-1, keepdim=True) * p
     else:
-        f = chosen.sum(1, keepdim=True) if loss["level"] == "sequence" else chosen.sum((0, 1), keepdim=True)
+        by_row = loss["level"] == "sequence" or (loss["level"] == "micro_batch" and micro_steps == 3)
+        f = chosen.sum(1, keepdim=True) if by_row else chosen.sum((0, 1), keepdim=True)
         f = f / f.sum(-1, keepdim=True)
         expected = 6 / tokens * p * (f - (f * p).sum(-1, keepdim=True))
         assert gradient.sum(-1).abs().max() < 1e-12, "a shift of the logits changes nothing"
     torch.testing.assert_close(gradient, expected * counted[..., None], rtol=0, atol=1e-8)
+
+
+@pytest.mark.parametrize("normalised", [False, True])
+@pytest.mark.parametrize("order", [0.5, 1.0, 1.1, 1.4, 2.0])
+def test_derivative_of_the_entropy(order: float, normalised: bool) -> None:
+    """∂S_q/∂x_tj = p_tj (g_tj - Σ_i g_ti p_ti) with g = -q p^(q-1) / (q - 1), or -ln p - 1 for q = 1; to 1e-8."""
+    logits = random_logits(2).requires_grad_()
+    settings = EntropySettings(order=order, normalised=normalised)
+    (gradient,) = torch.autograd.grad(tsallis_entropy(logits.softmax(-1), settings).mean(), logits)
+    p = logits.detach().softmax(-1)
+    g = -p.log() - 1 if order == 1.0 else -order * p.pow(order - 1) / (order - 1)
+    expected = p * (g - (g * p).sum(-1, keepdim=True)) / 20
+    largest = math.log(6) if order == 1.0 else (1 - 6 ** (1 - order)) / (order - 1)
+    torch.testing.assert_close(gradient, expected / (largest if normalised else 1.0), rtol=0, atol=1e-8)
 
 
 def test_z_loss_golden() -> None:
@@ -219,6 +241,48 @@ def test_coefficient_0_is_none() -> None:
     balancer = Balancer(settings_of({**BALANCE, "coefficient": 0.0}), 0, 20.0, 4, ALONE, {})
     assert not balancer.scores_first
     assert balancer.terms(three_ranks()[0], None, torch.ones(2, 1, dtype=torch.float64)) == []
+
+
+@pytest.mark.parametrize(
+    ("balancing", "further"),
+    [
+        ({}, []),
+        ({"losses": [{"kind": "router_z", "coefficient": 1.0}], "bias": {}}, []),
+        ({"losses": [{**BALANCE, "coefficient": 1.0, "level": level} for level in ("sequence", "micro_batch")]}, []),
+        ({"losses": [{**BALANCE, "coefficient": 1.0}]}, [2 * 6]),
+        ({"losses": [{**BALANCE, "coefficient": 1.0, "frequencies": "buffer"}]}, [2 * 6] * 4),
+        ({"losses": [{**BALANCE, "coefficient": 1.0, "frequencies": way} for way in ("previous_step", "running")]}, []),
+    ],
+)
+def test_what_ranks_tell_each_other_in_a_step(
+    monkeypatch: pytest.MonkeyPatch, balancing: dict[str, Any], further: list[int]
+) -> None:
+    """Two reductions a step, which a model without experts has too: what is counted goes with the second. The exact
+    frequencies are one more, of [blocks, experts] numbers, a buffer one for each micro-step."""
+    sizes: list[int] = []
+
+    def counted(_: Distributed, tensor: Tensor) -> Tensor:
+        sizes.append(tensor.numel())
+        return tensor
+
+    monkeypatch.setattr(Distributed, "all_reduce", counted)
+    mixture = {"number": 6, "top_k": 2, "intermediate_size": 8, "selection_bias": "bias" in balancing}
+    settings = tiny_config(model={"experts": mixture}, objective={"balancing": balancing}).objective
+    objective = Objective(settings, 2, Distributed(0, 2, torch.device("cpu")))
+    batches = [batch_of(0, np.arange(start, start + 2)) for start in (0, 2, 4, 6)]
+    routed = [torch.cat([routing_of(random_logits(2, seed=layer), 2).packed for layer in range(2)]) for _ in batches]
+    logits = torch.zeros(*batches[0].tokens.shape, VOCABULARY)
+    objective.begin_step(0, batches)
+    for batch, packed in zip(batches if objective.scores_first else [], routed, strict=False):
+        objective.score(logits, batch, packed)
+    for batch, packed in zip(batches, routed, strict=True):
+        objective.micro_step(logits, batch, packed)
+    routing = objective.end_step().routing
+    assert routing is not None
+    assert routing.loads.sum() == 2 * 8 * 10 * 2
+    assert sizes[1:-1] == further
+    # objective and norm; losses and labels by source; loads by block, source and expert; choices; sums of blocks
+    assert sizes[-1] == 2 + 2 * 2 + 2 * 2 * 6 + 2 * 6 + 3 * 2 + len(settings.balancing.losses)
 
 
 def test_changes_over_the_run() -> None:

@@ -243,7 +243,8 @@ def test_the_monitor_tells_file_terminal_and_tensorboard_the_same(tmp_path: Path
     monitor = Monitor(tmp_path, 0, 3, tensorboard=True, print=printed.append)
     histogram = weight_histogram([1.0, 1.0, 2.0])
     for step, loss in ((1, 4.0), (2, math.nan), (3, 3.0)):
-        monitor.log({"step": step, "loss": loss, "step_seconds": 2.0, "weights/histogram": histogram})
+        domains = {"experts/specialization/1": 0.5, "experts/domain_load/1/code": [0.5, 0.25, 0.25, 0.0]}
+        monitor.log({"step": step, "loss": loss, "step_seconds": 2.0, "weights/histogram": histogram, **domains})
     monitor.evaluation({"evaluation": "heldout", "step": 2, "loss": 3.5})
     monitor.event({"event": "skipped_step", "step": 2, "message": "the loss is not finite", "rank": 1})
     monitor.close()
@@ -265,6 +266,15 @@ def test_the_monitor_tells_file_terminal_and_tensorboard_the_same(tmp_path: Path
     assert (text.step, text.tensor_proto.string_val) == (2, [b"the loss is not finite rank=1"])
     drawn = events.Histograms("weights/histogram")[0].histogram_value
     assert (drawn.num, sum(drawn.bucket)) == (3, 3)
+    assert [event.value for event in events.Scalars("experts/specialization/1")] == [0.5] * 3
+    (row,) = events.Histograms("experts/domain_load/1/code")  # the reader keeps the last one alone
+    shares = row.histogram_value
+    assert (row.step, shares.min, shares.bucket_limit, shares.bucket) == (
+        3,
+        -0.5,
+        [0.5, 1.5, 2.5, 3.5],
+        [0.5, 0.25, 0.25, 0.0],
+    )
 
 
 def test_tensorboard_hides_what_a_resume_repeats(tmp_path: Path) -> None:

@@ -122,7 +122,8 @@ def test_rollbacks_are_bounded_and_fall_back_to_skips() -> None:
 
 def test_the_state_counts_and_remembers() -> None:
     seen = StepStatistics(2.5, (5.0,), (2,), holes=1)
-    state = TrainState(step=4, position=40, holes=2, losses=(1.0, 2.0), skips=(1, 3))
+    frequencies = {"global_batch_running": [[0.75, 0.25]]}
+    state = TrainState(4, 40, holes=2, expert_frequencies=frequencies, losses=(1.0, 2.0), skips=(1, 3))
     after = state.advance(50, seen, remembered=2)
     assert (after.step, after.position, after.holes) == (5, 50, 3)
     assert (after.losses, after.skips, after.skipped) == ((2.0, 2.5), (1, 3), 0)
@@ -130,6 +131,7 @@ def test_the_state_counts_and_remembers() -> None:
     left = state.skip(50, holes=1, window=3)
     assert (left.step, left.position, left.holes) == (5, 50, 3)
     assert (left.losses, left.skips, left.skipped) == ((1.0, 2.0), (3, 5), 1)
+    assert left.expert_frequencies == frequencies
 
 
 def test_samples_are_named_with_their_documents_and_the_command(tmp_path: Path) -> None:

@@ -14,17 +14,27 @@ from tests.ranks import run_on_ranks
 
 from .steps import RATES, EngineRun, micro_batches, tiny_config
 
-LEAN = [(0, "fp32", "adamw"), (1, "bf16", "adamw"), (2, "fp32", "adamw"), (3, "bf16", "adamw")]
-ALL = [*itertools.product((0, 1, 2, 3), ("fp32", "bf16"), ("adamw",)), *((stage, "bf16", "muon") for stage in range(4))]
+LEAN = [(0, "fp32", "adamw"), (1, "bf16", "experts"), (2, "fp32", "adamw"), (3, "bf16", "adamw")]
+EXPERTS = [(0, "fp32"), *itertools.product((1, 2), ("fp32", "bf16"))]
+ALL = [
+    *itertools.product((0, 1, 2, 3), ("fp32", "bf16"), ("adamw",)),
+    *((stage, "bf16", "muon") for stage in range(4)),
+    *((*case, "experts") for case in EXPERTS),
+]
+MIXTURE = {"number": 4, "top_k": 2, "intermediate_size": 12}
 
 
 def case_config(stage: int, precision: str, kind: str = "adamw", offload: str = "none") -> Config:
+    """``kind``: an optimizer, or ``experts``: AdamW, and the experts of a mixture on two ranks."""
+    divided = kind == "experts"
     return tiny_config(
+        model={"experts": MIXTURE} if divided else {},
         optimizer={"kind": kind} if kind == "muon" else {},
         training={"steps": 3, "global_batch": 8, "micro_batch": 2, "precision": precision},
         engine={
             "zero_stage": stage,
             "offload_optimizer": offload,
+            "expert_parallel": 2 if divided else 1,
             **({"persistence_threshold": 0} if stage == 3 else {}),
         },
     )

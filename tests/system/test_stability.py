@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+from pretrain.engine.weights import load_weights
 from pretrain.monitor import read_attempts, read_metrics
 from pretrain.report import write_report
 from tests.marks import campaign
@@ -20,13 +22,23 @@ BAD_STEP = 3
 """From 0: its gradient is NaN on rank 1."""
 SPIKE = 12 * BATCH + 5
 """A position of step 13 (from 1), whose logits are a thousand times too large."""
+MIXTURE = {"number": 4, "top_k": 2, "intermediate_size": 12, "score": "sigmoid", "selection_bias": True}
+BALANCING = {
+    "losses": [
+        {"kind": "load_balance", "coefficient": 0.1, "frequencies": way} for way in ("previous_step", "running")
+    ],
+    "bias": {"rate": 0.01},
+}
 
 
-def settings(stage: int, action: str) -> dict[str, Any]:
+def settings(stage: int, action: str, divided: int = 0) -> dict[str, Any]:
+    """``divided``: the expert-parallel ranks of a mixture of experts whose balancing remembers; 0: without experts."""
+    balancing = {"balancing": BALANCING} if divided else {}
     return {
-        "objective": {"reweighting": {"strategy": "uniform"}},
+        **({"model": {"experts": MIXTURE}} if divided else {}),
+        "objective": {"reweighting": {"strategy": "uniform"}, **balancing},
         "training": {"steps": STEPS, "micro_batch": 2},
-        "engine": {"zero_stage": stage},
+        "engine": {"zero_stage": stage, "expert_parallel": max(divided, 1)},
         "evaluation": {"every_steps": None},
         "monitor": {"tensorboard": action == "rollback"},
         "stability": {"spike": {"action": action, "window": 16, "least": 8}},
@@ -38,10 +50,15 @@ def incidents(runs: Runs, name: str) -> list[tuple[str, int]]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", [campaign(0), 1, campaign(2), campaign(3)])
-def test_a_spike_is_gone_back_from_and_its_range_left_out_also_after_a_kill(runs: Runs, stage: int) -> None:
+@pytest.mark.parametrize(
+    ("stage", "divided"),
+    [*(campaign(stage, 0) for stage in range(4)), campaign(0, 2), (1, 2), campaign(2, 2), campaign(3, 1)],
+)
+def test_a_spike_is_gone_back_from_and_its_range_left_out_also_after_a_kill(
+    runs: Runs, stage: int, divided: int
+) -> None:
     faults = f"gradient:{BAD_STEP},spike:{SPIKE}"
-    whole = runs.config("whole", **settings(stage, "rollback"))
+    whole = runs.config("whole", **settings(stage, "rollback", divided))
     done = runs.train(whole, fault=faults)
     assert done.returncode == 0, done.stderr
     folder = runs.run_folder("whole")
@@ -54,20 +71,22 @@ def test_a_spike_is_gone_back_from_and_its_range_left_out_also_after_a_kill(runs
     assert [line["step"] for line in steps] == list(range(1, STEPS + 1))
     assert [line["skipped"] for line in steps] == [int(step >= BAD_STEP) for step in range(STEPS)]
     assert steps[12]["position"] == 14 * BATCH, "step 13 has taken the positions after the range"
+    if divided:
+        assert_moved_by_made_steps(folder, steps)
     page = Path(write_report(folder)).read_text()
     assert "The run went back to step 12 and leaves out the positions 96 to 103" in page
     assert "rolled-back" in page
 
     # the run whose user leaves the same range out
     range_left_out = {"skip_ranges": [[96, 104]], **json_data(runs)}
-    by_hand = runs.config("by_hand", **settings(stage, "rollback"), data=range_left_out)
+    by_hand = runs.config("by_hand", **settings(stage, "rollback", divided), data=range_left_out)
     reference = runs.train(by_hand, fault=faults)
     assert reference.returncode == 0, reference.stderr
     assert incidents(runs, "by_hand") == [("non_finite", BAD_STEP + 1)]
     assert runs.state_hashes("by_hand", STEPS) == runs.state_hashes("whole", STEPS)
 
     # killed before the first checkpoint after the incident
-    broken = runs.config("broken", **settings(stage, "rollback"))
+    broken = runs.config("broken", **settings(stage, "rollback", divided))
     assert runs.train(broken, fault=f"{faults},step:14").returncode != 0
     assert read_attempts(runs.run_folder("broken"))[0].reason == "rolled_back"
     resumed = runs.train(broken, fault=faults)
@@ -80,6 +99,18 @@ def test_a_spike_is_gone_back_from_and_its_range_left_out_also_after_a_kill(runs
     ]
     assert states[0] == {**states[1], "config": states[0]["config"]}
     assert (states[0]["left_out"], states[0]["skips"], len(states[0]["losses"])) == ([[96, 104]], [BAD_STEP + 1], 15)
+    frequencies = states[0]["expert_frequencies"]
+    assert sorted(frequencies or ()) == (["global_batch_previous_step", "global_batch_running"] if divided else [])
+
+
+def assert_moved_by_made_steps(folder: Path, steps: list[dict[str, Any]]) -> None:
+    """Every bias is the sum of what the loads of the steps say whose update was made, of those alone."""
+    weights = load_weights(folder / f"checkpoints/step_{STEPS:09d}")
+    for block in (0, 1):
+        bias = weights[f"blocks.{block}.feed_forward.router.selection_bias"]
+        made = [line for line in steps if line["step"] != BAD_STEP + 1]
+        loads = torch.tensor([line[f"experts/load/{block}"] for line in made])
+        assert bias == pytest.approx(0.01 * torch.sign(0.25 - loads).sum(dim=0), abs=1e-6)
 
 
 def json_data(runs: Runs) -> dict[str, Any]:
