@@ -34,6 +34,7 @@ from contest.throughput import BATCH
 from data_pipeline import TokenSource, checked_blocks, step_reader
 from data_pipeline.kernel import describe, load
 from data_pipeline.layout import shard_path
+from data_pipeline.recycled import Room
 from data_pipeline.rows import Part, Rows
 
 EPOCHS = 15
@@ -48,7 +49,7 @@ class Nothing:
     def widen(self, rows: Rows, eos_id: int, samples: Any, size: int) -> Callable[..., Any]:
         rows.addresses()
         ends = np.zeros(2, np.int32)
-        return lambda number, into: (ends.copy(), True)
+        return lambda number, room: (ends[:], True)
 
 
 def epochs_of(kernel: Any, dataset: Path) -> list[float]:
@@ -76,7 +77,7 @@ def kernel_alone(dataset: Path) -> dict[str, list[float]]:
     item = layout.token_bytes
     shape, strides = (len(room), layout.block_tokens // SEQ_LEN, SEQ_LEN + 1), (room.strides[0], SEQ_LEN * item, item)
     tokens = np.ndarray(shape, layout.token_dtype, room, 0, strides)
-    into = [torch.empty((BATCH, SEQ_LEN + 1), dtype=torch.int64) for _ in range(2)]
+    rooms = [Room((BATCH, SEQ_LEN + 1)) for _ in range(2)]
     for number in range(EPOCHS):
         began, first = time.process_time(), 0
         for file, count, crcs in zip(files, blocks, expected, strict=True):
@@ -89,7 +90,7 @@ def kernel_alone(dataset: Path) -> dict[str, list[float]]:
         widen = kernel.widen(rows, eos_id, np.arange(len(which)), BATCH)
         began = time.process_time()
         for batch in range(batches):
-            widen(batch, into[batch & 1])
+            widen(batch, rooms[batch & 1])
         seconds["widen"].append((time.process_time() - began) / batches)
     return seconds
 

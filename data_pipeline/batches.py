@@ -7,7 +7,7 @@ where it is used, when it is first used.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -19,7 +19,7 @@ import torch
 from .kernel import load
 from .numpy_kernel import Widen
 from .permutation import IntArray
-from .recycled import Recycled
+from .recycled import Room
 from .rows import Rows, Tokens
 
 HOLE = -1
@@ -133,7 +133,7 @@ def make_batch(rows: Tokens, eos_id: int, source_ids: IntArray, sample_ids: IntA
     """
     widen = load().widen(Rows.of(rows), eos_id, sample_ids, len(rows))
     maker = BatchMaker(widen, eos_id, source_ids, sample_ids, run_positions, len(rows))
-    return next(maker.each(Recycled((1, *rows.shape), np.int64)))[0]
+    return maker.make(0, Room(rows.shape))
 
 
 class BatchMaker:
@@ -160,17 +160,31 @@ class BatchMaker:
         ids = np.empty((count, 3, size), np.int64)
         for number, values in enumerate((source_ids, sample_ids, run_positions)):
             ids[:, number] = values.reshape(count, size)
-        self._ids = torch.from_numpy(ids).unbind()
+        self._ids = ids
 
-    def each(self, memory: Recycled) -> Iterator[tuple[Batch, ...]]:
-        """The batches, as many at a time as ``memory`` makes room for, int64 [.., b, T + 1]; no two share memory."""
-        for first in range(0, len(self._ids), memory.shape[0]):
-            made = []
-            for number, tokens in enumerate(memory.take(), first):
-                rows = torch.from_numpy(tokens)
-                ends, single = self._widen(number, rows)
-                batch = Batch(rows, self._eos_id, self._ids[number], ends, single)
-                # as the properties would, but numpy cuts ten times as fast as torch
-                vars(batch).update(tokens=torch.from_numpy(tokens[:, :-1]), labels=torch.from_numpy(tokens[:, 1:]))
-                made.append(batch)
-            yield tuple(made)
+    def make(self, number: int, room: Room) -> Batch:
+        """The batch of that number, in a room that nobody uses."""
+        ends, single = self._widen(number, room)
+        batch = _Lazy.__new__(_Lazy)
+        # numpy cuts ten times as fast as torch
+        batch.__dict__ = {
+            "_room": room.rows,
+            "_ids": self._ids[number],
+            "eos_id": self._eos_id,
+            "document_ends": ends,
+            "single_document": single,
+            "tokens": torch.from_numpy(room.tokens),
+            "labels": torch.from_numpy(room.labels),
+        }
+        return batch
+
+
+class _Lazy(Batch):
+    """A batch whose rows and ids become tensors when they are first asked for: it costs as much as all else of it."""
+
+    def __getattr__(self, name: str) -> torch.Tensor:
+        if name not in ("rows", "ids"):
+            raise AttributeError(name)
+        tensor = torch.from_numpy(vars(self)["_room" if name == "rows" else "_ids"])
+        setattr(self, name, tensor)
+        return tensor

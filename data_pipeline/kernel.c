@@ -215,7 +215,10 @@ struct rows {
     int64_t count;
     int64_t length; /* tokens of a row, T + 1: the sequence and the token that follows it */
     int64_t token_bytes;
+    int64_t size;  /* rows of a batch */
+    int32_t *ends; /* where the ends of the next batch go; each batch moves it on */
     uint32_t eos;
+    int level; /* as above */
 };
 
 #define CHUNK 128
@@ -274,24 +277,22 @@ static int width(void) {
     return 0;
 }
 
-/* The rows [first, first + count) as int64 [count, T + 1] into ``into``. ``ends`` [count T + 1] gets where the
- * tokens, the last of each row left out, seen as one flat row of count T, are EOS: ascending. Returns how many these are; ``single``
- * becomes whether no row that is no hole has an EOS before its last token but one. ``level`` as above. */
-int64_t headrace_batch(const struct rows *rows, int64_t first, int64_t count, int64_t *into, int32_t *ends,
-                       int64_t *single, int level) {
+/* The rows of batch ``number`` as int64 [size, T + 1] into ``into``. ``rows->ends`` [size T + 1] gets where the tokens,
+ * the last of each row left out, seen as one flat row of size T, are EOS: ascending. Returns twice how many these are,
+ * and one more if no row that is no hole has an EOS before its last token but one. */
+int64_t headrace_batch(struct rows *rows, int number, int64_t *into) {
     row16 *widen16 = row16_plain;
     row32 *widen32 = row32_plain;
 #if defined(__x86_64__)
     static row16 *const kinds16[] = {row16_plain, row16_avx2, row16_avx512};
     static row32 *const kinds32[] = {row32_plain, row32_avx2, row32_avx512};
-    int kind = level ? width() : 0;
+    int kind = rows->level ? width() : 0;
     widen16 = kinds16[kind], widen32 = kinds32[kind];
 #endif
-    int64_t length = rows->length;
-    int32_t *found = ends, tokens = (int32_t)(length - 1);
-    *single = 1;
-    for (int64_t k = 0; k < count; k++, into += length) {
-        int64_t row = first + k;
+    int64_t length = rows->length, single = 1;
+    int32_t *ends = rows->ends, *found = ends, tokens = (int32_t)(length - 1);
+    for (int64_t k = 0; k < rows->size; k++, into += length) {
+        int64_t row = number * rows->size + k;
         int32_t base = (int32_t)k * tokens, *before = found;
         if (rows->samples[row] < 0) {
             for (int64_t i = 0; i < length; i++) into[i] = rows->eos;
@@ -305,9 +306,10 @@ int64_t headrace_batch(const struct rows *rows, int64_t first, int64_t count, in
         else
             found = widen32(rows->sources[row], length, rows->eos, into, next, found, base);
         if (found > before && found[-1] == base + tokens) found--; /* the token that follows is nobody's end */
-        if (found > before && before[0] < base + tokens - 1) *single = 0;
+        if (found > before && before[0] < base + tokens - 1) single = 0;
     }
-    return found - ends;
+    rows->ends = found;
+    return (found - ends) << 1 | single;
 }
 
 /* What of this CPU is used: bits 0 and 1 how a CRC32C is computed (by tables, its instruction, folding), bits 2 and 3 the

@@ -18,7 +18,7 @@ import sys
 import tempfile
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import crc32c
 import numpy as np
@@ -27,10 +27,8 @@ import numpy.typing as npt
 from .errors import UserError
 from .numpy_kernel import NumpyKernel, Widen
 from .permutation import IntArray
+from .recycled import Room
 from .rows import Rows
-
-if TYPE_CHECKING:
-    import torch
 
 SWITCH = "HEADRACE_KERNEL"
 """The environment variable that chooses: unset or ``auto``, or ``numpy``."""
@@ -43,6 +41,8 @@ _TOKENS = {np.dtype("<u2"), np.dtype("<u4")}
 _WIDTHS = ("plain", "AVX2", "AVX-512")
 _CRCS = ("tables", "the CPU", "VPCLMULQDQ")
 _ALL = 2
+_BATCHES_OF_ENDS = 4
+"""So many batches that are nothing but EOS have room for their ends in one piece of memory; hundreds as they are."""
 
 
 class _RowTable(ctypes.Structure):
@@ -54,7 +54,10 @@ class _RowTable(ctypes.Structure):
         ("count", ctypes.c_int64),
         ("length", ctypes.c_int64),
         ("token_bytes", ctypes.c_int64),
+        ("size", ctypes.c_int64),
+        ("ends", ctypes.c_void_p),
         ("eos", ctypes.c_uint32),
+        ("level", ctypes.c_int),
     )
 
 
@@ -75,7 +78,7 @@ class NativeKernel:
         self._level = level
         self._crc32c = _declare(loaded.headrace_crc32c, ctypes.c_uint32, "pid")
         self._read = _declare(loaded.headrace_read, ctypes.c_int64, "dippippd")
-        self._batch = _declare(loaded.headrace_batch, ctypes.c_int64, "piipppd")
+        self._batch = _declare(loaded.headrace_batch, ctypes.c_int64, "pdp")
         features = _declare(loaded.headrace_features, ctypes.c_int, "d")(level)
         self.features = f"CRC32C by {_CRCS[features & 3]}, {_WIDTHS[features >> 2]} vectors"
         """What of this CPU is used."""
@@ -111,17 +114,23 @@ class NativeKernel:
             return NumpyKernel().widen(rows, eos_id, samples, size)
         sources, samples = rows.addresses(), np.ascontiguousarray(samples)
         (dtype,) = dtypes
-        table = _RowTable(sources.ctypes.data, samples.ctypes.data, len(samples), rows.length, dtype.itemsize, eos_id)
-        ends = np.empty(size * (rows.length - 1) + 1, np.int32)
-        single = ctypes.c_int64()
-        batch, level = self._batch, self._level
-        alive = (rows, sources, samples, table)
-        pointer, ends_pointer, single_pointer = ctypes.addressof(table), ends.ctypes.data, ctypes.addressof(single)
+        most = size * (rows.length - 1) + 1
+        ends, used = np.empty(_BATCHES_OF_ENDS * most, np.int32), 0
+        table = _RowTable(
+            sources.ctypes.data, samples.ctypes.data, len(samples), rows.length, dtype.itemsize, size,
+            ends.ctypes.data, eos_id, self._level,
+        )  # fmt: skip
+        batch, pointer, alive = self._batch, ctypes.addressof(table), (rows, sources, samples, table)
 
-        def fill(number: int, into: torch.Tensor) -> tuple[npt.NDArray[np.int32], bool]:
+        def fill(number: int, room: Room) -> tuple[npt.NDArray[np.int32], bool]:
+            nonlocal ends, used
             assert alive
-            found = batch(pointer, number * size, size, into.data_ptr(), ends_pointer, single_pointer, level)
-            return ends[:found].copy(), single.value != 0
+            if used + most > len(ends):
+                ends, used = np.empty_like(ends), 0
+                table.ends = ends.ctypes.data
+            begin, found = used, batch(pointer, number, room.address)
+            used += found >> 1
+            return ends[begin:used], found & 1 == 1
 
         return fill
 

@@ -5,22 +5,18 @@ from __future__ import annotations
 import itertools
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import crc32c
 import numpy as np
 import numpy.typing as npt
 
 from .permutation import IntArray
+from .recycled import Room
 from .rows import Rows, Tokens
 
-if TYPE_CHECKING:
-    import torch
-
-Widen = Callable[[int, "torch.Tensor"], tuple[npt.NDArray[np.int32], bool]]
-"""Fills an int64 [b, T + 1], contiguous and on the host, with the rows of the batch of that number. Returns where its
-tokens, seen as one flat row of b T, are EOS, ascending; and whether no row that is no hole has an EOS before its last
-token but one."""
+Widen = Callable[[int, Room], tuple[npt.NDArray[np.int32], bool]]
+"""Fills a room with the rows of the batch of that number. Returns where its tokens, seen as one flat row of b T, are
+EOS, ascending; and whether no row that is no hole has an EOS before its last token but one."""
 
 _WORD = 8
 """Booleans in 64 bits."""
@@ -85,8 +81,8 @@ class NumpyKernel:
         single[batch[(place < stride - 2) & (samples[row] >= 0)]] = False
         single_of, batches = single.tolist(), tokens.reshape(count, size, stride)
 
-        def fill(number: int, into: torch.Tensor) -> tuple[npt.NDArray[np.int32], bool]:
-            np.copyto(into.numpy(), batches[number])
+        def fill(number: int, room: Room) -> tuple[npt.NDArray[np.int32], bool]:
+            np.copyto(room.rows, batches[number])
             return ends_of[number], single_of[number]
 
         return fill

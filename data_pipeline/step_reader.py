@@ -27,7 +27,7 @@ _SECONDS_AT_ONCE = 0.01
 """and how long that may take: a step that is ready must not wait long for those that come later."""
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True)
 class Step:
     """One rank's share of an optimizer step.
 
@@ -67,7 +67,7 @@ class StepReader:
     ) -> None:
         self._upcoming, self._order, self._sources, self._on_damage = upcoming, order, tuple(sources), on_damage
         self._blocks, self._kept = memory, memory.lend(sources)
-        self._kernel, self._memory, self._at_once = load(), Recycled((), np.int64), 1
+        self._kernel, self._memory, self._at_once = load(), Recycled(()), 1
         self._row_bytes = max((source.seq_len + 1) * source.manifest.layout.token_bytes for source in sources)
         self._located: Steps | None = None
         """Steps that could not be read together with those before."""
@@ -121,10 +121,12 @@ class StepReader:
         eos_id = self._sources[0].eos_id
         widen = self._kernel.widen(rows, eos_id, sample_ids, size)
         maker = BatchMaker(widen, eos_id, steps.source, sample_ids, steps.positions, size)
-        shape = (micro_steps, size, rows.length)
-        if self._memory.shape != shape:
-            self._memory = Recycled(shape, np.int64)
-        for number, batches in enumerate(maker.each(self._memory)):
+        if self._memory.shape != (size, rows.length):
+            self._memory = Recycled((size, rows.length))
+        make, take = maker.make, self._memory.take
+        for number in range(len(steps)):
+            first = number * micro_steps
+            batches = tuple([make(first + k, take()) for k in range(micro_steps)])
             yield Step(edges[number], edges[number + 1], steps.global_batch, batches, holes.get(number, ()))
 
     def _read(self, steps: Steps) -> tuple[Rows, Damaged]:

@@ -9,7 +9,6 @@ from typing import Any
 import crc32c
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -17,6 +16,7 @@ from data_pipeline import kernel
 from data_pipeline.errors import UserError
 from data_pipeline.kernel import NativeKernel
 from data_pipeline.numpy_kernel import NumpyKernel
+from data_pipeline.recycled import Room
 from data_pipeline.rows import Part, Rows
 
 EOS = 2
@@ -70,9 +70,10 @@ def test_batches_are_equal_to_the_bit(
         ends = np.flatnonzero(expected[:, :-1] == EOS)
         inside = [EOS in row[:-2] and sample >= 0 for row, sample in zip(expected, samples[part], strict=True)]
         for name in KERNELS:
-            into = torch.full((size, length), -1)
-            found, single = made[name](number, into)
-            assert np.array_equal(into.numpy(), expected), name
+            room = Room((size, length))
+            room.rows[:] = -1
+            found, single = made[name](number, room)
+            assert np.array_equal(room.rows, expected), name
             assert found.dtype == np.int32
             assert np.array_equal(found, ends), name
             assert single is not any(inside), name
@@ -81,10 +82,20 @@ def test_batches_are_equal_to_the_bit(
 def test_nothing_is_written_beside_a_batch(kernels: dict[str, Any]) -> None:
     tokens = np.full((4, 130), EOS, np.uint16)
     for name in KERNELS:
-        room = torch.full((4, 2, 130), -1)
-        kernels[name].widen(Rows.of(tokens), EOS, np.arange(4), 2)(1, room[2])
-        assert (room[2] == EOS).all()
-        assert (room[[0, 1, 3]] == -1).all(), name
+        around, room = np.full((4, 2, 130), -1), Room((2, 130))
+        room.rows, room.address = around[2], around[2].ctypes.data
+        kernels[name].widen(Rows.of(tokens), EOS, np.arange(4), 2)(1, room)
+        assert (around[2] == EOS).all()
+        assert (around[[0, 1, 3]] == -1).all(), name
+
+
+def test_the_ends_of_many_batches_do_not_run_into_each_other(kernels: dict[str, Any]) -> None:
+    """Nothing but EOS: the memory for the ends is full after a few batches, and earlier ones stay as they were."""
+    tokens = np.full((40, 9), EOS, np.uint16)
+    for name in KERNELS:
+        fill = kernels[name].widen(Rows.of(tokens), EOS, np.arange(40), 2)
+        found = [fill(number, Room((2, 9)))[0] for number in range(20)]
+        assert all(ends.tolist() == list(range(16)) for ends in found), name
 
 
 def test_tokens_of_another_dtype_are_taken_too(kernels: dict[str, Any]) -> None:
@@ -93,9 +104,9 @@ def test_tokens_of_another_dtype_are_taken_too(kernels: dict[str, Any]) -> None:
                      Part(np.array([0]), tokens.astype(np.uint32), (np.array([0]),))])  # fmt: skip
     for name in KERNELS:
         for rows in (Rows.of(tokens), mixed):
-            into = torch.empty((2, 3), dtype=torch.int64)
-            ends, single = kernels[name].widen(rows, EOS, np.arange(2), 2)(0, into)
-            assert (into.tolist(), ends.tolist(), single) == (tokens.tolist(), [1], True)
+            room = Room((2, 3))
+            ends, single = kernels[name].widen(rows, EOS, np.arange(2), 2)(0, room)
+            assert (room.rows.tolist(), ends.tolist(), single) == (tokens.tolist(), [1], True)
 
 
 def test_crc32c_is_the_library_s(kernels: dict[str, Any]) -> None:
