@@ -204,13 +204,16 @@ def end(
     logs: Annotated[Path, typer.Option(help="what begin said")] = Path("logs"),
     asked: Annotated[bool, typer.Option("--asked", help="the job was asked to stop")] = False,
     lost: Annotated[str, typer.Option(help="nodes that Slurm has lost in the meantime")] = "",
+    nodes: Annotated[str, typer.Option(help="that the ranks ran on, in Slurm's order, with spaces between")] = "",
 ) -> None:
     """Say what is to be done now that the ranks have ended, and why."""
     reports = read_reports(logs)
-    verdict = judge(folder, attempts, asked=asked, reports=reports, crashes=_max_crashes(), lost=lost)
+    verdict = judge(
+        folder, attempts, asked=asked, reports=reports, crashes=_max_crashes(), lost=lost, nodes=nodes.split()
+    )
     where = f" What the ranks said stands in {logs}." if verdict.action in ("stop", "again") else ""
     print(f"{verdict.action}: {verdict.why}{where}", file=sys.stderr, flush=True)
-    print(shell(action=verdict.action, exit_code=verdict.exit_code, exclude=verdict.exclude or ""))
+    print(shell(action=verdict.action, exit_code=verdict.exit_code, exclude=",".join(verdict.exclude)))
 
 
 def _max_crashes() -> int:

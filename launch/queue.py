@@ -48,6 +48,8 @@ class Queued:
     job: str
     state: str
     reason: str
+    excluded: str = ""
+    """Nodes that it must not run on."""
 
 
 def queued(jobs: list[str]) -> dict[str, Queued]:
@@ -55,10 +57,10 @@ def queued(jobs: list[str]) -> dict[str, Queued]:
     if not jobs or not have("squeue"):
         return {}
     try:
-        shown = run("squeue", "--noheader", "--states=all", "--format=%i|%T|%r")
+        shown = run("squeue", "--noheader", "--states=all", "--format=%i|%T|%r|%x")
     except HeadraceError:
         return {}
-    rows = (line.strip().split("|", 2) for line in shown.splitlines() if line.count("|") >= 2)
+    rows = (line.strip().split("|") for line in shown.splitlines() if line.count("|") == 3)
     return {row[0]: Queued(*row) for row in rows if row[0].partition("_")[0] in jobs}
 
 

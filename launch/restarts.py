@@ -10,8 +10,8 @@ non_finite,    never again by itself: the same samples would give the same loss
 unstable
 rolled_back    killed while it went back to a checkpoint by itself: it goes on from there
 a node lost    it goes on, whatever it gained
-crash, killed  it goes on from the newest checkpoint if this attempt did a step that none before it had done, and if
-               there were not too many crashes in a row
+crash, hang,   it goes on from the newest checkpoint if this attempt did a step that none before it had done, and if
+killed         there were not too many crashes in a row; without the nodes whose fault it was, where they are known
 =============  ======================================================================================================
 """
 
@@ -49,12 +49,19 @@ class Verdict:
     action: Literal["done", "again", "requeue", "stop"]
     exit_code: int
     why: str
-    exclude: str | None = None
-    """The node whose fault it was, as far as that can be known: not to be used again."""
+    exclude: tuple[str, ...] = ()
+    """The nodes whose fault it was, as far as that can be known: not to be used again."""
 
 
 def judge(
-    folder: Path, before: int, *, asked: bool, reports: Sequence[dict[str, Any]] = (), crashes: int, lost: str = ""
+    folder: Path,
+    before: int,
+    *,
+    asked: bool,
+    reports: Sequence[dict[str, Any]] = (),
+    crashes: int,
+    lost: str = "",
+    nodes: Sequence[str] = (),
 ) -> Verdict:
     """What to do after the attempts of the run in ``folder`` beyond the first ``before``.
 
@@ -65,6 +72,7 @@ def judge(
         reports: of the nodes (:func:`read_reports`).
         crashes: in a row, after which a run is given up.
         lost: names of nodes that Slurm has lost meanwhile.
+        nodes: names of those that the attempt ran on, in the order of their ranks, each with equally many.
     """
     attempts = read_attempts(folder)
     if len(attempts) <= before:
@@ -87,11 +95,16 @@ def judge(
         return Verdict("requeue" if asked else "again", EXIT_CRASH, f"ended while it went back: {last.message}")
     if lost:
         return Verdict("requeue" if asked else "again", EXIT_CRASH, f"{lost} was lost: it goes on with what is left")
-    return _after_crash(folder, attempts, asked, reports, crashes)
+    return _after_crash(folder, attempts, asked, reports, crashes, nodes)
 
 
 def _after_crash(
-    folder: Path, attempts: list[Attempt], asked: bool, reports: Sequence[dict[str, Any]], allowed: int
+    folder: Path,
+    attempts: list[Attempt],
+    asked: bool,
+    reports: Sequence[dict[str, Any]],
+    allowed: int,
+    nodes: Sequence[str],
 ) -> Verdict:
     # what was done before the run last went back by itself says nothing about what it gains since
     turns = [number for number, attempt in enumerate(attempts[:-1], start=1) if attempt.reason == "rolled_back"]
@@ -107,10 +120,10 @@ def _after_crash(
     row = _crashes_in_a_row(attempts)
     if row > allowed:
         return Verdict("stop", EXIT_CRASH, f"{why}. That was crash {row} in a row, and {allowed} are allowed.")
-    guilty = culprit(reports, last.message)
+    guilty = culprits(reports, last, nodes)
     why += f". It reached step {furthest[-1]:,}, {furthest[-1] - best:,} beyond the furthest before: it goes on"
     if guilty:
-        return Verdict("requeue", EXIT_CRASH, f"{why}, without the node {guilty}", guilty)
+        return Verdict("requeue", EXIT_CRASH, f"{why}, without the node {' and '.join(guilty)}", guilty)
     return Verdict("requeue" if asked else "again", EXIT_CRASH, why)
 
 
@@ -149,14 +162,23 @@ def read_reports(logs: Path) -> list[dict[str, Any]]:
     return sorted(reports, key=order)
 
 
-def culprit(reports: Sequence[dict[str, Any]], message: str) -> str | None:
-    """The node that broke: its rank failed first, in words of broken hardware or by SIGBUS. None where none is known.
+def culprits(reports: Sequence[dict[str, Any]], last: Attempt, nodes: Sequence[str]) -> tuple[str, ...]:
+    """The nodes that broke; none where that is not known, or where no half of the nodes would be left.
 
-    A node that Slurm itself has lost needs no naming: Slurm does not use it again.
+    Those of the ranks that the others waited for, as the hanging run itself has found, or the one whose rank failed
+    first, in words of broken hardware or by SIGBUS. A node that Slurm itself has lost needs no naming: Slurm does not
+    use it again.
+
+    Args:
+        reports: of the nodes' agents, the first to fail in front.
+        last: the attempt that ended.
+        nodes: that it ran on, in the order of their ranks.
     """
-    if len(reports) < 2:
-        return None  # a run on one node would have none left
-    first = reports[0]
-    if first["told"] and ("SIGBUS" in first["told"] or _HARDWARE.search(message)):
-        return str(first["node"])
-    return None
+    first = reports[0] if reports else None
+    if last.guilty:
+        found = {nodes[rank * len(nodes) // last.world_size] for rank in last.guilty} if nodes else set()
+    elif first and first["told"] and ("SIGBUS" in first["told"] or _HARDWARE.search(last.message)):
+        found = {str(first["node"])}
+    else:
+        return ()
+    return tuple(sorted(found)) if 2 * len(found) <= len(nodes) else ()

@@ -33,6 +33,8 @@ class RunStatus:
     job: str | None
     reason: str | None
     """Why Slurm lets the job wait."""
+    excluded: str | None
+    """Nodes that the job must not run on, because they failed."""
     step: int
     total_steps: int | None
     loss: float | None
@@ -86,6 +88,7 @@ def run_status(folder: Path, queue: dict[str, Any], now: float | None = None) ->
         state=state,
         job=job.job if job else None,
         reason=job.reason if job and job.state == "PENDING" else None,
+        excluded=(job.excluded or None) if job else None,
         step=step,
         total_steps=total,
         loss=newest.get("loss"),
@@ -132,7 +135,8 @@ def show_status(runs: list[RunStatus], now: float | None = None) -> str:
     for run in runs:
         parts = [f"{run.folder:<{width}}  {run.state:<10}", f"step {run.step:,}/{run.total_steps or 0:,}"]
         if run.job:
-            parts.append(f"job {run.job}{f' ({run.reason})' if run.reason else ''}")
+            without = f" without {run.excluded}" if run.excluded else ""
+            parts.append(f"job {run.job}{f' ({run.reason})' if run.reason else ''}{without}")
         if run.loss is not None:
             parts.append(f"loss {run.loss:.4f}")
         if run.tokens_per_second:

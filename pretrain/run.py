@@ -33,7 +33,7 @@ from .data import RunData, stretch_of_run
 from .deterministic import be_deterministic
 from .distributed import Distributed, finish, start
 from .engine import Engine
-from .hangs import HangGuard
+from .hangs import HangError, HangGuard
 from .incidents import NonFiniteError, RollbackError, SpikeError
 from .initial_weights import Weights
 from .monitor import AttemptsLog, Monitor, Reason, read_attempts
@@ -321,10 +321,11 @@ class Session:
             )
         if self._folder is None or (by_all and ranks.rank != 0):
             return code
-        self._record(reason, code, "" if error is None else str(error), signal)
+        guilty = error.guilty if isinstance(error, HangError) else ()
+        self._record(reason, code, "" if error is None else str(error), signal, guilty)
         return code
 
-    def _record(self, reason: Reason, code: int, message: str, signal: str | None) -> None:
+    def _record(self, reason: Reason, code: int, message: str, signal: str | None, guilty: Sequence[int]) -> None:
         assert self._folder is not None
         try:
             log, known = AttemptsLog(self._folder), read_attempts(self._folder)
@@ -339,7 +340,15 @@ class Session:
             elif known[-1].reason is not None:
                 return  # the rank whose failure ended this one's has said why
             step = self._trainer.state.step if self._trainer else 0
-            log.stop(self._attempt, last_step=step, reason=reason, exit_code=code, message=message, signal=signal)
+            log.stop(
+                self._attempt,
+                last_step=step,
+                reason=reason,
+                exit_code=code,
+                message=message,
+                signal=signal,
+                guilty=guilty,
+            )
         except (OSError, UserError) as error:
             print(f"error: {self._folder / 'attempts.jsonl'} could not be written: {error}", file=sys.stderr)
 

@@ -22,6 +22,8 @@ PHASES = {
 
 _COLLECTIVES = "torch/distributed/distributed_c10d.py"
 _HELPERS = ("wrapper", "_")
+_LIBRARIES = ("/deepspeed/", "/torch/distributed/")
+"""Where a function ``wait...`` waits for a collective that was begun before."""
 _OURS = ("/pretrain/", "/data_pipeline/")
 
 
@@ -38,6 +40,8 @@ class Account:
     """The function of torch.distributed that some thread of it was in."""
     place: str
     """The innermost line of Headrace's own code, as ``file:line``."""
+    alone: bool
+    """Whether what keeps it is its own: it waits neither in a collective nor for a device, which may be in one."""
 
     @property
     def words(self) -> str:
@@ -45,15 +49,24 @@ class Account:
         return f"{where} ({self.phase} of step {self.step:,})"
 
 
-def account_of(rank: int, host: str, step: int) -> Account:
-    """Where this process stands now, called from another than its main thread."""
+def account_of(rank: int, host: str, step: int, on_device: bool = False) -> Account:
+    """Where this process stands now, called from another than its main thread.
+
+    Args:
+        rank: of this process.
+        host: of this process.
+        step: that does not end.
+        on_device: collectives run on a device, so that a line that waits for it may wait for another rank.
+    """
     stacks = {ident: _functions(frame) for ident, frame in sys._current_frames().items()}
     main = stacks.get(threading.main_thread().ident or 0, [])
     phase = next((PHASES[name] for _, name, _ in main if name in PHASES), "between two phases")
     place = next(
         (f"{file}:{line}" for file, _, line in main if any(each in file for each in _OURS)), "an unknown place"
     )
-    return Account(rank, host, step, phase, _collective([main, *stacks.values()]), place)
+    collective = _collective([main, *stacks.values()])
+    alone = collective is None and (not on_device or phase == PHASES["next_step_unless"])
+    return Account(rank, host, step, phase, collective, place, alone)
 
 
 def _functions(frame: FrameType | None) -> list[tuple[str, str, int]]:
@@ -71,7 +84,20 @@ def _collective(stacks: Sequence[Sequence[tuple[str, str, int]]]) -> str | None:
         for file, name, _ in stack:
             if file.endswith(_COLLECTIVES) and not name.startswith(_HELPERS):
                 return name
+            if name.startswith("wait") and any(each in file for each in _LIBRARIES):
+                return "the wait for a collective"
     return None
+
+
+def guilty(accounts: Sequence[Account], silent: Sequence[int]) -> tuple[int, ...]:
+    """The ranks that the others wait for, as far as that is certain enough to do without their nodes.
+
+    Only where some rank waits in a collective, for a rank that alone finds all others missing may be the one that is
+    cut off. Then those that say nothing, or, where all do, those that something of their own keeps.
+    """
+    if all(each.collective is None for each in accounts):
+        return ()
+    return tuple(sorted(silent)) or tuple(each.rank for each in accounts if each.alone)
 
 
 def verdict(accounts: Sequence[Account], silent: Mapping[int, str]) -> str:

@@ -23,7 +23,7 @@ from data_pipeline.files import publish_json
 from pretrain.config import ResilienceSettings
 from pretrain.distributed import Distributed
 
-from .account import Account, account_of, verdict
+from .account import Account, account_of, guilty, verdict
 
 TICK_SECONDS = 0.5
 ANSWER_SECONDS = 10.0
@@ -37,6 +37,11 @@ FEWEST_STEPS = 3
 
 class HangError(HeadraceError):
     """No step ended for a multiple of the usual time."""
+
+    def __init__(self, message: str, guilty: tuple[int, ...]) -> None:
+        super().__init__(message)
+        self.guilty = guilty
+        """The ranks that the others wait for; none where that is not certain."""
 
 
 class HangGuard:
@@ -110,7 +115,7 @@ class HangGuard:
 
     def _give_up(self, step: int) -> None:
         waited, usual = self._waited, statistics.median(self._steps)
-        own = account_of(self._ranks.rank, self._host, step)
+        own = self._account(step)
         with contextlib.suppress(OSError):  # a run folder that hangs too must not keep the run from ending
             self._leave_traces(own)
         found = self._hear()
@@ -120,7 +125,8 @@ class HangGuard:
                 HangError(
                     f"no step ended for {waited:.0f} s, where one usually takes {usual:.3g} s: "
                     f"{verdict([found[rank] for rank in sorted(found)], silent)}. Stacks lie in {self._folder}"
-                    f"{' and, of ranks that did not answer, in their stderr' if silent else ''}."
+                    f"{' and, of ranks that did not answer, in their stderr' if silent else ''}.",
+                    guilty(list(found.values()), list(silent)),
                 )
             )
         else:
@@ -128,6 +134,9 @@ class HangGuard:
         self._call(silent)
         self._kill(silent)
         os._exit(EXIT_CRASH)
+
+    def _account(self, step: int) -> Account:
+        return account_of(self._ranks.rank, self._host, step, self._ranks.device.type != "cpu")
 
     def _leave_traces(self, own: Account) -> None:
         self._folder.mkdir(parents=True, exist_ok=True)
@@ -144,7 +153,7 @@ class HangGuard:
 
     def _hear(self) -> dict[int, Account]:
         """What the ranks say, by rank, waiting for those that still say nothing."""
-        found = {self._ranks.rank: account_of(self._ranks.rank, self._host, self._step or 0)}
+        found = {self._ranks.rank: self._account(self._step or 0)}
         deadline = time.monotonic() + ANSWER_SECONDS
         while len(found) < len(self._peers) and time.monotonic() < deadline:
             time.sleep(0.1)

@@ -52,6 +52,8 @@ class Attempt:
     signal: str | None = None
     exit_code: int | None = None
     message: str = ""
+    guilty: tuple[int, ...] = ()
+    """The ranks whose fault a hang was, as far as that is certain."""
 
     @property
     def trained(self) -> bool:
@@ -128,12 +130,15 @@ class AttemptsLog:
         exit_code: int,
         message: str = "",
         signal: str | None = None,
+        guilty: Sequence[int] = (),
     ) -> None:
-        """Record why ``attempt`` ends; ``signal`` names the signal of a stop on request (``"SIGTERM"``)."""
+        """Record why ``attempt`` ends; ``signal`` names the signal of a stop on request (``"SIGTERM"``), ``guilty`` the
+        ranks that a hang is the fault of."""
         if reason not in get_args(Reason):
             raise ValueError(f"reason {reason!r} is not one of {', '.join(get_args(Reason))}")
         line = {"event": "stop", "attempt": attempt, "last_step": last_step, "reason": reason}
-        self._append({**line, "signal": signal, "exit_code": exit_code, "message": message})
+        blame = {"guilty": list(guilty)} if guilty else {}
+        self._append({**line, "signal": signal, "exit_code": exit_code, "message": message, **blame})
 
     def _append(self, line: dict[str, Any]) -> None:
         lines.append(self.path, lines.encode({**line, "time": time.time()}, _LEADING), durable=True)
@@ -160,6 +165,7 @@ def read_attempts(folder: Path) -> list[Attempt]:
                     signal=line["signal"],
                     exit_code=line["exit_code"],
                     message=line["message"],
+                    guilty=tuple(line.get("guilty", ())),
                 )
         except KeyError as error:
             raise UserError(

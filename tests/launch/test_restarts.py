@@ -8,18 +8,28 @@ from typing import Any
 
 import pytest
 
-from launch.restarts import Verdict, culprit, judge, reached, read_reports
-from pretrain.monitor import AttemptsLog, read_attempts
+from launch.restarts import Verdict, culprits, judge, reached, read_reports
+from pretrain.monitor import Attempt, AttemptsLog, read_attempts
 from pretrain.monitor.attempts import Reason
 
 
-def attempt(folder: Path, first: int, last: int | None, reason: Reason | None = "crash", message: str = "") -> None:
+def attempt(
+    folder: Path,
+    first: int,
+    last: int | None,
+    reason: Reason | None = "crash",
+    message: str = "",
+    world_size: int = 1,
+    guilty: tuple[int, ...] = (),
+) -> Attempt:
     """One start and, unless it was killed, one stop."""
     log = AttemptsLog(folder)
-    number = log.start(hosts=["n1"], world_size=1, versions={}, first_step=first, resumed_from=None)
+    number = log.start(hosts=["n1"], world_size=world_size, versions={}, first_step=first, resumed_from=None)
     if reason and last is not None:
         codes = {"done": 0, "stopped": 75, "user_error": 2}
-        log.stop(number, last_step=last, reason=reason, exit_code=codes.get(reason, 1), message=message)
+        code = codes.get(reason, 1)
+        log.stop(number, last_step=last, reason=reason, exit_code=code, message=message, guilty=guilty)
+    return read_attempts(folder)[-1]
 
 
 def metrics(folder: Path, last: int) -> None:
@@ -45,7 +55,7 @@ def verdict(folder: Path, before: int = 0, **options: Any) -> Verdict:
 def test_reasons(tmp_path: Path, reason: Reason, action: str, code: int) -> None:
     attempt(tmp_path, 1, 10, reason, "what was said")
     found = verdict(tmp_path)
-    assert (found.action, found.exit_code, found.exclude) == (action, code, None)
+    assert (found.action, found.exit_code, found.exclude) == (action, code, ())
 
 
 def test_after_the_run_went_back_by_itself_a_crash_is_judged_by_what_was_gained_since(tmp_path: Path) -> None:
@@ -106,13 +116,31 @@ def report(folder: Path, node: int, code: int, time: float, told: str | None = N
 
 
 def test_the_node_whose_rank_failed_first_is_the_culprit_where_hardware_is_named(tmp_path: Path) -> None:
+    def found(message: str, nodes: tuple[str, ...] = ("n0", "n1", "n2")) -> tuple[str, ...]:
+        return culprits(read_reports(tmp_path), attempt(tmp_path, 1, 5, message=message), nodes)
+
     report(tmp_path, 0, 1, 100.0)
     report(tmp_path, 1, -7, 101.0, "rank 1 was killed by SIGBUS")  # found a second later
     report(tmp_path, 2, 0, 0.0, "")
     assert [found["node"] for found in read_reports(tmp_path)] == ["n1", "n0", "n2"]
-    assert culprit(read_reports(tmp_path), "") == "n1"
+    assert found("") == ("n1",)
     report(tmp_path, 1, -9, 101.0, "rank 1 was killed by SIGKILL, often for lack of memory")
-    assert culprit(read_reports(tmp_path), "Connection closed by peer") is None
+    assert found("Connection closed by peer") == ()
     report(tmp_path, 1, 1, 99.0)
-    assert culprit(read_reports(tmp_path), "CUDA error: uncorrectable ECC error encountered") == "n1"
-    assert culprit(read_reports(tmp_path)[:1], "uncorrectable ECC error") is None, "it is the only node"
+    assert found("CUDA error: uncorrectable ECC error encountered") == ("n1",)
+    assert found("uncorrectable ECC error", nodes=("n1",)) == (), "it is the only node"
+
+
+def test_the_nodes_of_the_ranks_that_a_hang_waited_for_are_left_out(tmp_path: Path) -> None:
+    """Two ranks a node; the agent of a node that is stopped whole writes no report."""
+    report(tmp_path, 0, 1, 100.0)
+    nodes = ("a", "b", "c", "d")
+    for number, (guilty, excluded) in enumerate(
+        [((), ()), ((5,), ("c",)), ((6, 7), ("d",)), ((0, 7), ("a", "d")), ((0, 3, 7), ())], start=1
+    ):
+        attempt(tmp_path, number, number, message="no step ended for 600 s", world_size=8, guilty=guilty)
+        found = verdict(tmp_path, number - 1, reports=read_reports(tmp_path), nodes=nodes, crashes=9)
+        assert (found.action, found.exclude) == ("requeue" if excluded else "again", excluded)
+        assert found.why.endswith(f"it goes on, without the node {' and '.join(excluded)}" if excluded else "goes on")
+    alone = verdict(tmp_path, 4, reports=read_reports(tmp_path), nodes=("a",), crashes=9)
+    assert (alone.action, alone.exclude) == ("again", ()), "a job of one node has no other"

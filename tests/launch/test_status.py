@@ -50,8 +50,10 @@ def test_the_queue_comes_first(tmp_path: Path) -> None:
     remember(folder, "12", ["sbatch"])
     waiting = at(folder, 1010.0, **{"11": Queued("11", "FAILED", "None"), "12": Queued("12", "PENDING", "Resources")})
     assert (waiting.state, waiting.job, waiting.reason) == ("PENDING", "12", "Resources")
-    running = at(folder, 1010.0, **{"11": Queued("11", "RUNNING", "None")})
+    running = at(folder, 1010.0, **{"11": Queued("11", "RUNNING", "None", "n2")})
     assert (running.state, running.job, running.reason, running.eta_seconds) == ("RUNNING", "11", None, 40.0)
+    assert (running.excluded, waiting.excluded) == ("n2", None)
+    assert "job 11 without n2" in show_status([running])
     assert at(folder, 1010.0).state == "stopped"
 
 

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+import torch
 
 from pretrain.config import ResilienceSettings
 from pretrain.distributed import Distributed
 from pretrain.hangs import guard
-from pretrain.hangs.account import Account, account_of, verdict
+from pretrain.hangs.account import Account, account_of, guilty, verdict
 from pretrain.hangs.guard import HangError, HangGuard
 from pretrain.stragglers import Stragglers
 
@@ -21,13 +22,15 @@ class Ranks:
 
     def __init__(self, others: list[Any]) -> None:
         self.rank, self.world_size, self.others = 0, 1 + len(others), others
+        self.device = torch.device("cpu")
 
     def gather_objects(self, item: Any) -> list[Any]:
         return [item, *self.others]
 
 
-def waiter(rank: int, collective: str | None, phase: str = "backward") -> Account:
-    return Account(rank, f"host{rank}", 12, phase, collective, "pretrain/train.py:7")
+def waiter(rank: int, collective: str | None, phase: str = "backward", alone: bool | None = None) -> Account:
+    alone = collective is None if alone is None else alone
+    return Account(rank, f"host{rank}", 12, phase, collective, "pretrain/train.py:7", alone)
 
 
 def test_the_rank_that_all_wait_for_comes_first() -> None:
@@ -43,17 +46,37 @@ def test_the_rank_that_all_wait_for_comes_first() -> None:
     assert verdict([waiter(0, "barrier"), *waiting[1:]], {}).startswith("rank 0 waits in barrier")
 
 
+def test_only_a_rank_that_others_certainly_wait_for_is_guilty() -> None:
+    waiting = [waiter(rank, "all_reduce") for rank in (0, 1)]
+    assert guilty(waiting, [3, 2]) == (2, 3)
+    assert guilty([*waiting, waiter(2, None)], []) == (2,)
+    assert guilty([*waiting, waiter(2, None)], [3]) == (3,), "the other may only look as if it were busy"
+    assert guilty([*waiting, waiter(2, None, alone=False)], []) == (), "it waits for its device, and so for a rank"
+    assert guilty(waiting, []) == (), "two collectives that do not fit are nobody's hardware"
+    assert guilty([waiter(0, None, "waiting for data"), waiter(1, None, "waiting for data")], []) == ()
+    assert guilty([waiter(0, None)], [1, 2]) == (), "whom all others are missing to may be cut off himself"
+
+
 def test_a_process_says_where_it_stands() -> None:
-    told: list[Account] = []
-    thread = threading.Thread(target=lambda: told.append(account_of(3, "here", 5)))
+    def told(name: str, file: str = __file__, on_device: bool = False) -> Account:
+        """Of a main thread that is in the function ``name`` of ``file``."""
+        found: list[Account] = []
+        thread = threading.Thread(target=lambda: found.append(account_of(3, "here", 5, on_device)))
+        program = f"def {name}(thread):\n    thread.start()\n    thread.join()"
+        functions: dict[str, Any] = {}
+        exec(compile(program, file, "exec"), functions)
+        functions[name](thread)
+        return found[0]
 
-    def training_forward() -> None:
-        thread.start()
-        thread.join()
-
-    training_forward()
-    assert (told[0].rank, told[0].phase, told[0].collective) == (3, "forward", None)
-    assert "tests/pretrain/test_hangs.py" in told[0].place
+    forward = told("training_forward")
+    assert (forward.rank, forward.phase, forward.collective, forward.alone) == (3, "forward", None, True)
+    assert "tests/pretrain/test_hangs.py" in forward.place
+    assert not told("training_forward", on_device=True).alone
+    assert told("next_step_unless", on_device=True).alone
+    reduction = told("all_reduce", "/x/torch/distributed/distributed_c10d.py")
+    assert (reduction.collective, reduction.alone) == ("all_reduce", False)
+    begun_before = told("wait", "/x/deepspeed/runtime/zero/partition_parameters.py")
+    assert (begun_before.collective, begun_before.alone) == ("the wait for a collective", False)
 
 
 @pytest.fixture
@@ -118,6 +141,7 @@ def test_giving_up_leaves_stacks_and_the_reason(tmp_path: Path, monkeypatch: pyt
     assert "rank 1 on here does not answer" in str(ended[0])
     assert "rank 2 on there does not answer" in str(ended[0])
     assert "rank 0 on here is in no collective" in str(ended[0])
+    assert ended[0].guilty == ()
     assert "test_hangs.py" in (tmp_path / "hangs" / "rank_00000.txt").read_text()
     assert (tmp_path / "hangs" / "rank_00000.json").exists()
 

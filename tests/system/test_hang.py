@@ -41,6 +41,7 @@ def test_a_stopped_rank_is_named_and_the_run_ends(runs: Runs) -> None:
     assert "rank 1 on " in attempt.message
     assert "does not answer (stopped" in attempt.message
     assert "rank 0 waits in " in attempt.message
+    assert attempt.guilty == (1,)
     assert attempt.message in errors
     assert not victim.is_running()  # SIGTERM would have waited for SIGCONT
     stacks = (runs.run_folder("hangs") / "hangs" / "attempt_1" / "rank_00000.txt").read_text()
