@@ -19,7 +19,11 @@ from .runs import Runs, environment, torchrun
 def test_a_stopped_rank_is_named_and_the_run_ends(runs: Runs) -> None:
     patience = {"hang_seconds": 6.0, "hang_multiple": 5.0}
     config = runs.config(
-        "hangs", resilience=patience, training={"steps": 100_000}, evaluation={"every_steps": None, "sequences": None}
+        "hangs",
+        resilience=patience,
+        training={"steps": 100_000},
+        evaluation={"every_steps": None, "sequences": None},
+        checkpoint={"every_steps": None},  # only steps are watched
     )
     process = subprocess.Popen(
         torchrun(config, ranks=2), env=environment(), stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True

@@ -293,7 +293,8 @@ def _idle_nodes(cluster: SlurmCluster) -> int:
 
 
 def _is_idle(cluster: SlurmCluster, node: str) -> bool:
-    return cluster.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T").stdout.strip() == "idle"
+    # a line for each of its partitions
+    return set(cluster.run("sinfo", "--noheader", f"--nodes={node}", "--format=%T").stdout.split()) == {"idle"}
 
 
 def _parse_task(line: str) -> Task:

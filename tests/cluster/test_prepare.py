@@ -18,7 +18,8 @@ import pytest
 import yaml
 
 from data_pipeline.testing import tiny_tokenizer
-from tests.slurm_cluster import SlurmCluster
+
+from .slurm_cluster import SlurmCluster
 
 SCRIPT = Path(__file__).parents[2] / "slurm" / "prepare.sbatch"
 WORDS = "the quick brown fox jumps over the lazy dog and then it sleeps until morning comes".split()  # noqa: SIM905

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import signal
 import subprocess
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 
+from launch.queue import remember
 from pretrain.monitor import read_attempts
-from tests.slurm_cluster import SlurmCluster
+from tests.system.runs import FAULTY, Runs
 
-from .runs import FAULTY, Runs
+from .slurm_cluster import SlurmCluster
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "slurm" / "pretrain.sbatch"
@@ -48,35 +50,105 @@ def wait_for_lines(runs: Runs, name: str, count: int) -> None:
         time.sleep(0.05)
 
 
-def test_two_nodes_stopped_twice_end_with_the_bits_of_a_straight_run(runs: Runs, slurm: SlurmCluster) -> None:
+SLOW = """\
+import os, sys, time
+if sys.orig_argv[1:4] == ["-m", "pretrain", "train"] and "TEST_ATTEMPTS" in os.environ:
+    from pathlib import Path
+    from pretrain.objective import Objective
+    attempts = Path(os.environ["TEST_ATTEMPTS"])
+    stops = attempts.read_text().count('"reason": "stopped"') if attempts.exists() else 0
+    begin_step, pause = Objective.begin_step, {0: 1.0, 1: 1.0, 2: 0.2}.get(stops, 0.0)
+    Objective.begin_step = lambda *arguments: time.sleep(pause) or begin_step(*arguments)
+"""
+"""Steps of a second until the run was stopped twice, and short ones until it was three times."""
+
+
+def test_a_run_stopped_in_every_way_ends_with_the_bits_of_a_straight_run(runs: Runs, slurm: SlurmCluster) -> None:
+    """By its time limit, which Slurm looks at twice a minute; by a job that may take its nodes; by its user. While it
+    waits for the limit, another run hangs."""
     steps = ("training.steps=200", "evaluation.every_steps=50", "checkpoint.every_steps=100")
+    code, attempts_file = runs.folder / "code", runs.run_folder("stopped") / "attempts.jsonl"
+    code.mkdir()
+    (code / "sitecustomize.py").write_text(SLOW)
+    slow = {"HEADRACE_CODE": str(code), "TEST_ATTEMPTS": str(attempts_file)}
+    limit = ("--nodes=2", "--time=1", "--signal=B:USR1@20")
+    job = submit(runs, slurm, runs.config("stopped"), *steps, options=limit, **slow)
+    hanging = stop_a_rank(runs, slurm)
     assert runs.train(runs.config("straight"), *steps).returncode == 0
-    job = submit(runs, slurm, runs.config("stopped"), *steps, options=("--nodes=2",))
-    wait_for_lines(runs, "stopped", 20)
-    slurm.call("scancel", "--batch", "--signal=USR1", str(job))  # as --signal does before the time limit
     slurm.wait_until(job, lambda tasks: tasks[0].restarts == 1)
-    wait_for_lines(runs, "stopped", (read_attempts(runs.run_folder("stopped"))[0].last_step or 0) + 20)
+    slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # that of its next lives
+    check_that_its_node_is_left_out(runs, slurm, hanging)
+
+    wait_for_lines(runs, "stopped", (read_attempts(runs.run_folder("stopped"))[0].last_step or 0) + 5)
+    urgent = slurm.sbatch("--partition=urgent", "--exclusive", "--nodes=2", "--wrap=sleep 1", cwd=runs.folder)
+    assert [task.state for task in slurm.wait(urgent)] == ["COMPLETED"]
+    slurm.wait_until(job, lambda tasks: tasks[0].restarts == 2 and tasks[0].state == "RUNNING")
+    wait_for_lines(runs, "stopped", (read_attempts(runs.run_folder("stopped"))[1].last_step or 0) + 5)
     slurm.call("scontrol", "requeue", str(job))
     (task,) = slurm.wait(job)
+
     printed = slurm.output(job)
-    assert (task.state, task.restarts) == ("COMPLETED", 2), printed
+    assert (task.state, task.restarts) == ("COMPLETED", 3), printed
     attempts = read_attempts(runs.run_folder("stopped"))
-    assert [(attempt.reason, attempt.world_size) for attempt in attempts] == [
-        ("stopped", 2),
-        ("stopped", 2),
-        ("done", 2),
-    ]
-    assert attempts[1].first_step == (attempts[0].last_step or 0) + 1
-    assert attempts[0].signal == "SIGUSR1"
+    assert [(attempt.reason, attempt.world_size) for attempt in attempts] == [*[("stopped", 2)] * 3, ("done", 2)]
+    for attempt, name in zip(attempts, ("SIGUSR1", "SIGTERM", "SIGTERM"), strict=False):
+        assert name in (attempt.signal or "")
+    for before, after in itertools.pairwise(attempts):
+        assert after.first_step == (before.last_step or 0) + 1
     assert "requeue: stopped on request at step" in printed
     assert "done: done at step 200" in printed
     assert runs.state_hashes("straight", 200) == runs.state_hashes("stopped", 200)
     assert runs.metrics("straight") == runs.metrics("stopped")
     logs = sorted(path.name for path in (runs.run_folder("stopped") / "logs").iterdir())
-    assert logs == [f"job_{job}_{restart}_0" for restart in range(3)]
-    assert (
-        len(list((runs.run_folder("stopped") / "logs" / logs[0]).glob("node_0000[01]/*/attempt_0/0/stderr.log"))) == 2
+    assert logs == [f"job_{job}_{restart}_0" for restart in range(4)]
+    first_life = runs.run_folder("stopped") / "logs" / logs[0]
+    assert len(list(first_life.glob("node_0000[01]/*/attempt_0/0/stderr.log"))) == 2
+
+
+HOSTS = """\
+import os, socket
+if node := os.environ.get("SLURMD_NODENAME"):
+    socket.gethostname = lambda: node
+"""
+"""The nodes of the cluster are one machine: so that no rank takes another node's for one that it can kill."""
+
+
+def stop_a_rank(runs: Runs, slurm: SlurmCluster) -> int:
+    """A job on two nodes, of which the second one's rank is stopped for good after some steps."""
+    code = runs.folder / "hosts"
+    code.mkdir()
+    (code / "sitecustomize.py").write_text(HOSTS)
+    nothing_but_steps = {
+        "training": {"steps": 100_000},
+        "evaluation": {"every_steps": None},
+        "checkpoint": {"every_steps": None},
+    }
+    config = runs.config("hangs", resilience={"hang_seconds": 6.0, "hang_multiple": 5.0}, **nothing_but_steps)
+    env = {"HEADRACE_CODE": str(code), "HEADRACE_SRUN": "--wait=5"}
+    job = submit(runs, slurm, config, options=("--nodes=2",), **env)
+    wait_for_lines(runs, "hangs", 10)
+    victim = next(
+        process
+        for process in slurm.processes(slurm.tasks(job)[0])
+        if "pretrain" in process.cmdline() and process.environ().get("RANK") == "1"
     )
+    assert victim.environ()["SLURMD_NODENAME"] == "n2"
+    victim.send_signal(signal.SIGSTOP)
+    return job
+
+
+def check_that_its_node_is_left_out(runs: Runs, slurm: SlurmCluster, job: int) -> None:
+    slurm.wait_until(job, lambda tasks: tasks[0].restarts == 1)
+    assert " ExcNodeList=n2 " in slurm.call("scontrol", "--oneliner", "show", "job", str(job))
+    (attempt,) = read_attempts(runs.run_folder("hangs"))
+    assert "rank 1 on n2 does not answer (stopped" in attempt.message
+    assert attempt.guilty == (1,)
+    assert "it goes on, without the node n2" in slurm.output(job)
+    remember(runs.run_folder("hangs"), str(job), [])
+    shown = launch(runs, slurm, "status", runs.run_folder("hangs")).stdout
+    assert f"job {job} (" in shown
+    assert ") without n2" in shown
+    slurm.call("scancel", str(job))  # it waits for a node that is not there
 
 
 def test_crashes_and_user_errors(runs: Runs, slurm: SlurmCluster) -> None:
