@@ -5,13 +5,14 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import TextIO, cast
 
 import pytest
 
 from pretrain.distributed import Distributed
 from pretrain.monitor import AttemptsLog, read_attempts
 from pretrain.run import Session
+from pretrain.terminal import LastingOutput
 
 
 def test_a_closed_pipe_does_not_keep_the_reason_from_the_record(
@@ -29,7 +30,8 @@ def test_a_closed_pipe_does_not_keep_the_reason_from_the_record(
         raise BrokenPipeError("Broken pipe")
 
     with monkeypatch.context() as patched:
-        patched.setattr(sys, "stderr", SimpleNamespace(write=broken))
+        closed = cast(TextIO, SimpleNamespace(write=broken, flush=lambda: broken("")))
+        patched.setattr(sys, "stderr", LastingOutput(closed))  # as run_training lets it be
         assert session.end("crash", 1, BrokenPipeError("Broken pipe")) == 1
     (told,) = read_attempts(tmp_path)
     assert (told.reason, told.message) == ("crash", "Broken pipe")
