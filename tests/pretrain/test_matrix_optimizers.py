@@ -271,6 +271,32 @@ def test_galore_looks_again_every_gap_steps_and_keeps_its_moments() -> None:
         assert torch.allclose(mean, 0.9 * before + 0.1 * projected, atol=1e-6)
 
 
+@pytest.mark.parametrize("shape", [(9, 6), (6, 9), (7, 7)])
+def test_galore_is_the_plain_loop(shape: tuple[int, int]) -> None:
+    """Tall, wide and square, across a new decomposition, with decay."""
+    config = tiny_config(optimizer={"kind": "galore", "rank": 3, "gap": 2, "scale": 0.5, "weight_decay": 0.1})
+    groups = groups_of(config.optimizer, blocks_0_attention_query_weight=shape)
+    (weight,), (name,) = groups[0]["params"], groups[0]["names"]
+    ours = config.optimizer.build(groups)
+    master = weight.detach().clone()
+    plain = plain_galore({name: master}, config)
+    for step in range(4):
+        weight.grad = torch.randn(shape, generator=torch.Generator().manual_seed(step))
+        master.grad = weight.grad.clone()
+        groups[0]["lr"] = 0.01
+        ours.step()
+        plain(0.01)
+        torch.testing.assert_close(weight.detach(), master, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("settings", [MuonSettings(), GaLoreSettings(rank=2, modules=("*",))])
+def test_experts_are_matrices_and_routers_embedding_and_head_are_none(settings: AdamSettings) -> None:
+    shapes = {"embedding.weight": (64, 8), "head.weight": (64, 8), "blocks.0.attention_norm.weight": (8,)}
+    shapes |= {"blocks.1.feed_forward.router.weight": (4, 8), "blocks.1.feed_forward.experts.gate": (4, 16, 8)}
+    shapes["blocks.0.attention.query.weight"] = (8, 8)
+    assert [name for name, shape in shapes.items() if settings.is_matrix(name, shape)] == [*shapes][-2:]
+
+
 @pytest.mark.parametrize("settings", [MuonSettings(), GaLoreSettings(rank=2)])
 def test_a_flat_part_of_a_matrix_is_refused(settings: AdamSettings) -> None:
     groups = groups_of(settings, blocks_0_attention_query_weight=(6, 4), blocks_0_attention_key_weight=(6, 4))

@@ -50,7 +50,9 @@ class GaLoreSettings(AdamSettings):
 
     def is_matrix(self, name: str, shape: Sequence[int]) -> bool:
         found = LAYER_NAME.fullmatch(name)
-        layer = found[2].rpartition(".")[0] if found else ""
+        if found is None:
+            return False
+        layer = found[2].rpartition(".")[0]
         return (
             len(shape) in (2, 3)
             and not is_router(name)
