@@ -14,17 +14,29 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from pretrain.config import load_config
-from pretrain.model import count_parameters
-
-from .common import Curve, Interval, Plot, Run, interval, marked, seeds_told, shown, table
-from .common.command import Do, Results, study_command
-from .common.runs import BASE, VOCABULARY, prepare_data, whole_seeds
+from . import common
+from .common import (
+    Curve,
+    Interval,
+    Plot,
+    Run,
+    Trainings,
+    interval,
+    marked,
+    seed_by_seed,
+    seeds_told,
+    shown,
+    table,
+    verdict,
+)
+from .common.command import known_runs, study_command
+from .common.runs import model_of, parameters_of, prepare_data
+from .common.trainings import WIDE_ON_A_GPU
 from .headers import prepare_headers
 
 DOMAINS = ("code", "docs", "headers")
@@ -70,21 +82,16 @@ NONE = Way("none")
 
 
 @dataclass(frozen=True)
-class Size:
+class Size(Trainings):
     """How much of it is run."""
 
-    steps: int
-    seeds: int
     balance_batches: tuple[int, ...] = (1, 4, 32)
     """The last is the global batch."""
     coefficients: tuple[float, ...] = (0.01, 0.1)
     bias_rate: float = 0.001
-    warmup: int = 30
-    lr: float = 0.016
-    lr_from: str = "the better for the global batch at 0.01 of 0.008 and 0.016 with seed 100"
     experts: Mapping[str, Any] = field(default_factory=lambda: {"number": 16, "top_k": 2, "intermediate_size": 64})
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Of ``studies/base.yaml``."""
+    _: KW_ONLY
+    lr_from: str = "the better for the global batch at 0.01 of 0.008 and 0.016 with seed 100"
 
     @property
     def batch(self) -> int:
@@ -110,14 +117,7 @@ SIZES = {
         lr_from="not tuned",
         experts={"number": 64, "top_k": 4, "intermediate_size": 256, "shared": 1},
         overrides={
-            "model.hidden_size": 512,
-            "model.layers": 8,
-            "model.heads": 8,
-            "model.intermediate_size": 1408,
-            "model.init_std": 0.02,
-            "training.precision": "bf16",
-            "checkpoint.every_steps": 1000,
-            **{f"data.sources.{domain}.max_epochs": None for domain in DOMAINS[:-1]},
+            **WIDE_ON_A_GPU,
             "data.sources.headers": {**MIXTURE["data.sources.headers"], "max_epochs": None},
         },
     ),
@@ -131,15 +131,8 @@ def runs(size: Size) -> list[Run]:
             {**way._asdict(), "seed": seed},
             {
                 **MIXTURE,
-                **size.overrides,
+                **size.settings(seed, size.batch, size.steps // 5),
                 "model.experts": dict(size.experts),
-                "training.steps": size.steps,
-                "training.global_batch": size.batch,
-                "training.micro_batch": size.batch,
-                "schedule.warmup_steps": size.warmup,
-                "evaluation.every_steps": size.steps // 5,
-                "optimizer.lr": size.lr,
-                "run.seed": seed,
                 **way.overrides(size),
             },
         )
@@ -150,8 +143,7 @@ def runs(size: Size) -> list[Run]:
 
 def chosen(results: Sequence[dict[str, Any]], way: Way) -> list[dict[str, Any]]:
     """The runs of this way, by seed."""
-    found = [each for each in results if (each["kind"], each["coefficient"], each["batch"]) == way]
-    return sorted(found, key=lambda each: int(each["seed"]))
+    return common.chosen(results, **way._asdict())
 
 
 def heldout(result: Mapping[str, Any], domains: Sequence[str] = DOMAINS) -> float:
@@ -163,8 +155,7 @@ def heldout(result: Mapping[str, Any], domains: Sequence[str] = DOMAINS) -> floa
 
 def difference(results: Sequence[dict[str, Any]], one: Way, other: Way, domains: Sequence[str] = DOMAINS) -> Interval:
     """Of the held-out losses of two ways, seed by seed: below 0, the first is better."""
-    pairs = zip(chosen(results, one), chosen(results, other), strict=True)
-    return interval([heldout(first, domains) - heldout(second, domains) for first, second in pairs])
+    return seed_by_seed(chosen(results, one), chosen(results, other), lambda result: heldout(result, domains))
 
 
 def measure(results: Sequence[dict[str, Any]], way: Way, name: str) -> Interval:
@@ -190,7 +181,7 @@ def _columns() -> list[tuple[str, ...]]:
     return [DOMAINS, *((domain,) for domain in DOMAINS)]
 
 
-def verdict(results: Sequence[dict[str, Any]], size: Size) -> str:
+def conclusion(results: Sequence[dict[str, Any]], size: Size) -> str:
     """At each coefficient, what the global batch gives over the smaller balance batches."""
     lines = []
     for coefficient in size.coefficients:
@@ -198,8 +189,9 @@ def verdict(results: Sequence[dict[str, Any]], size: Size) -> str:
         told = []
         for batch in size.balance_batches[:-1]:
             value = difference(results, whole, Way("loss", coefficient, batch))
-            word = "better" if value.high < 0 else "worse" if value.low > 0 else "not told apart"
-            told.append(f"{word} than with {batch} ({shown(value, 3)})".replace("apart than with", "apart from"))
+            told.append(
+                f"{verdict(value)} than with {batch} ({shown(value, 3)})".replace("apart than with", "apart from")
+            )
         special = ", ".join(
             f"{measure(results, Way('loss', coefficient, batch), 'specialization').mean:.3f} ({batch})"
             for batch in size.balance_batches
@@ -211,9 +203,8 @@ def verdict(results: Sequence[dict[str, Any]], size: Size) -> str:
 def report(results: Sequence[dict[str, Any]], size: Size) -> tuple[str, list[Plot]]:
     """The section of docs/studies.md, and the plots."""
     seeds = len({each["seed"] for each in results})
-    shape = [f"{key}={value}" for key, value in size.overrides.items() if key.startswith("model.")]
-    model = load_config(BASE, [*shape, f"model.experts={dict(size.experts)}"]).model
-    count = count_parameters(model, VOCABULARY)
+    shape = {**size.model_settings(), "model.experts": dict(size.experts)}
+    model, count = model_of(shape), parameters_of(shape)
     text = f"""## Balancing experts over a sequence, a micro-batch or the global batch
 
 Held-out loss, nats per token, after {size.steps} steps of {size.batch} sequences of 128 tokens of three domains (40 %
@@ -223,7 +214,8 @@ experts, of which a token goes to {model.experts.top_k if model.experts else 0}:
 {count.active / 1e6:.2f}M of them active. The balance batch is the sequences that a loss's frequencies are of: 1 is the
 level `sequence`, {size.batch} is `global_batch` (exact), between them `micro_batch`. The first row has losses, the
 others differences to it, seed by seed on the same batches: below 0 is better, bold where the 95 % interval is not
-around 0. The routing is that of the whole step, a mean over the blocks and the last tenth of the steps: the busiest
+around 0. Of {len(_columns()) * (len(size.ways) - 1)} comparisons one in twenty is bold by chance. The routing is that
+of the whole step, a mean over the blocks and the last tenth of the steps: the busiest
 expert's load over the mean, the loads' coefficient of variation, experts without a token (of all blocks together), and
 the specialization, I(domain; expert) / H(domain), from 0 to 1.
 
@@ -231,7 +223,7 @@ The paper (3.4B to 43B parameters, 120B tokens and more; balance batches of 4 to
 as the balance batch grows, and experts to specialise only then. This is the beginning of the training of a tiny model,
 on {size.steps * size.batch * 128 / 1e6:.1f}M tokens:
 
-{verdict(results, size)}
+{conclusion(results, size)}
 
 {ways_table(results, size)}
 """
@@ -245,20 +237,13 @@ on {size.steps * size.batch * 128 / 1e6:.1f}M tokens:
         curves = []
         for coefficient in size.coefficients:
             values = [value(Way("loss", coefficient, batch)) for batch in size.balance_batches]
-            means, halves = [each.mean for each in values], [each.half for each in values]
-            curves.append(Curve(f"coefficient {coefficient:g}", size.balance_batches, means, halves))
+            curves.append(Curve.of(f"coefficient {coefficient:g}", size.balance_batches, values))
         plots.append(Plot(title, "balance batch, sequences", axis, curves, log_x=True))
     return text, plots
 
 
-def collect(size: Size, do: Do) -> tuple[Results, str]:
-    prepare_data()
-    prepare_headers()
-    return whole_seeds(runs(size), do(runs(size)))
-
-
 def main() -> None:
-    study_command("balancing", __doc__, SIZES, collect, report)
+    study_command("balancing", __doc__, SIZES, known_runs(runs, prepare_data, prepare_headers), report)
 
 
 if __name__ == "__main__":

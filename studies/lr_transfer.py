@@ -19,9 +19,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .common import Curve, Interval, Plot, Run, interval, shown, table
-from .common.command import Do, Results, study_command
-from .common.runs import prepare_data, whole_seeds
+from . import common
+from .common import Curve, Interval, Plot, Run, final_loss, interval, shown, table
+from .common.command import known_runs, study_command
+from .common.runs import prepare_data
 
 STANDARD, MUP = "standard", "muP"
 
@@ -109,13 +110,12 @@ def chosen(results: Sequence[dict[str, Any]], width: int, name: str, rate: float
     """The runs of these, by seed; those of the base width are both parametrisations'."""
     base = min(each["width"] for each in results)
     name = STANDARD if width == base else name
-    found = [each for each in results if (each["width"], each["parametrisation"], each["lr"]) == (width, name, rate)]
-    return sorted(found, key=lambda each: int(each["seed"]))
+    return common.chosen(results, width=width, parametrisation=name, lr=rate)
 
 
 def losses(results: Sequence[dict[str, Any]], width: int, name: str, rate: float) -> list[float]:
     """The held-out loss of every seed, infinite where the run diverged."""
-    return [each.get("heldout_loss", math.inf) for each in chosen(results, width, name, rate)]
+    return [final_loss(each) for each in chosen(results, width, name, rate)]
 
 
 def best_rate(rates: Sequence[float], values: NDArray[np.float64]) -> float:
@@ -204,11 +204,10 @@ next narrower one in {better} of all parts of the runs.
 """
     curves = {
         name: [
-            Curve(
+            Curve.of(
                 f"width {width}",
                 list(size.rates),
-                [float(np.mean(losses(results, width, name, rate))) for rate in size.rates],
-                [interval(losses(results, width, name, rate)).half for rate in size.rates],
+                [interval(losses(results, width, name, rate)) for rate in size.rates],
                 colour=place,
             )
             for place, width in enumerate(size.widths)
@@ -219,13 +218,8 @@ next narrower one in {better} of all parts of the runs.
     return text, plots
 
 
-def collect(size: Size, do: Do) -> tuple[Results, str]:
-    prepare_data()
-    return whole_seeds(runs(size), do(runs(size)))
-
-
 def main() -> None:
-    study_command("lr_transfer", __doc__, SIZES, collect, report)
+    study_command("lr_transfer", __doc__, SIZES, known_runs(runs, prepare_data), report)
 
 
 if __name__ == "__main__":

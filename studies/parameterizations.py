@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 import multiprocessing
 from collections.abc import Callable, Mapping
 from concurrent.futures import ProcessPoolExecutor
@@ -23,9 +22,10 @@ from typing import Any
 from data_pipeline.errors import UserError
 from pretrain.config import load_config
 
-from .common import Curve, Interval, Plot, Run, interval, shown, table
+from .common import Curve, Interval, Plot, Run, final_loss, interval, shown, table, verdict
 from .common.command import Do, Results, study_command
-from .common.runs import BASE, RESULTS, VOCABULARY, commit, prepare_data, whole_seeds
+from .common.runs import BASE, RESULTS, VOCABULARY, arguments, commit, model_of, prepare_data, whole_seeds
+from .common.trainings import ON_A_GPU
 from .parameterization_costs import Cost, measure
 
 DENSE, LOST = "dense", "lost"
@@ -68,14 +68,7 @@ SIZES = {
         4,
         (-11, -10, -9),
         warmup=200,
-        overrides={
-            "model.layers": 12,
-            "model.init_std": 0.02,
-            "training.precision": "bf16",
-            "checkpoint.every_steps": 1000,
-            "data.sources.code.max_epochs": None,
-            "data.sources.docs.max_epochs": None,
-        },
+        overrides={**ON_A_GPU, "model.layers": 12},
     ),
 }
 
@@ -94,7 +87,7 @@ def variants(size: Size) -> dict[str, dict[str, Any]]:
         "lost, gamma 1": {"kind": "lost", "rank": rank, "gamma": 1.0},
     }
     galore = {"optimizer.kind": "galore", "optimizer.rank": rank, "optimizer.gap": size.steps // 3}
-    std = load_config(BASE, arguments(size.overrides)).model.init_std
+    std = model_of(size.overrides).init_std
     starts = {
         "dense, half init_std": {"model.init_std": std / 2},
         "dense, quarter init_std": {"model.init_std": std / 4},
@@ -125,15 +118,6 @@ def run_of(size: Size, variant: str, power: int, seed: int) -> Run:
     return Run(labels, {**overrides_of(size, variant), "optimizer.lr": 2.0**power, "run.seed": seed})
 
 
-def arguments(overrides: Mapping[str, Any]) -> list[str]:
-    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
-
-
-def loss(result: Mapping[str, Any]) -> float:
-    """At the end, infinite where the run diverged."""
-    return float(result.get("heldout_loss", math.inf))
-
-
 def tune(size: Size, do: Do) -> dict[str, dict[int, float]]:
     """For each way the loss at each power of two that was tried; the best one has both neighbours.
 
@@ -146,7 +130,7 @@ def tune(size: Size, do: Do) -> dict[str, dict[int, float]]:
         found = do([run for of_one in runs.values() for run in of_one])
         if len(found) < sum(len(of_one) for of_one in runs.values()):
             raise UserError("the learning rates are not tuned yet. Run the study without --report.")
-        losses = {(each["variant"], each["power"]): loss(each) for each in found}
+        losses = {(each["variant"], each["power"]): final_loss(each) for each in found}
         tuned = {
             name: {run.labels["power"]: losses[run.labels["variant"], run.labels["power"]] for run in of_one}
             for name, of_one in runs.items()
@@ -201,7 +185,7 @@ def collect(size: Size, do: Do) -> tuple[Found, str]:
 def finals(results: Results, size: Size) -> dict[str, list[float]]:
     ordered = sorted(results, key=lambda each: int(each["seed"]))
     names = {name: run_of(size, name, 0, 0).labels["variant"] for name in variants(size)}
-    return {name: [loss(each) for each in ordered if each["variant"] == label] for name, label in names.items()}
+    return {name: [final_loss(each) for each in ordered if each["variant"] == label] for name, label in names.items()}
 
 
 def costs(size: Size) -> dict[str, Cost]:
@@ -219,17 +203,10 @@ def costs(size: Size) -> dict[str, Cost]:
     return {name: Cost(**cost) for name, cost in kept[key]["costs"].items()}
 
 
-def verdict(value: Interval) -> str:
-    """Whether an interval of differences is around 0."""
-    if value.low <= 0 <= value.high or math.isnan(value.half):
-        return "not told apart"
-    return "better" if value.mean < 0 else "worse"
-
-
 def report(found: Found, size: Size) -> tuple[str, list[Plot]]:
     """The section of docs/studies.md, and the plots."""
     base, reference = found.costs[DENSE], found.best_dense
-    std = load_config(BASE, arguments(size.overrides)).model.init_std
+    std = model_of(size.overrides).init_std
     rows = []
     for name, cost in found.costs.items():
         apart = found.difference(name, reference)

@@ -15,17 +15,29 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from typing import Any
 
 import numpy as np
 
-from pretrain.config import load_config
-from pretrain.model import count_parameters
-
-from .common import Curve, Interval, Plot, Run, interval, marked, shown, table
-from .common.command import Do, Results, study_command
-from .common.runs import BASE, VOCABULARY, prepare_data, whole_seeds
+from . import common
+from .common import (
+    Curve,
+    Interval,
+    Plot,
+    Run,
+    Trainings,
+    Verdict,
+    interval,
+    marked,
+    seed_by_seed,
+    shown,
+    table,
+    verdict,
+)
+from .common.command import known_runs, study_command
+from .common.runs import parameters_of, prepare_data
+from .common.trainings import WIDE_ON_A_GPU
 from .noise import prepare_noise
 
 UNIFORM = ("uniform", math.inf)
@@ -46,20 +58,16 @@ Method = tuple[str, float]
 
 
 @dataclass(frozen=True)
-class Size:
+class Size(Trainings):
     """How much of it is run."""
 
-    steps: int
-    seeds: int
     temperatures: tuple[float, ...] = (0.4, 1.0)
     strategies: tuple[str, ...] = ("linupper", "quadratic", "extremes")
     batch: int = 16
-    warmup: int = 15
     evaluations: int = 10
-    lr: float = 0.016
+    _: KW_ONLY
+    warmup: int = 15
     lr_from: str = "the best for uniform weights of 0.008, 0.016 and 0.032 with seed 1"
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Of ``studies/base.yaml``."""
 
     @property
     def methods(self) -> list[Method]:
@@ -79,17 +87,7 @@ SIZES = {
         evaluations=40,
         lr=0.001,
         lr_from="not tuned",
-        overrides={
-            "model.hidden_size": 512,
-            "model.layers": 8,
-            "model.heads": 8,
-            "model.intermediate_size": 1408,
-            "model.init_std": 0.02,
-            "training.precision": "bf16",
-            "checkpoint.every_steps": 1000,
-            "data.sources.code.max_epochs": None,
-            "data.sources.docs.max_epochs": None,
-        },
+        overrides=WIDE_ON_A_GPU,
     ),
 }
 
@@ -99,17 +97,10 @@ def runs(size: Size) -> list[Run]:
     found = []
     for seed, mixture, (strategy, r) in itertools.product(range(1, size.seeds + 1), MIXTURES, size.methods):
         overrides: dict[str, Any] = {
-            **size.overrides,
+            **size.settings(seed, size.batch, size.steps // size.evaluations),
             **MIXTURES[mixture],
-            "training.steps": size.steps,
-            "training.global_batch": size.batch,
-            "training.micro_batch": size.batch,
-            "schedule.warmup_steps": size.warmup,
-            "evaluation.every_steps": size.steps // size.evaluations,
             "evaluation.sequences": 64,
-            "optimizer.lr": size.lr,
             "objective.average": "sequence",
-            "run.seed": seed,
         }
         if size.overrides.get("data.sources.code.max_epochs", 1) is None and mixture == "noise":
             overrides["data.sources.noise"] = {**overrides["data.sources.noise"], "max_epochs": None}
@@ -126,10 +117,8 @@ def runs(size: Size) -> list[Run]:
 
 def chosen(results: Sequence[dict[str, Any]], mixture: str, method: Method) -> list[dict[str, Any]]:
     """The runs of these, by seed."""
-    found = [
-        each for each in results if (each["data"], each["strategy"], each.get("r", math.inf)) == (mixture, *method)
-    ]
-    return sorted(found, key=lambda each: int(each["seed"]))
+    strategy, r = method
+    return common.chosen(results, data=mixture, strategy=strategy, r=None if math.isinf(r) else r)
 
 
 def curve(result: Mapping[str, Any], domains: Sequence[str]) -> list[float]:
@@ -142,8 +131,8 @@ def differences(
     results: Sequence[dict[str, Any]], mixture: str, method: Method, domains: Sequence[str], evaluation: int = -1
 ) -> Interval:
     """Of the loss to that of the uniform run with the same seed, at an evaluation: below 0 is better."""
-    pairs = zip(chosen(results, mixture, method), chosen(results, mixture, UNIFORM), strict=True)
-    return interval([curve(one, domains)[evaluation] - curve(other, domains)[evaluation] for one, other in pairs])
+    pairs = chosen(results, mixture, method), chosen(results, mixture, UNIFORM)
+    return seed_by_seed(*pairs, lambda result: curve(result, domains)[evaluation])
 
 
 def steps_to_reach(steps: Sequence[float], losses: Sequence[float], target: float) -> float | None:
@@ -193,24 +182,21 @@ def mixture_table(results: Sequence[dict[str, Any]], size: Size, mixture: str) -
     return table(header, rows)
 
 
-def verdict(results: Sequence[dict[str, Any]], size: Size, mixture: str) -> str:
+def conclusion(results: Sequence[dict[str, Any]], size: Size, mixture: str) -> str:
     """Which methods differ from uniform in the mean loss of the clean domains."""
-    better: list[str] = []
-    worse: list[str] = []
-    neither: list[str] = []
+    groups: dict[Verdict, list[str]] = {"better": [], "worse": [], "not told apart": []}
     for method in size.methods[1:]:
         value = differences(results, mixture, method, CLEAN)
-        group = better if value.high < 0 else worse if value.low > 0 else neither
-        group.append(f"{method[0]} at r = {method[1]:g} ({shown(value, 3)})")
-    parts = [("better than uniform", better), ("worse", worse), ("not told apart from it", neither)]
+        groups[verdict(value)].append(f"{method[0]} at r = {method[1]:g} ({shown(value, 3)})")
+    names = ("better than uniform", "worse", "not told apart from it")
+    parts = zip(names, groups.values(), strict=True)
     return "; ".join(f"{name}: {', '.join(group) or 'none'}" for name, group in parts)
 
 
 def report(results: Sequence[dict[str, Any]], size: Size) -> tuple[str, list[Plot]]:
     """The section of docs/studies.md, and the plots."""
     seeds = len({each["seed"] for each in results})
-    shape = [f"{key}={value}" for key, value in size.overrides.items() if key.startswith("model.")]
-    parameters = count_parameters(load_config(BASE, shape).model, VOCABULARY).total
+    parameters = parameters_of(size.model_settings()).total
     text = f"""## Reweighting of sequences by their loss
 
 Held-out loss, nats per token, after {size.steps} steps of {size.batch} sequences of 128 tokens, on the text of
@@ -228,8 +214,8 @@ more than r = 1), which another rate or a larger batch might make up for.
 
 The paper expects LinUpper to be the best. In the mean of code and docs:
 
-- on clean text: {verdict(results, size, "clean")};
-- with a fifth of noise: {verdict(results, size, "noise")}.
+- on clean text: {conclusion(results, size, "clean")};
+- with a fifth of noise: {conclusion(results, size, "noise")}.
 
 On clean text:
 
@@ -246,27 +232,13 @@ base64; studies/noise.py):
         curves = []
         for place, method in enumerate(size.methods[1:]):
             values = [differences(results, mixture, method, CLEAN, number) for number in range(len(steps))]
-            curves.append(
-                Curve(
-                    f"{method[0]}, r = {method[1]:g}",
-                    steps,
-                    [value.mean for value in values],
-                    [value.half for value in values],
-                    colour=place,
-                )
-            )
+            curves.append(Curve.of(f"{method[0]}, r = {method[1]:g}", steps, values, colour=place))
         plots.append(Plot(f"{mixture}: loss on code and docs less uniform's", "step", "nats per token", curves))
     return text, plots
 
 
-def collect(size: Size, do: Do) -> tuple[Results, str]:
-    prepare_data()
-    prepare_noise()
-    return whole_seeds(runs(size), do(runs(size)))
-
-
 def main() -> None:
-    study_command("reweighting", __doc__, SIZES, collect, report)
+    study_command("reweighting", __doc__, SIZES, known_runs(runs, prepare_data, prepare_noise), report)
 
 
 if __name__ == "__main__":

@@ -14,20 +14,33 @@ and the held-out loss alone.
 from __future__ import annotations
 
 import itertools
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import KW_ONLY, dataclass
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from pretrain.config import load_config
-from pretrain.model import ParameterCount, count_parameters
+from pretrain.model import ParameterCount
 
-from .common import Curve, Interval, Plot, Run, interval, marked, seeds_told, shown, table
-from .common.command import Do, Results, study_command
-from .common.runs import BASE, VOCABULARY, prepare_data, whole_seeds
+from . import common
+from .common import (
+    Curve,
+    Interval,
+    Plot,
+    Run,
+    Trainings,
+    final_loss,
+    interval,
+    marked,
+    seed_by_seed,
+    seeds_told,
+    shown,
+    table,
+)
+from .common.command import known_runs, study_command
+from .common.runs import parameters_of, prepare_data
+from .common.trainings import ON_A_GPU
 
 BALANCING = [
     {"kind": "load_balance", "level": "global_batch", "coefficient": 0.01},
@@ -41,21 +54,16 @@ Shape = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
-class Size:
+class Size(Trainings):
     """How much of it is run."""
 
-    steps: int
-    seeds: int
     widths: tuple[int, ...] = (64,)
     experts: tuple[int, ...] = (4, 8, 16, 32)
     top_k: tuple[int, ...] = (2, 4)
     batch: int = 16
-    warmup: int = 30
     head_dim: int = 16
-    lr: float = 0.016
+    _: KW_ONLY
     lr_from: str = "that of the other studies, not tuned"
-    overrides: Mapping[str, Any] = field(default_factory=dict)
-    """Of ``studies/base.yaml``."""
 
     @property
     def shapes(self) -> list[Shape]:
@@ -70,9 +78,8 @@ class Size:
     def model(self, shape: Shape) -> dict[str, Any]:
         """The overrides of the model's section."""
         width, experts, top_k = shape
-        own = {key: value for key, value in self.overrides.items() if key.startswith("model.")}
         return {
-            **own,
+            **self.model_settings(),
             "model.hidden_size": width,
             "model.heads": width // self.head_dim,
             "model.intermediate_size": 2 * width,
@@ -82,11 +89,7 @@ class Size:
     @cached_property
     def parameters(self) -> dict[Shape, ParameterCount]:
         """Of every model."""
-        models = {
-            shape: load_config(BASE, [f"{key}={value}" for key, value in self.model(shape).items()]).model
-            for shape in self.shapes
-        }
-        return {shape: count_parameters(model, VOCABULARY) for shape, model in models.items()}
+        return {shape: parameters_of(self.model(shape)) for shape in self.shapes}
 
 
 SIZES = {
@@ -104,14 +107,7 @@ SIZES = {
         head_dim=64,
         lr=0.001,
         lr_from="not tuned",
-        overrides={
-            "model.layers": 8,
-            "model.init_std": 0.02,
-            "training.precision": "bf16",
-            "checkpoint.every_steps": 1000,
-            "data.sources.code.max_epochs": None,
-            "data.sources.docs.max_epochs": None,
-        },
+        overrides=ON_A_GPU,
     ),
 }
 
@@ -122,16 +118,9 @@ def runs(size: Size) -> list[Run]:
         Run(
             {"width": shape[0], "number": shape[1], "top_k": shape[2], "seed": seed},
             {
-                **size.overrides,
+                **size.settings(seed, size.batch, size.steps),
                 **size.model(shape),
                 "objective.balancing.losses": BALANCING,
-                "training.steps": size.steps,
-                "training.global_batch": size.batch,
-                "training.micro_batch": size.batch,
-                "schedule.warmup_steps": size.warmup,
-                "evaluation.every_steps": size.steps,
-                "optimizer.lr": size.lr,
-                "run.seed": seed,
             },
         )
         for seed in range(1, size.seeds + 1)
@@ -141,19 +130,18 @@ def runs(size: Size) -> list[Run]:
 
 def chosen(results: Sequence[dict[str, Any]], shape: Shape) -> list[dict[str, Any]]:
     """The runs of this shape, by seed."""
-    found = [each for each in results if (each["width"], each["number"], each["top_k"]) == shape]
-    return sorted(found, key=lambda each: int(each["seed"]))
+    width, experts, top_k = shape
+    return common.chosen(results, width=width, number=experts, top_k=top_k)
 
 
 def loss(results: Sequence[dict[str, Any]], shape: Shape, which: str) -> Interval:
     """``train_loss`` or ``heldout_loss``; infinite where a seed diverged."""
-    return interval([each.get(which, math.inf) for each in chosen(results, shape)])
+    return interval([final_loss(each, which) for each in chosen(results, shape)])
 
 
 def gain(results: Sequence[dict[str, Any]], shape: Shape, base: Shape, which: str) -> Interval:
     """Of the loss over that of another shape, seed by seed: below 0 is better."""
-    pairs = zip(chosen(results, shape), chosen(results, base), strict=True)
-    return interval([one.get(which, math.inf) - other.get(which, math.inf) for one, other in pairs])
+    return seed_by_seed(chosen(results, shape), chosen(results, base), lambda result: final_loss(result, which))
 
 
 def family_table(results: Sequence[dict[str, Any]], size: Size) -> str:
@@ -178,7 +166,7 @@ def family_table(results: Sequence[dict[str, Any]], size: Size) -> str:
     return table(header, rows)
 
 
-def verdict(results: Sequence[dict[str, Any]], size: Size) -> str:
+def conclusion(results: Sequence[dict[str, Any]], size: Size) -> str:
     """What the most experts give over the fewest, and twice the experts of a token, in held-out loss."""
     few, most = size.experts[0], size.experts[-1]
     lines = []
@@ -196,21 +184,23 @@ def verdict(results: Sequence[dict[str, Any]], size: Size) -> str:
 def report(results: Sequence[dict[str, Any]], size: Size) -> tuple[str, list[Plot]]:
     """The section of docs/studies.md, and the plots."""
     seeds = len({each["seed"] for each in results})
+    compared = len(LOSSES) * sum(experts > size.experts[0] for _, experts, _ in size.shapes)
     text = f"""## Sparsity of mixtures of experts
 
 A family of decoders of {size.overrides.get("model.layers", 2)} blocks with experts of 2 d features, E of them in a
 block, of which a token goes to k, on the text of Python's standard library: {size.steps} steps of {size.batch}
 sequences of {SEQUENCE_TOKENS} tokens, {size.tokens / 1e6:.1f}M tokens for all, {seeds_told(seeds)}; one learning rate
 ({size.lr:g}, {size.lr_from}). Losses are nats per token, training the mean of the last tenth of the steps, held-out on
-text that no run has seen; differences are taken seed by seed, bold where the 95 % interval is not around 0. CV of loads
-(standard deviation over mean) and dead experts (of all blocks together) are those of the last tenth of the steps. With
+text that no run has seen; differences are taken seed by seed, bold where the 95 % interval is not around 0. Of
+{compared} comparisons one in twenty is bold by chance. CV of loads (standard deviation over mean) and dead experts (of
+all blocks together) are those of the last tenth of the steps. With
 more experts at the same k, total parameters and sparsity grow together; they can't be told apart here.
 
 The paper (125B tokens, widths of 512 to 2048) finds what is memorised to grow with total parameters throughout,
 reasoning to be best near 20 tokens for each of them, and of models of one loss those with more active parameters to
 reason better. Models so small reason about nothing: this is about the losses. Held-out losses here:
 
-{verdict(results, size)}
+{conclusion(results, size)}
 
 {family_table(results, size)}
 """
@@ -247,16 +237,11 @@ def _curve(
 ) -> Curve:
     values = [loss(results, shape, which) for shape in shapes]
     parameters = [float(getattr(size.parameters[shape], axis)) for shape in shapes]
-    return Curve(name, parameters, [value.mean for value in values], [value.half for value in values])
-
-
-def collect(size: Size, do: Do) -> tuple[Results, str]:
-    prepare_data()
-    return whole_seeds(runs(size), do(runs(size)))
+    return Curve.of(name, parameters, values)
 
 
 def main() -> None:
-    study_command("sparsity", __doc__, SIZES, collect, report)
+    study_command("sparsity", __doc__, SIZES, known_runs(runs, prepare_data), report)
 
 
 if __name__ == "__main__":

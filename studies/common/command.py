@@ -8,13 +8,26 @@ from typing import Any, TypeVar
 
 from .docs import put_section
 from .plots import Plot, write_plots
-from .runs import ROOT, Run, Study
+from .runs import ROOT, Run, Study, whole_seeds
 
 Size = TypeVar("Size")
 Found = TypeVar("Found")
 Results = list[dict[str, Any]]
 Do = Callable[[Sequence[Run]], Results]
 """Does runs and returns the results of all that are known; with ``--report`` it does none."""
+
+
+def known_runs(
+    runs: Callable[[Size], Sequence[Run]], *prepare: Callable[[], object]
+) -> Callable[[Size, Do], tuple[Results, str]]:
+    """The ``collect`` of a study all of whose runs are known beforehand; ``prepare`` makes their data."""
+
+    def collect(size: Size, do: Do) -> tuple[Results, str]:
+        for make in prepare:
+            make()
+        return whole_seeds(runs(size), do(runs(size)))
+
+    return collect
 
 
 def study_command(

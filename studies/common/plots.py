@@ -8,6 +8,8 @@ from pathlib import Path
 
 from plotly import graph_objects, io
 
+from .statistics import Interval
+
 
 @dataclass(frozen=True)
 class Curve:
@@ -20,6 +22,11 @@ class Curve:
     dash: str = "solid"
     colour: int | None = None
     """Its place in the palette; None takes the next."""
+
+    @classmethod
+    def of(cls, name: str, x: Sequence[float], values: Sequence[Interval], colour: int | None = None) -> Curve:
+        """Means with their intervals."""
+        return cls(name, x, [value.mean for value in values], [value.half for value in values], colour=colour)
 
 
 @dataclass(frozen=True)

@@ -29,6 +29,7 @@ import yaml
 from data_pipeline.errors import UserError
 from data_pipeline.manifest import read_manifest
 from pretrain.config import Config, load_config
+from pretrain.model import ModelSettings, ParameterCount, count_parameters
 from pretrain.monitor import read_attempts, read_metrics
 
 from .worker import train_in_process
@@ -135,7 +136,22 @@ class Study:
         # a run that leaves steps out is another run: here it has diverged, and that is its result
         given = {"stability.non_finite": "stop", **run.overrides}
         overrides = {**given, "run.name": run.name, "run.folder": f"runs/studies/{self.name}"}
-        return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+        return arguments(overrides)
+
+
+def arguments(overrides: Mapping[str, Any]) -> list[str]:
+    """As on the command line."""
+    return [f"{key}={json.dumps(value)}" for key, value in overrides.items()]
+
+
+def model_of(overrides: Mapping[str, Any]) -> ModelSettings:
+    """The model of ``studies/base.yaml`` with these overrides."""
+    return load_config(BASE, arguments(overrides)).model
+
+
+def parameters_of(overrides: Mapping[str, Any]) -> ParameterCount:
+    """Its parameters, with the vocabulary of the studies."""
+    return count_parameters(model_of(overrides), VOCABULARY)
 
 
 def key_of(run: Run, config: Config) -> str:
