@@ -6,12 +6,13 @@ import importlib
 import json
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+from tests.ranks import free_port, rank_environment
 
 RANKS = 2
 PATIENCE_SECONDS = 8.0
@@ -47,9 +48,7 @@ def attempt(
     Args:
         meanwhile: called in this process, with the ranks' process ids, when they have been started.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    port = free_port()
     logs = [config.with_suffix(f".rank{rank}.log") for rank in range(ranks)]
     pids = [_start(config, overrides, prepare, rank, ranks, port, logs[rank]) for rank in range(ranks)]
     try:
@@ -71,14 +70,7 @@ def _start(
         descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
         os.dup2(descriptor, 1)
         os.dup2(descriptor, 2)
-        os.environ.update(
-            RANK=str(rank),
-            LOCAL_RANK=str(rank),
-            WORLD_SIZE=str(ranks),
-            MASTER_ADDR="127.0.0.1",
-            MASTER_PORT=str(port),
-            TORCHELASTIC_RESTART_COUNT="0",
-        )
+        os.environ.update(rank_environment(rank, ranks, port), TORCHELASTIC_RESTART_COUNT="0")
         from pretrain.run import run_training
 
         prepare(rank)

@@ -15,11 +15,13 @@ from pretrain.config import Config
 from tests.ranks import run_on_ranks
 
 from .methods import Method, families
-from .steps import PlainObjective, relative_difference, run_engine, run_plain, tiny_config
+from .steps import relative_difference, run_engine, tiny_config
 
 BATCH = 16
 Case = tuple[int, int, str]
 """ZeRO stage, micro-steps of an optimizer step, activation checkpointing."""
+Apart = list[tuple[str, dict[str, float], dict[str, float]]]
+"""Cases: what it is, how far it is from the plain loop, and how far it may be."""
 
 LEAN: list[Case] = [(0, 4, "full"), (1, 1, "full"), (2, 4, "none"), (3, 4, "full")]
 WHOLE: list[Case] = [(stage, steps, kept) for stage in range(4) for steps in (1, 4) for kept in ("none", "full")]
@@ -46,8 +48,8 @@ def configured(method: Method, ranks: int, case: Case) -> Config:
     return tiny_config(**sections)
 
 
-def differences(family: str, cases: list[Case]) -> list[tuple[str, dict[str, float], dict[str, float]]]:
-    """On one rank, for each method and case: what it is, how far it is from the plain loop, and how far it may be."""
+def differences(family: str, cases: list[Case]) -> Apart:
+    """On one rank, for each method and case."""
     from pretrain.distributed import start
 
     ranks = start(60)
@@ -62,11 +64,7 @@ def differences(family: str, cases: list[Case]) -> list[tuple[str, dict[str, flo
     for name, method, case in chosen:
         if (name, case[1]) not in references:
             config = configured(method, ranks.world_size, (0, case[1], "none"))
-            group = BATCH // case[1]
-            balancing = method.balancing() if method.balancing else None
-            objective = method.objective or PlainObjective(method.token_losses)
-            plain = objective, method.optimizer, method.before_step, method.initial(config), balancing
-            references[name, case[1]] = run_plain(config, group, *plain, method.token_losses)
+            references[name, case[1]] = method.reference(config, BATCH // case[1])
     found = []
     for name, method, case in chosen:
         config = configured(method, ranks.world_size, case)
@@ -87,15 +85,20 @@ def added(seen: dict[str, Any], reference: dict[str, Any]) -> dict[str, Tensor]:
     return {name: p - reference["initial"][name] for name, p in seen["parameters"].items()}
 
 
-def assert_equal_updates(family: str, world_size: int, cases: list[Case], timeout: float = 500) -> None:
-    found = run_on_ranks(differences, world_size, family, cases, timeout=timeout)[0]
-    assert found
-    wrong = [
+def too_far(found: Apart) -> list[str]:
+    """What is not as near as it should be, in words."""
+    return [
         f"{where}: {key} {value:.2e}"
         for where, apart, allowed in found
         for key, value in apart.items()
         if not value < allowed[key]
     ]
+
+
+def assert_equal_updates(family: str, world_size: int, cases: list[Case], timeout: float = 500) -> None:
+    found = run_on_ranks(differences, world_size, family, cases, timeout=timeout)[0]
+    assert found
+    wrong = too_far(found)
     assert not wrong, "\n".join(wrong)
 
 

@@ -17,7 +17,7 @@ from data_pipeline.batches import Batch
 from pretrain.config import Config
 from pretrain.model import Decoder
 
-from ..steps import cross_entropies, plain_adamw
+from ..steps import PlainObjective, cross_entropies, plain_adamw, run_plain
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,19 @@ class Method:
     """ZeRO stages it allows; that the others are refused is shown by a test of its own."""
     tolerances: Mapping[str, float] = field(default_factory=dict)
     """In place of ``test_method_matrix.TOLERANCES``; the row says why."""
+
+    def reference(self, config: Config, group_size: int) -> dict[str, Any]:
+        """What the plain loop gives; losses are normalised over ``group_size`` sequences."""
+        return run_plain(
+            config,
+            group_size,
+            self.objective or PlainObjective(self.token_losses),
+            self.optimizer,
+            self.before_step,
+            self.initial(config),
+            self.balancing() if self.balancing else None,
+            self.token_losses,
+        )
 
 
 def families() -> dict[str, dict[str, Method]]:
