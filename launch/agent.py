@@ -18,6 +18,9 @@ from data_pipeline.errors import EXIT_CRASH, EXIT_DONE
 
 from .restarts import SAME_LOOK_SECONDS
 
+PATIENCE_SECONDS = 7 * 24 * 3600
+"""Workers that were asked to stop are never killed by the agent while they save: the end of the job does that."""
+
 
 @dataclass(frozen=True)
 class Ended:

@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 FIRST_PORT, PORTS = 18_000, 14_000
 """Below the ports that Linux hands out by itself."""
-PATIENCE_SECONDS = 7 * 24 * 3600
-"""Workers that were asked to stop are never killed by the agent while they save: the end of the job does that."""
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None, help=__doc__)
 
@@ -122,7 +120,7 @@ def run_ranks(meet: str, logs: Path, module: str, *arguments: str) -> dict[str, 
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, Std
     from torch.distributed.launcher.api import LaunchConfig
 
-    from .agent import run_agent
+    from .agent import PATIENCE_SECONDS, run_agent
 
     number, nodes = int(os.environ["SLURM_NODEID"]), int(os.environ["SLURM_STEP_NUM_NODES"])
     ranks = ranks_of_node()

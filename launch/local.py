@@ -18,7 +18,7 @@ from data_pipeline.errors import UserError
 from pretrain.config import load_config
 from pretrain.monitor import read_attempts
 
-from .agent import run_agent
+from .agent import PATIENCE_SECONDS, run_agent
 
 
 def launch_local(path: Path, overrides: Sequence[str], ranks: int) -> int:
@@ -46,6 +46,7 @@ def launch_local(path: Path, overrides: Sequence[str], ranks: int) -> int:
         max_restarts=0,
         monitor_interval=0.1,
         signals_to_handle="SIGTERM,SIGINT,SIGUSR1",
+        shutdown_timeout=PATIENCE_SECONDS,
     )
     ended = run_agent(config, "pretrain", "train", str(path), *overrides)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)

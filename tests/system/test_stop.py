@@ -45,7 +45,9 @@ def test_stopped_runs_go_on_to_the_same_bits(runs: Runs) -> None:
     """SIGTERM to torchrun, SIGUSR1 to one worker, SIGINT to our launcher: each stops alike, and the run goes on."""
     straight, stopped = runs.config("straight"), runs.config("stopped", checkpoint={"asynchronous": True})
     assert runs.train(straight, STEPS).returncode == 0
-    ours = [sys.executable, "-m", "launch", "local", str(stopped), STEPS, "evaluation.every_steps=10", "--ranks", "2"]
+    # torchrun's agent would kill ranks that need longer than this, 30 s unless set, for their step and save
+    impatient = ["env", "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=0", sys.executable, "-m", "launch", "local"]
+    ours = [*impatient, str(stopped), STEPS, "evaluation.every_steps=10", "--ranks", "2"]
     theirs = torchrun(stopped, STEPS, ranks=2)
     stop(runs, "stopped", theirs, signal.SIGTERM, "launcher")
     first = read_attempts(runs.run_folder("stopped"))[-1]
