@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import itertools
 import re
 import statistics
 from collections.abc import Iterator
@@ -66,18 +67,25 @@ def check_slurm(request: Request) -> Iterator[Finding]:
         return
     try:
         shown = run("sinfo", "--noheader", "--format=%R|%l|%D|%G|%a")
+        default = _default_partition() if request.partition is None else []
     except HeadraceError as error:
         yield Finding("slurm.unreachable", "warning", str(error), "The partition was not checked.")
         return
     rows = [line.split("|") for line in shown.splitlines() if line.count("|") == 4]
     names = sorted({row[0] for row in rows})
-    wanted = request.partition or _default_partition()
-    mine = [row for row in rows if row[0] == wanted]
-    if not mine:
-        if request.partition is not None:
-            cause = f"There is no partition {request.partition!r}."
-            yield Finding("slurm.partition", "error", cause, f"Those of this cluster are {', '.join(names)}.")
+    wanted = [name for name in default if name in names] if request.partition is None else request.partition.split(",")
+    if unknown := [name for name in wanted if name not in names]:
+        cause = f"There is no partition {unknown[0]!r}."
+        yield Finding("slurm.partition", "error", cause, f"Those of this cluster are {', '.join(names)}.")
         return
+    found = [list(_partition(name, [row for row in rows if row[0] == name], request)) for name in wanted]
+    if all(found):  # of several partitions Slurm takes one that fits
+        yield from itertools.chain(*found)
+    yield from _account(request)
+
+
+def _partition(wanted: str, mine: list[list[str]], request: Request) -> Iterator[Finding]:
+    """Why the job does not fit a partition, whose nodes ``mine`` are rows of sinfo."""
     if all(row[4] != "up" for row in mine):
         yield Finding("slurm.partition", "error", f"The partition {wanted} is {mine[0][4]}.", "Choose another.")
     longest = seconds_of(mine[0][1])
@@ -92,7 +100,6 @@ def check_slurm(request: Request) -> Iterator[Finding]:
     if request.gpus and gpus and request.ranks_per_node > max(gpus):
         cause = f"{request.ranks_per_node} ranks a node are asked for, and nodes of {wanted} have {max(gpus)} GPUs."
         yield Finding("slurm.gpus", "error", cause, "Start at most one rank for each GPU.")
-    yield from _account(request)
 
 
 def _account(request: Request) -> Iterator[Finding]:
@@ -108,9 +115,9 @@ def _account(request: Request) -> Iterator[Finding]:
         yield Finding("slurm.account", "error", cause, f"Known: {', '.join(known)}.")
 
 
-def _default_partition() -> str | None:
-    found = re.search(r"PartitionName=(\S+).* Default=YES", run("scontrol", "--oneliner", "show", "partition"))
-    return found[1] if found else None
+def _default_partition() -> list[str]:
+    """The cluster's, if it has one."""
+    return re.findall(r"PartitionName=(\S+).* Default=YES", run("scontrol", "--oneliner", "show", "partition"))
 
 
 def seconds_of(text: str) -> float | None:

@@ -188,9 +188,16 @@ def test_the_partition(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each.code for each in errors(partition="old")] == ["slurm.partition"]
     assert [each.code for each in errors(time_limit=7200.0)] == ["slurm.time"], "of the default partition"
     assert [each.code for each in errors(nodes=(4, 4), partition="cpu")] == ["slurm.nodes"]
+    assert errors(nodes=(4, 4), partition="old,gpu") == [], "Slurm takes the one that fits"
+    assert [each.code for each in errors(nodes=(4, 4), partition="cpu,old")] == [
+        "slurm.nodes", "slurm.partition", "slurm.nodes",
+    ]  # fmt: skip
+    assert [each.code for each in errors(partition="gpu,gpus")] == ["slurm.partition"]
     assert [each.code for each in errors(partition="gpu", account="theirs")] == ["slurm.account"]
     many = errors(partition="gpu", gpus=True, ranks_per_node=16, nodes=(1, 1))
     assert {each.code for each in many} == {"slurm.gpus", "batch"}
+    slurm_says(monkeypatch, {"sinfo": listing})
+    assert "slurm.unreachable" in codes(check(runs), "warning"), "which partition is the default is not known"
     slurm_says(monkeypatch, {})
     assert "slurm.unreachable" in codes(check(runs), "warning")
 
