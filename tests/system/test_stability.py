@@ -31,7 +31,16 @@ BALANCING = {
 }
 
 
-def settings(stage: int, action: str, divided: int = 0) -> dict[str, Any]:
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adamw": {},
+    "muon": {"kind": "muon"},
+    "galore": {"kind": "galore", "rank": 4, "gap": 5, "lr": 3e-3},  # other projections from steps 11 and 16 on
+}
+
+
+def settings(
+    stage: int, action: str, divided: int = 0, optimizer: str = "adamw", asynchronous: bool = False
+) -> dict[str, Any]:
     """``divided``: the expert-parallel ranks of a mixture of experts whose balancing remembers; 0: without experts."""
     balancing = {"balancing": BALANCING} if divided else {}
     return {
@@ -39,6 +48,8 @@ def settings(stage: int, action: str, divided: int = 0) -> dict[str, Any]:
         "objective": {"reweighting": {"strategy": "uniform"}, **balancing},
         "training": {"steps": STEPS, "micro_batch": 2},
         "engine": {"zero_stage": stage, "expert_parallel": max(divided, 1)},
+        "optimizer": OPTIMIZERS[optimizer],
+        "checkpoint": {"asynchronous": asynchronous},
         "evaluation": {"every_steps": None},
         "monitor": {"tensorboard": action == "rollback"},
         "stability": {"spike": {"action": action, "window": 16, "least": 8}},
@@ -51,14 +62,22 @@ def incidents(runs: Runs, name: str) -> list[tuple[str, int]]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("stage", "divided"),
-    [*(campaign(stage, 0) for stage in range(4)), campaign(0, 2), (1, 2), campaign(2, 2), campaign(3, 1)],
+    ("stage", "divided", "optimizer", "asynchronous"),
+    [
+        (1, 2, "muon", True),
+        *(campaign(stage, 0, "adamw", way) for stage in range(4) for way in (False, True)),
+        *(campaign(*case, "adamw", way) for case in ((0, 2), (1, 2), (2, 2), (3, 1)) for way in (False, True)),
+        *(campaign(stage, 0, "muon", stage % 2 == 0) for stage in range(4)),
+        *(campaign(stage, divided, "galore", stage != 1) for stage in range(3) for divided in (0, 2)),
+    ],
 )
 def test_a_spike_is_gone_back_from_and_its_range_left_out_also_after_a_kill(
-    runs: Runs, stage: int, divided: int
+    runs: Runs, stage: int, divided: int, optimizer: str, asynchronous: bool
 ) -> None:
+    """Where saves go on beside the training, the checkpoint to go back to is being written when the spike is met."""
+    given = (stage, "rollback", divided, optimizer)
     faults = f"gradient:{BAD_STEP},spike:{SPIKE}"
-    whole = runs.config("whole", **settings(stage, "rollback", divided))
+    whole = runs.config("whole", **settings(*given, asynchronous))
     done = runs.train(whole, fault=faults)
     assert done.returncode == 0, done.stderr
     folder = runs.run_folder("whole")
@@ -79,14 +98,14 @@ def test_a_spike_is_gone_back_from_and_its_range_left_out_also_after_a_kill(
 
     # the run whose user leaves the same range out
     range_left_out = {"skip_ranges": [[96, 104]], **json_data(runs)}
-    by_hand = runs.config("by_hand", **settings(stage, "rollback", divided), data=range_left_out)
+    by_hand = runs.config("by_hand", **settings(*given), data=range_left_out)  # saves that are waited for
     reference = runs.train(by_hand, fault=faults)
     assert reference.returncode == 0, reference.stderr
     assert incidents(runs, "by_hand") == [("non_finite", BAD_STEP + 1)]
     assert runs.state_hashes("by_hand", STEPS) == runs.state_hashes("whole", STEPS)
 
     # killed before the first checkpoint after the incident
-    broken = runs.config("broken", **settings(stage, "rollback", divided))
+    broken = runs.config("broken", **settings(*given, asynchronous))
     assert runs.train(broken, fault=f"{faults},step:14").returncode != 0
     assert read_attempts(runs.run_folder("broken"))[0].reason == "rolled_back"
     resumed = runs.train(broken, fault=faults)
