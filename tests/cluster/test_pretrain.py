@@ -50,6 +50,42 @@ def wait_for_lines(runs: Runs, name: str, count: int) -> None:
         time.sleep(0.05)
 
 
+def check_the_bits_of_a_straight_run(runs: Runs, slurm: SlurmCluster, job: int, signals: tuple[str, ...]) -> None:
+    """The job ``stopped`` ended, after one attempt for each signal, as the run ``straight`` did."""
+    (task,) = slurm.wait(job)
+    printed = slurm.output(job)
+    assert (task.state, task.restarts) == ("COMPLETED", len(signals)), printed
+    attempts = read_attempts(runs.run_folder("stopped"))
+    endings = [*[("stopped", 2)] * len(signals), ("done", 2)]
+    assert [(attempt.reason, attempt.world_size) for attempt in attempts] == endings
+    for attempt, name in zip(attempts, signals, strict=False):
+        assert name in (attempt.signal or "")
+    for before, after in itertools.pairwise(attempts):
+        assert after.first_step == (before.last_step or 0) + 1
+    assert "requeue: stopped on request at step" in printed
+    assert "done: done at step 200" in printed
+    assert runs.state_hashes("straight", 200) == runs.state_hashes("stopped", 200)
+    assert runs.metrics("straight") == runs.metrics("stopped")
+    logs = sorted(path.name for path in (runs.run_folder("stopped") / "logs").iterdir())
+    assert logs == [f"job_{job}_{restart}_0" for restart in range(len(signals) + 1)]
+    first_life = runs.run_folder("stopped") / "logs" / logs[0]
+    assert len(list(first_life.glob("node_0000[01]/*/attempt_0/0/stderr.log"))) == 2
+
+
+STEPS = ("training.steps=200", "evaluation.every_steps=50", "checkpoint.every_steps=100")
+
+
+def test_two_nodes_stopped_twice_end_with_the_bits_of_a_straight_run(runs: Runs, slurm: SlurmCluster) -> None:
+    assert runs.train(runs.config("straight"), *STEPS).returncode == 0
+    job = submit(runs, slurm, runs.config("stopped"), *STEPS, options=("--nodes=2",))
+    wait_for_lines(runs, "stopped", 20)
+    slurm.call("scancel", "--batch", "--signal=USR1", str(job))  # as --signal does before the time limit
+    slurm.wait_until(job, lambda tasks: tasks[0].restarts == 1)
+    wait_for_lines(runs, "stopped", (read_attempts(runs.run_folder("stopped"))[0].last_step or 0) + 20)
+    slurm.call("scontrol", "requeue", str(job))
+    check_the_bits_of_a_straight_run(runs, slurm, job, ("SIGUSR1", "SIGTERM"))
+
+
 SLOW = """\
 import os, sys, time
 if sys.orig_argv[1:4] == ["-m", "pretrain", "train"] and "TEST_ATTEMPTS" in os.environ:
@@ -63,18 +99,18 @@ if sys.orig_argv[1:4] == ["-m", "pretrain", "train"] and "TEST_ATTEMPTS" in os.e
 """Steps of a second until the run was stopped twice, and short ones until it was three times."""
 
 
+@pytest.mark.campaign
 def test_a_run_stopped_in_every_way_ends_with_the_bits_of_a_straight_run(runs: Runs, slurm: SlurmCluster) -> None:
     """By its time limit, which Slurm looks at twice a minute; by a job that may take its nodes; by its user. While it
-    waits for the limit, another run hangs."""
-    steps = ("training.steps=200", "evaluation.every_steps=50", "checkpoint.every_steps=100")
+    waits for the limit, another run hangs. A campaign: on a busy machine a minute is too short for a start."""
     code, attempts_file = runs.folder / "code", runs.run_folder("stopped") / "attempts.jsonl"
     code.mkdir()
     (code / "sitecustomize.py").write_text(SLOW)
     slow = {"HEADRACE_CODE": str(code), "TEST_ATTEMPTS": str(attempts_file)}
     limit = ("--nodes=2", "--time=1", "--signal=B:USR1@20")
-    job = submit(runs, slurm, runs.config("stopped"), *steps, options=limit, **slow)
+    job = submit(runs, slurm, runs.config("stopped"), *STEPS, options=limit, **slow)
     hanging = stop_a_rank(runs, slurm)
-    assert runs.train(runs.config("straight"), *steps).returncode == 0
+    assert runs.train(runs.config("straight"), *STEPS).returncode == 0
     slurm.wait_until(job, lambda tasks: tasks[0].restarts == 1)
     slurm.call("scontrol", "update", f"JobId={job}", "TimeLimit=10")  # that of its next lives
     check_that_its_node_is_left_out(runs, slurm, hanging)
@@ -85,24 +121,7 @@ def test_a_run_stopped_in_every_way_ends_with_the_bits_of_a_straight_run(runs: R
     slurm.wait_until(job, lambda tasks: tasks[0].restarts == 2 and tasks[0].state == "RUNNING")
     wait_for_lines(runs, "stopped", (read_attempts(runs.run_folder("stopped"))[1].last_step or 0) + 5)
     slurm.call("scontrol", "requeue", str(job))
-    (task,) = slurm.wait(job)
-
-    printed = slurm.output(job)
-    assert (task.state, task.restarts) == ("COMPLETED", 3), printed
-    attempts = read_attempts(runs.run_folder("stopped"))
-    assert [(attempt.reason, attempt.world_size) for attempt in attempts] == [*[("stopped", 2)] * 3, ("done", 2)]
-    for attempt, name in zip(attempts, ("SIGUSR1", "SIGTERM", "SIGTERM"), strict=False):
-        assert name in (attempt.signal or "")
-    for before, after in itertools.pairwise(attempts):
-        assert after.first_step == (before.last_step or 0) + 1
-    assert "requeue: stopped on request at step" in printed
-    assert "done: done at step 200" in printed
-    assert runs.state_hashes("straight", 200) == runs.state_hashes("stopped", 200)
-    assert runs.metrics("straight") == runs.metrics("stopped")
-    logs = sorted(path.name for path in (runs.run_folder("stopped") / "logs").iterdir())
-    assert logs == [f"job_{job}_{restart}_0" for restart in range(4)]
-    first_life = runs.run_folder("stopped") / "logs" / logs[0]
-    assert len(list(first_life.glob("node_0000[01]/*/attempt_0/0/stderr.log"))) == 2
+    check_the_bits_of_a_straight_run(runs, slurm, job, ("SIGUSR1", "SIGTERM", "SIGTERM"))
 
 
 HOSTS = """\
