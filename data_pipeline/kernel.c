@@ -1,6 +1,6 @@
-/* The inner loops of making batches: blocks read and held against their CRC32C, and rows of tokens widened to what a
- * model takes while EOS is looked for. Plain C and POSIX; kernel.py compiles and binds it, and says what does the same
- * without it. Nothing here is reached by more than one thread with the same memory. */
+/* The inner loops of making batches: blocks read and held against their CRC32C, rows of tokens widened to what a model
+ * takes while EOS is looked for, and the arithmetic of the order. Plain C and POSIX; kernel.py compiles and binds it,
+ * and says what does the same without it. Nothing here is reached by more than one thread with the same memory. */
 
 #include <errno.h>
 #include <stddef.h>
@@ -310,6 +310,63 @@ int64_t headrace_batch(struct rows *rows, int number, int64_t *into) {
     }
     rows->ends = found;
     return (found - ends) << 1 | single;
+}
+
+/* ---- the order ------------------------------------------------------------------------------------------------------
+ * permutation.py says what this is; here it is done index by index, with the same integers. */
+
+#define ROUNDS 8
+
+INLINE uint64_t mix64(uint64_t value) {
+    value = (value ^ value >> 30) * 0xBF58476D1CE4E5B9u;
+    value = (value ^ value >> 27) * 0x94D049BB133111EBu;
+    return value ^ value >> 31;
+}
+
+INLINE uint64_t shift(uint64_t moved, uint64_t by, uint64_t side, uint64_t key, int inverse) {
+    uint64_t step = (mix64(by ^ key) >> 32) * side >> 32;
+    step = (inverse ? side - step : step) + moved;
+    return step >= side ? step - side : step;
+}
+
+/* the least integer w with (double)w >= the root of ``size`` as a double */
+static uint64_t width_of(uint64_t size) {
+    double root = __builtin_sqrt((double)size);
+    uint64_t width = (uint64_t)root;
+    return (double)width < root ? width + 1 : width;
+}
+
+INLINE void walk(int64_t count, int64_t *indices, const int64_t *sizes, int64_t size_step, const uint64_t *keys,
+                 int64_t key_step, int inverse) {
+    uint64_t size = 0, width = 0, height = 0;
+    for (int64_t k = 0; k < count; k++, sizes += size_step, keys += key_step) {
+        if ((uint64_t)*sizes != size) size = (uint64_t)*sizes, width = width_of(size), height = (size + width - 1) / width;
+        uint64_t value = (uint64_t)indices[k];
+        do {
+            uint64_t x = value / height, y = value - x * height;
+            for (int round = 0; round < ROUNDS; round += 2) {
+                if (inverse) {
+                    y = shift(y, x, height, keys[ROUNDS - 1 - round], 1);
+                    x = shift(x, y, width, keys[ROUNDS - 2 - round], 1);
+                } else {
+                    x = shift(x, y, width, keys[round], 0);
+                    y = shift(y, x, height, keys[round + 1], 0);
+                }
+            }
+            value = x * height + y;
+        } while (value >= size);
+        indices[k] = (int64_t)value;
+    }
+}
+
+/* Where each of the ``indices`` [count] goes, in place, or (inverse) whence it comes: in the permutation of
+ * range(sizes[k size_step]) with the keys from keys[k key_step] on. */
+void headrace_walk(int64_t count, int64_t *indices, const int64_t *sizes, int64_t size_step, const uint64_t *keys,
+                   int64_t key_step, int inverse) {
+    if (inverse)
+        walk(count, indices, sizes, size_step, keys, key_step, 1);
+    else
+        walk(count, indices, sizes, size_step, keys, key_step, 0);
 }
 
 /* What of this CPU is used: bits 0 and 1 how a CRC32C is computed (by tables, its instruction, folding), bits 2 and 3 the

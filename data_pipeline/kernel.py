@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from .errors import UserError
 from .numpy_kernel import NumpyKernel, Widen
-from .permutation import IntArray
+from .permutation import ROUNDS, IntArray, UIntArray
 from .recycled import Room
 from .rows import Rows
 
@@ -34,7 +34,8 @@ SWITCH = "HEADRACE_KERNEL"
 """The environment variable that chooses: unset or ``auto``, or ``numpy``."""
 
 _SOURCE = Path(__file__).with_name("kernel.c")
-_FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-shared")
+_FLAGS = ("-std=gnu11", "-O3", "-fno-math-errno", "-fPIC", "-shared")
+_LIBRARIES = ("-lm",)
 _COMPILERS = ("cc", "gcc", "clang")
 _COMPILE_SECONDS = 120
 _TOKENS = {np.dtype("<u2"), np.dtype("<u4")}
@@ -79,6 +80,7 @@ class NativeKernel:
         self._crc32c = _declare(loaded.headrace_crc32c, ctypes.c_uint32, "pid")
         self._read = _declare(loaded.headrace_read, ctypes.c_int64, "dippippd")
         self._batch = _declare(loaded.headrace_batch, ctypes.c_int64, "pdp")
+        self._walk = _declare(loaded.headrace_walk, None, "ippipid")
         features = _declare(loaded.headrace_features, ctypes.c_int, "d")(level)
         self.features = f"CRC32C by {_CRCS[features & 3]}, {_WIDTHS[features >> 2]} vectors"
         """What of this CPU is used."""
@@ -89,6 +91,20 @@ class NativeKernel:
     def crc32c(self, content: npt.NDArray[np.uint8]) -> int:
         """The CRC32C of some bytes [n], contiguous."""
         return int(self._crc32c(content.ctypes.data, content.size, self._level))
+
+    def walk(self, indices: IntArray, sizes: IntArray, keys: UIntArray, inverse: bool) -> IntArray:
+        """As :meth:`NumpyKernel.walk`."""
+        found, sizes, keys = indices.copy(), np.ascontiguousarray(sizes).ravel(), keys.reshape(-1, ROUNDS)
+        count = found.size
+        if sizes.size not in (1, count) or len(keys) not in (1, count):
+            raise ValueError(f"{count} indices, {sizes.size} sizes of ranges and {len(keys)} rows of keys")
+        if keys.strides[0] == 0:
+            keys = keys[:1]
+        keys = np.ascontiguousarray(keys)
+        steps = int(sizes.size > 1), ROUNDS * int(len(keys) > 1)
+        pointers = (found.ctypes.data, sizes.ctypes.data, steps[0], keys.ctypes.data, steps[1])
+        self._walk(count, *pointers, int(inverse))
+        return found
 
     def read(
         self,
@@ -185,6 +201,7 @@ def _key() -> str:
     parts = (
         _SOURCE.read_bytes(),
         *_FLAGS,
+        *_LIBRARIES,
         os.environ.get("CC", ""),
         platform.machine(),
         sys.platform,
@@ -206,7 +223,7 @@ def _compile(library: Path) -> None:
     os.close(handle)
     try:
         done = subprocess.run(
-            [*command, *_FLAGS, "-o", temporary, str(_SOURCE)],
+            [*command, *_FLAGS, "-o", temporary, str(_SOURCE), *_LIBRARIES],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             timeout=_COMPILE_SECONDS,
         )  # fmt: skip

@@ -10,7 +10,7 @@ import crc32c
 import numpy as np
 import numpy.typing as npt
 
-from .permutation import IntArray
+from .permutation import IntArray, UIntArray, walk
 from .recycled import Room
 from .rows import Rows, Tokens
 
@@ -24,6 +24,17 @@ _WORD = 8
 
 class NumpyKernel:
     """The inner loops of making batches."""
+
+    def walk(self, indices: IntArray, sizes: IntArray, keys: UIntArray, inverse: bool) -> IntArray:
+        """Where permutations take the indices, or (inverse) from where; int64, the shape of ``indices``.
+
+        Args:
+            indices: [k], each in its range.
+            sizes: [k] or one, the length of each range, 1 to 2^62.
+            keys: [k, 8] or [8], the keys of each permutation.
+            inverse: the other way round.
+        """
+        return walk(indices, sizes, keys, inverse)
 
     def read(
         self,

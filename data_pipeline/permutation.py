@@ -44,6 +44,9 @@ def epoch_keys(seed: int, purpose: str, names: Sequence[str], source: IntArray, 
     """The keys of each source ``names[source]`` [k] in its epoch [k]; uint64 [k, 8]."""
     if not source.size:
         return np.empty((0, ROUNDS), np.uint64)
+    if (source == source[0]).all() and (epoch == epoch[0]).all():
+        keys = derive_keys(seed, purpose, names[int(source[0])], int(epoch[0]))
+        return np.broadcast_to(keys, (len(source), ROUNDS))
     # three sorts of integers: a third of what a sort of pairs costs
     sources, source_number = np.unique(source, return_inverse=True)
     epochs, epoch_number = np.unique(epoch, return_inverse=True)
@@ -93,7 +96,14 @@ def _walk(indices: npt.ArrayLike, n: npt.ArrayLike, keys: UIntArray, *, inverse:
         raise ValueError(f"a permutation needs 1 <= n <= 2^62, not n from {size.min()} to {size.max()}")
     if index.size and not (index.min() >= 0 and (index < size).all()):
         raise ValueError(f"index {index.max() if index.min() >= 0 else index.min()} lies outside range(n)")
-    values, size = index.astype(np.uint64), size.astype(np.uint64)
+    from .kernel import load  # which imports this module
+
+    return load().walk(index.astype(np.int64), size.astype(np.int64), keys, inverse)
+
+
+def walk(indices: IntArray, sizes: IntArray, keys: UIntArray, inverse: bool) -> IntArray:
+    """:func:`permute`, or its inverse, with NumPy and without a look at the arguments; the kernels' is equal."""
+    values, size = indices.astype(np.uint64), sizes.astype(np.uint64)
     # the width is a correctly rounded square root, the same everywhere; any width would do, for height makes up for it
     width = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
     height = (size + width - np.uint64(1)) // width

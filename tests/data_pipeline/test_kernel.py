@@ -204,3 +204,33 @@ def test_a_kernel_that_computes_wrong_is_refused(
     found, words = kernel._find.__wrapped__()
     assert isinstance(found, NumpyKernel)
     assert "computes a wrong CRC32C" in words
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    sizes=st.lists(st.one_of(st.integers(1, 50), st.integers(1, 1 << 62)), min_size=1, max_size=6),
+    count=st.integers(0, 40), keyed=st.sampled_from(["one", "repeated", "each"]), several=st.booleans(),
+    inverse=st.booleans(), seed=st.integers(0, 1 << 20),
+)  # fmt: skip
+def test_the_order_s_arithmetic_is_equal_to_the_bit(
+    kernels: dict[str, Any], sizes: list[int], count: int, keyed: str, several: bool, inverse: bool, seed: int
+) -> None:
+    rng = np.random.default_rng(seed)
+    size = np.array(rng.choice(sizes, count) if several else sizes[0], np.int64)
+    indices = (rng.integers(0, 1 << 62, count) % size).astype(np.int64)
+    keys = rng.integers(0, 1 << 64, (max(count, 1), 8), np.uint64)
+    if keyed != "each":
+        keys = keys[0] if keyed == "one" else np.broadcast_to(keys[0], keys.shape)
+    before = indices.copy()
+    expected = kernels["numpy"].walk(indices, size, keys, inverse)
+    for name in NATIVE:
+        assert np.array_equal(kernels[name].walk(indices, size, keys, inverse), expected), name
+    assert np.array_equal(indices, before)
+
+
+def test_the_order_s_arithmetic_refuses_arrays_of_other_lengths(kernels: dict[str, Any]) -> None:
+    keys = np.zeros((3, 8), np.uint64)
+    with pytest.raises(ValueError, match="2 indices, 1 sizes of ranges and 3 rows of keys"):
+        kernels["all"].walk(np.arange(2), np.array(5), keys, False)
+    with pytest.raises(ValueError, match="3 indices, 2 sizes of ranges and 3 rows of keys"):
+        kernels["all"].walk(np.arange(3), np.array([5, 6]), keys, False)
