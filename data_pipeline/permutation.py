@@ -45,8 +45,8 @@ def epoch_keys(seed: int, purpose: str, names: Sequence[str], source: IntArray, 
     if not source.size:
         return np.empty((0, ROUNDS), np.uint64)
     if (source == source[0]).all() and (epoch == epoch[0]).all():
-        keys = derive_keys(seed, purpose, names[int(source[0])], int(epoch[0]))
-        return np.broadcast_to(keys, (len(source), ROUNDS))
+        one = derive_keys(seed, purpose, names[int(source[0])], int(epoch[0]))
+        return np.broadcast_to(one, (len(source), ROUNDS))
     # three sorts of integers: a third of what a sort of pairs costs
     sources, source_number = np.unique(source, return_inverse=True)
     epochs, epoch_number = np.unique(epoch, return_inverse=True)
