@@ -26,7 +26,7 @@ import numpy.typing as npt
 
 from .errors import UserError
 from .numpy_kernel import NumpyKernel, Widen
-from .permutation import ROUNDS, IntArray, UIntArray
+from .permutation import ROUNDS, IntArray, UIntArray, walk
 from .recycled import Room
 from .rows import Rows
 
@@ -87,6 +87,11 @@ class NativeKernel:
         example = np.arange(10_007, dtype=np.uint64).astype(np.uint8)
         if self.crc32c(example) != crc32c.crc32c(example.data):
             raise OSError(f"{library} computes a wrong CRC32C")
+        sizes = np.array([1, 10, 10**6 + 3, 2**31 - 1, 2**53 + 1, 2**62])
+        keys, spread = np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15), sizes * 2 // 3
+        for inverse in (False, True):
+            if not np.array_equal(self.walk(spread, sizes, keys, inverse), walk(spread, sizes, keys, inverse)):
+                raise OSError(f"{library} computes a wrong order")
 
     def crc32c(self, content: npt.NDArray[np.uint8]) -> int:
         """The CRC32C of some bytes [n], contiguous."""
