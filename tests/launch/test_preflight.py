@@ -74,6 +74,7 @@ def test_every_number_of_nodes_of_a_range_must_divide(runs: Runs) -> None:
     found = check(runs, nodes=(2, 3))
     assert codes(found, "error") == ["batch"]
     assert "3 ranks" in found[0].cause
+    assert codes(check(runs, nodes=(3, 4)), "error") == ["batch"], "and not only the most"
 
 
 def test_damaged_data_and_missing_heldout_text(runs: Runs, tmp_path: Path) -> None:
@@ -117,6 +118,10 @@ def test_the_checkpoint_to_go_on_from(runs: Runs) -> None:
     assert "hidden_size: 32 in the checkpoint, 64 now" in found[0].cause
     assert "resume.complete" in codes(check(runs, "training.steps=4", "schedule={name: constant}", nodes=(2, 2)))
     state = json.loads((path / "state.json").read_text())
+    gone_back = {"left_out": [[0, 2]], "skip_ranges": [[0, 2]]}
+    (path / "state.json").write_text(json.dumps({**state, **gone_back}))
+    write_manifest(path, [record_file(path, path / "state.json")])
+    assert codes(check(runs, nodes=(2, 2)), "error") == [], "what the run has left out by itself is no contradiction"
     (path / "state.json").write_text(json.dumps({**state, "versions": {"torch": "1.0"}}))
     write_manifest(path, [record_file(path, path / "state.json")])
     assert "torch 1.0 -> " in show(check(runs, nodes=(2, 2)))
@@ -163,6 +168,17 @@ def test_the_time_of_steps_and_saves(runs: Runs) -> None:
     assert codes(found, "error") == ["time.lead"]
     assert found[0].fix == "Submit with --signal=B:USR1@860."
     assert codes(check(runs, time_limit=300.0), "error") == ["time.lead"]
+
+
+def test_the_newest_steps_and_a_save_count(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = runs.run_folder("run")
+    write_steps(folder, 50, seconds=1.0)
+    older = (folder / "metrics.jsonl").read_text()
+    write_steps(folder, 50, seconds=100.0)
+    (folder / "metrics.jsonl").write_text(older + (folder / "metrics.jsonl").read_text())
+    assert "time.lead" not in codes(check(runs), "error"), "two steps take 200 s of 300 s"
+    monkeypatch.setattr(cluster, "save_seconds", lambda config: 150.0)
+    assert "may need 350 s" in next(each.cause for each in check(runs) if each.code == "time.lead")
 
 
 def slurm_says(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> None:

@@ -64,6 +64,9 @@ def test_after_the_run_went_back_by_itself_a_crash_is_judged_by_what_was_gained_
     assert verdict(tmp_path, 1).action == "again"
     attempt(tmp_path, 9, 12)
     assert verdict(tmp_path, 2).action == "stop"
+    attempt(tmp_path, 9, 30, "rolled_back")
+    attempt(tmp_path, 9, 12)
+    assert verdict(tmp_path, 4).action == "again", "since it last went back"
 
 
 def test_a_crash_goes_on_only_where_a_step_was_gained_that_no_attempt_had_reached(tmp_path: Path) -> None:
@@ -89,6 +92,14 @@ def test_killed_attempts_count_by_their_metrics(tmp_path: Path) -> None:
     assert verdict(tmp_path, 1).action == "stop"
     metrics(tmp_path, 8)
     assert verdict(tmp_path, 1).action == "again"
+
+
+def test_after_a_lost_node_it_goes_on_whatever_was_gained(tmp_path: Path) -> None:
+    attempt(tmp_path, 1, 10)
+    attempt(tmp_path, 1, 10)
+    assert verdict(tmp_path, 1).action == "stop"
+    assert verdict(tmp_path, 1, lost="n2").action == "again"
+    assert verdict(tmp_path, 1, lost="n2", asked=True).action == "requeue", "this allocation is at its end"
 
 
 def test_crashes_in_a_row_are_capped_whatever_they_gain(tmp_path: Path) -> None:
@@ -124,6 +135,8 @@ def test_the_node_whose_rank_failed_first_is_the_culprit_where_hardware_is_named
     report(tmp_path, 2, 0, 0.0, "")
     assert [found["node"] for found in read_reports(tmp_path)] == ["n1", "n0", "n2"]
     assert found("") == ("n1",)
+    report(tmp_path, 1, -15, 101.0, "rank 1 was killed by SIGTERM")  # by its agent, after another had failed
+    assert [found["node"] for found in read_reports(tmp_path)] == ["n0", "n1", "n2"]
     report(tmp_path, 1, -9, 101.0, "rank 1 was killed by SIGKILL, often for lack of memory")
     assert found("Connection closed by peer") == ()
     report(tmp_path, 1, 1, 99.0)
