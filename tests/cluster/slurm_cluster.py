@@ -161,7 +161,8 @@ class SlurmCluster:
             yield
         finally:
             _start(self, "slurmd", "-D", "-N", node, log=f"{node}.out")
-            self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
+            with suppress(ClusterError):  # refused where the daemon has registered first and the node is back already
+                self.call("scontrol", "update", f"NodeName={node}", "State=RESUME")
             _wait_for(self, lambda: _is_idle(self, node))
 
     def logs(self, lines: int = 20) -> str:
