@@ -15,9 +15,10 @@ from data_pipeline.manifest import HELDOUT
 from data_pipeline.stream import Stream, open_split, open_stream
 from pretrain.beginning import open_beginning
 from pretrain.check import check_run, warnings
-from pretrain.checkpoint import complete_checkpoints, read_state, step_of
+from pretrain.checkpoint import complete_checkpoints, read_state, refuse_copies, step_of
 from pretrain.checkpoint.manifest import NAME as MANIFEST_NAME
 from pretrain.checkpoint.manifest import problems, read_manifest
+from pretrain.checkpoint.second import attempt_copy, second_place
 from pretrain.config import Config
 from pretrain.data import RunData, open_data
 from pretrain.distributed import Distributed
@@ -27,7 +28,7 @@ from pretrain.optimizer import check_schedule
 from pretrain.run_folder import CHECKPOINTS, versions
 from pretrain.state import leaving_out, left_out, resume_state
 
-from .findings import Finding, Request, refused
+from .findings import Finding, Request, Severity, refused
 
 T = TypeVar("T")
 SAMPLED = 8
@@ -103,11 +104,31 @@ def _resumed(origin: Path, config: Config, data: RunData, ranks: Distributed) ->
     return resume_state(origin, leaving_out(config, left_out(config, origin)), data, ranks)
 
 
+def _newer_elsewhere(config: Config, newest: Path | None) -> Finding | None:
+    """What of the second place for checkpoints comes before the ``newest`` complete one of the run folder."""
+    second = second_place(config.checkpoint, config.run_folder.name)
+    if second is None:
+        return None
+    names, failure = attempt_copy(second.complete)
+    if failure:
+        told = f"whether there is a newer checkpoint in {second.address} can't be seen: {failure}."
+        severity: Severity = "warning" if newest else "error"
+        return Finding("resume.second", severity, told, "Mend that, or take out checkpoint.second to start without it.")
+    if names and (newest is None or names[-1] > newest.name):
+        told = f"The start fetches {second.address}/{names[-1]}, newer than what the run folder has"
+        return Finding("resume.second", "info", f"{told}; it is compared with the configuration then.")
+    return None
+
+
 def resume(config: Config, request: Request, data: RunData) -> Iterator[Finding]:
     """Whether the run can go on from what it would go on from, or can begin."""
     folder = config.run_folder / CHECKPOINTS
     origin: Path | None = None
-    if config.resume != "never":
+    if config.resume == "never":
+        if found := _tried("resume.second", partial(refuse_copies, config.checkpoint, config.run_folder.name)):
+            yield found
+            return
+    else:
         for path in sorted(folder.glob("step_*")):
             files = read_manifest(path)
             if (path / MANIFEST_NAME).exists() and (files is None or problems(path, files, hashes=False)):
@@ -117,6 +138,10 @@ def resume(config: Config, request: Request, data: RunData) -> Iterator[Finding]
                 )
         complete = complete_checkpoints(folder)
         origin = complete[-1] if complete else None
+        if elsewhere := _newer_elsewhere(config, origin):
+            yield elsewhere
+            if elsewhere.severity != "warning":
+                return
         if origin is None and config.resume != "auto":
             origin = Path(config.resume)
             files = read_manifest(origin)

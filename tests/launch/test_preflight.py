@@ -16,6 +16,7 @@ from launch.preflight import Finding, cluster, failed, preflight, show
 from launch.preflight.cluster import seconds_of
 from launch.preflight.memory import estimate
 from pretrain.checkpoint.manifest import record_file, write_manifest
+from pretrain.checkpoint.second import SecondPlace
 from pretrain.config import load_config
 from pretrain.data import open_data
 from pretrain.distributed import Distributed
@@ -129,6 +130,43 @@ def test_the_checkpoint_to_go_on_from(runs: Runs) -> None:
     found = check(runs, nodes=(2, 2))
     assert "resume.damaged" in codes(found, "warning")
     assert "Goes on from" not in show(found)
+
+
+def test_a_newer_checkpoint_in_the_second_place_is_the_one_to_go_on_from(runs: Runs, tmp_path: Path) -> None:
+    second = f"checkpoint.second={{path: {tmp_path}/second}}"
+    runs.config("run")
+    path = save(runs)
+    assert "resume.second" not in codes(check(runs, second), "info"), "the second place is empty"
+    copy = tmp_path / "second" / "run" / path.name
+    shutil.copytree(path, copy)
+    found = check(runs, second, nodes=(2, 2))
+    assert "resume.second" not in codes(found, "info"), "it has no newer one"
+    assert "resume" in codes(found, "info")
+    shutil.rmtree(path)
+    found = check(runs, second)
+    assert (codes(found, "error"), "resume" in codes(found, "info")) == ([], False)
+    assert f"The start fetches {copy}, newer than" in show(found)
+    found = check(runs, second, "resume=never")
+    assert codes(found, "error") == ["resume.second"]
+    assert "holds 1 checkpoints of an earlier run" in show(found)
+
+
+def test_a_second_place_that_does_not_answer_stops_a_run_without_checkpoints(
+    runs: Runs, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def silent(self: SecondPlace) -> list[str]:
+        raise ConnectionError("nobody answers")
+
+    monkeypatch.setattr(SecondPlace, "complete", silent)
+    second = f"checkpoint.second={{path: {tmp_path}/second}}"
+    runs.config("run")
+    found = check(runs, second, nodes=(2, 2))
+    assert codes(found, "error") == ["resume.second"]
+    assert "can't be seen: ConnectionError: nobody answers" in show(found)
+    save(runs)
+    found = check(runs, second, nodes=(2, 2))
+    assert (codes(found, "error"), codes(found, "warning").count("resume.second")) == ([], 1)
+    assert "Goes on from" in show(found)
 
 
 def test_memory_against_the_gpus(runs: Runs) -> None:
