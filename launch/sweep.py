@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import shlex
 import subprocess
@@ -56,14 +57,20 @@ def done(member: Member) -> bool:
 
 
 def open_sweep(path: Path, overrides: Sequence[str], request: Request) -> Sweep | int:
-    """Build every member and check one, write their configurations; 2 where the preflight found errors."""
+    """Build every member and check one, write their configurations; 2 where the preflight found errors.
+
+    They lie in a folder that is named by what they hold: tasks of an array that is queued already go on reading
+    theirs, by number, whatever the sweep's file says since.
+    """
     settings, members = load_sweep(path, tuple(overrides))
     folder = Path(settings.folder) / settings.name
-    files = [folder / MEMBERS / f"{number:05d}.yaml" for number in range(len(members))]
+    contents = [yaml.safe_dump(plain(member.config), sort_keys=False).encode() for member in members]
+    digest = hashlib.sha256(b"\0".join(contents)).hexdigest()[:12]
+    files = [folder / MEMBERS / digest / f"{number:05d}.yaml" for number in range(len(members))]
     sweep = Sweep(settings, members, folder, files)
     files[0].parent.mkdir(parents=True, exist_ok=True)
-    for file, member in zip(files, members, strict=True):
-        publish_bytes(file, yaml.safe_dump(plain(member.config), sort_keys=False).encode())
+    for file, content in zip(files, contents, strict=True):
+        publish_bytes(file, content)
     publish_bytes(folder / SWEEP_FILE, yaml.safe_dump(settings.model_dump(mode="json"), sort_keys=False).encode())
     for number in sweep.open[:1]:
         found = preflight(Request(**{**request.__dict__, "path": files[number], "overrides": ()}))
@@ -120,7 +127,7 @@ def submit(sweep: Sweep, options: Sequence[str], at_a_time: int | None, request:
     if not request.gpus:
         environment["HEADRACE_RANKS_PER_NODE"] = str(request.ranks_per_node)
     script = code / "slurm" / batch_script("pretrain").name
-    submission = Submission(options, script, [str(sweep.folder / MEMBERS)], environment)
+    submission = Submission(options, script, [str(sweep.files[0].parent)], environment)
     if dry_run:
         print(submission)
         return None

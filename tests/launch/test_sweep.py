@@ -161,6 +161,29 @@ def test_a_dry_run_on_this_machine_starts_nothing(
         sweep(path, on_slurm=True, ranks=2)
 
 
+def test_what_is_queued_is_not_changed_by_another_look_at_the_sweep(
+    runs: Runs, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An array's task reads the configuration of its number when it starts, which may be days after; in between the
+    sweep's file changes, is tried, shown or refused."""
+    monkeypatch.setattr(sweeps, "take_snapshot", lambda config, folder: folder)
+    path, request = write(runs, grid={"optimizer.lr": [1e-3, 3e-3]}), Request(Path("grid.yaml"), gpus=False)
+    queued = sweeps.open_sweep(path, [], request)
+    assert isinstance(queued, sweeps.Sweep)
+    assert sweeps.submit(queued, [], None, request, dry_run=True) is None
+    assert str(queued.files[0].parent) in capsys.readouterr().out, "the folder that the tasks read"
+    before = [file.read_bytes() for file in queued.files]
+    again = sweeps.open_sweep(path, [], request)
+    assert isinstance(again, sweeps.Sweep)
+    assert again.files == queued.files
+    write(runs, grid={"optimizer.lr": [1e-2, 1e-3, 3e-3]})
+    changed = sweeps.open_sweep(path, [], request)
+    assert isinstance(changed, sweeps.Sweep)
+    write(runs, grid={"data.sources.a.path": ["/nowhere/data"]})
+    assert sweeps.open_sweep(path, [], request) == 2
+    assert [file.read_bytes() for file in queued.files] == before
+
+
 def test_words_of_the_command_line() -> None:
     assert (bytes_of("80GB"), bytes_of("512mb"), bytes_of("1000")) == (80e9, 512e6, 1000.0)
     assert (node_range("4"), node_range("2-4")) == ((4, 4), (2, 4))
