@@ -17,6 +17,8 @@ from data_pipeline.settings import Settings, load_settings
 from pretrain.config import Config, load_config
 
 _UNFIT = re.compile(r"[^A-Za-z0-9._-]+")
+_OWN = ("run.name", "run.folder")
+"""Settings that every member has its own of, from ``name`` and ``folder``."""
 
 
 class SweepSettings(Settings):
@@ -70,14 +72,23 @@ def load_sweep(path: Path, overrides: tuple[str, ...] = ()) -> tuple[SweepSettin
 
     Args:
         path: its YAML file.
-        overrides: for every member, over the file's own; the grid and the cases win over them.
+        overrides: for every member, over the file's own; where a case sets the same, it wins for its members.
 
     Raises:
-        UserError: the file, or the configuration of a member, is wrong; two members would be one.
+        UserError: the file, or the configuration of a member, is wrong; an override would reach no member; two members
+            would be one.
     """
     sweep = load_settings(SweepSettings, path)
+    rows = expand(sweep)
+    for override in (*sweep.overrides, *overrides):
+        key = override.partition("=")[0]
+        if key in _OWN or (rows and all(key in row for row in rows)):
+            reason = "a sweep names its runs and their folders itself" if key in _OWN else f"every member sets {key}"
+            raise UserError(
+                f"{path}: the override {override} changes nothing: {reason}. Change it in the sweep's file."
+            )
     members: dict[str, Member] = {}
-    for values in expand(sweep):
+    for values in rows:
         name = member_name(values, sweep.grid)
         own = [f"{key}={json.dumps(value)}" for key, value in values.items() if key != "label"]
         where = [f"run.name={name}", f"run.folder={Path(sweep.folder) / sweep.name}"]

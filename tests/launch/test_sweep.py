@@ -62,6 +62,9 @@ def test_a_grid_is_every_combination_of_every_case(runs: Runs) -> None:
         ({"grid": {"optimizer.lr": [1e-3, 1e-3]}}, "two members would be named lr_0.001"),
         ({"grid": {"optimizer.lr": [1e-3]}, "gird": {}}, "did you mean 'grid'"),
         ({"grid": {"optimizer.lr": [1e-3]}, "exclude": [{"optimizer.lr": 1.0}]}, "exclude.0 fits no member"),
+        ({"grid": {"optimizer.lr": [1e-3]}, "overrides": ["optimizer.lr=1"]}, "optimizer.lr=1 changes nothing"),
+        ({"cases": [{"optimizer.lr": 1e-3}], "overrides": ["optimizer.lr=1"]}, "optimizer.lr=1 changes nothing"),
+        ({"grid": {"optimizer.lr": [1e-3]}, "overrides": ["run.name=mine"]}, "run.name=mine changes nothing"),
     ],
 )
 def test_wrong_files_are_refused(runs: Runs, content: dict[str, Any], told: str) -> None:
