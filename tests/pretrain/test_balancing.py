@@ -212,6 +212,22 @@ def test_what_a_step_leaves_for_the_next() -> None:
     np.testing.assert_allclose(saved["global_batch_running"], running, atol=1e-12)
 
 
+def test_what_is_remembered_begins_before_the_loss_and_outlives_a_step_of_holes() -> None:
+    later = {"to": 1.0, "end_step": 5, "shape": "at_once"}
+    ways = [{"frequencies": "previous_step"}, {"frequencies": "running", "decay": 0.75}]
+    settings = settings_of(*({**BALANCE, **way, "coefficient": 0.0, "change": later} for way in ways))
+    part, saved = three_ranks()[0], {}
+    for step, routing in enumerate((part, Routing(torch.zeros_like(part.packed)))):
+        balancer = Balancer(settings, step, 20.0, 1, ALONE, saved)
+        assert balancer.terms(routing, None, torch.ones(2, 1, dtype=torch.float64)) == []
+        statistics = balancer.statistics(balancer.collected().numpy())
+        assert statistics is not None
+        saved = statistics.frequencies
+        assert saved.keys() == {"global_batch_previous_step", "global_batch_running"}
+        for found in saved.values():
+            np.testing.assert_allclose(found, part.choices.sum(1) / part.choices.sum(), atol=1e-12)
+
+
 def test_sample_weights_weigh_rows_and_frequencies() -> None:
     """A row of weight 2 counts as if it were there twice, one of weight 0 not at all, over the same labels."""
     logits = random_logits(4)
@@ -297,6 +313,8 @@ def test_changes_over_the_run() -> None:
 def test_the_bias_moves_by_the_sign() -> None:
     loads = np.array([[4, 0, 3, 3], [2, 2, 2, 2]])  # means 2.5 and 2
     assert BiasSettings(rate=0.1).moves(0, loads).tolist() == [[-0.1, 0.1, -0.1, -0.1], [0.0] * 4]
+    below = np.array([[2, 3, 3, 3]])  # 2 is fewer than the mean, 2.75, but no fewer than its whole part
+    assert BiasSettings(rate=0.1).moves(0, below).tolist() == [[0.1, -0.1, -0.1, -0.1]]
     centred = BiasSettings(rate=0.1, subtract_mean=True).moves(0, loads)
     np.testing.assert_allclose(centred, [[-0.05, 0.15, -0.05, -0.05], [0.0] * 4])
     stopped = BiasSettings(rate=0.1, change=ChangeSettings(to=0.0, end_step=5, shape="at_once"))

@@ -169,6 +169,34 @@ def test_capacity_drops_the_last_and_counts_them() -> None:
     assert torch.equal(output[1, 7:], torch.zeros(5, 16))
 
 
+def test_a_slot_that_is_left_weighs_what_it_weighed_with_the_dropped_one() -> None:
+    """Expert 0 is full after 4 tokens: what it would have added is missing, the other slots' weights don't grow."""
+    layer, x = made(torch.float32, score="sigmoid", capacity={"factor": 0.8}), tokens(1)
+    x[..., 0] = 1.0
+    with torch.no_grad():
+        layer.router.weight[0] = 0.0
+        layer.router.weight[0, 0] = 9.0
+    weights, experts = scores_of(layer, x)[0].topk(2)
+    assert (experts[:, 0] == 0).all()
+    taken = [int((experts[:t, 1] == experts[t, 1]).sum()) for t in range(LENGTH)]
+    one_left = [t for t in range(4, LENGTH) if taken[t] < 4]
+    assert one_left
+    output = layer(x, torch.ones(1, LENGTH, dtype=torch.bool), None)[0][0]
+    for t in one_left:
+        ends = (torch.arange(6) >= experts[t, 1]).int()
+        expected = weights[t, 1] / weights[t].sum() * layer.experts(x[0, t : t + 1], ends)[0]
+        torch.testing.assert_close(output[t], expected)
+
+
+def test_a_dropped_sequence_leaves_neither_sums_nor_gradient() -> None:
+    packed = torch.ones(1, 2, routing_width(6), dtype=torch.float64)
+    packed[0, 1] = float("nan")
+    packed.requires_grad_()
+    left = Routing(packed).without(torch.tensor([False, True])).packed
+    (gradient,) = torch.autograd.grad(left.square().sum(), packed)
+    assert [left[0].sum(-1).tolist(), gradient[0].sum(-1).tolist()] == [[23.0, 0.0], [46.0, 0.0]]
+
+
 def test_capacity_by_score_keeps_the_largest_weights() -> None:
     layer, x = made(torch.float32, top_k=1, normalised=False, capacity={"factor": 0.5, "priority": "score"}), tokens(1)
     counted = torch.ones(1, LENGTH, dtype=torch.bool)
