@@ -38,6 +38,7 @@ from .watch import GradientWatch
 @contextmanager
 def idle(optimizer: torch.optim.Optimizer) -> Iterator[None]:
     """The optimizer takes no step in here: some of DeepSpeed's make one, on zero gradients, while they are built."""
+    # hides the method of the class for this one object, which types have no word for
     optimizer.step = lambda closure=None: None  # type: ignore[method-assign, assignment]
     yield
     del optimizer.step
