@@ -12,7 +12,7 @@ the cache folder ($HEADRACE_BENCHMARKS, or ~/.cache), where text and data sets s
   found), shuffled as each library recommends, page cache warm. Each system runs in a process pinned to one core, in
   turns, and each batch's rows were held against the corpus before. Figures are per second of CPU time, all threads of
   the process and the kernel's work for it included, so that what else the machine does weighs less; wall-clock figures
-  stand beside them. Peers are taken with and without a scan for boundaries, and our ratio is against the faster.
+  stand beside them. Peers are taken with a scan for boundaries (the same work) and without (less), our ratios for each.
 - scale: 10^5 shards of 10^13 tokens: first batch, cost of the order, resuming far in, memory over many batches.
 - prepare: text to tokens on the disk on one core, the same vocabulary.
 - shuffle, remote: benchmarks/shuffle_quality.py and benchmarks/remote_cost.py.

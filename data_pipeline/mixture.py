@@ -24,7 +24,7 @@ from .errors import UserError
 from .permutation import LARGEST, IntArray, derive_keys, mix64
 
 MIXTURE_BLOCK = 65_536
-_CACHED_BLOCKS = 8
+_CACHED_BLOCKS = 4
 
 
 @dataclass(frozen=True)
