@@ -170,17 +170,18 @@ class CheckedBlocks:
         first = first[np.sort(np.unique(places[first], return_index=True)[1])]
         blocks, places = wanted.some(first), places[first]
         kept.clear(places)
+        right = np.zeros(len(places), np.bool_)
         for begin, end in blocks.runs():
             while begin < end:
-                right = self._read_run(blocks, begin, end, kept.room, places, self._block_bytes, True)
-                if right:
-                    self._mark(blocks.numbers[begin : begin + right])
-                    kept.keep(places[begin : begin + right], blocks.numbers[begin : begin + right])
-                if (begin := begin + right) < end:
+                count = self._read_run(blocks, begin, end, kept.room, places, self._block_bytes, True)
+                right[begin : begin + count] = True
+                if (begin := begin + count) < end:
                     with suppress(DamagedBlockError):  # it is met again with the sequences that are missing
                         self._read(blocks.block(begin), kept.content(int(places[begin])))
-                        kept.keep(places[begin : begin + 1], blocks.numbers[begin : begin + 1])
+                        right[begin] = True
                     begin += 1
+        self._mark(blocks.numbers[right])
+        kept.keep(places[right], blocks.numbers[right])
 
     def _read_missing(self, wanted: Wanted, rows: Tokens) -> Damaged:
         """Read all sequences: each by itself where few of a checked block are wanted, else whole blocks."""
@@ -236,7 +237,7 @@ class CheckedBlocks:
         try:
             expected = None
             if whole:
-                if not self._damaged.keys().isdisjoint(pieces.numbers[run].tolist()):
+                if self._damaged and not self._damaged.keys().isdisjoint(pieces.numbers[run].tolist()):
                     return 0
                 expected = self._files.checksums(shard, block)[pieces.blocks[run]]
             else:
