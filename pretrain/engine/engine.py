@@ -125,12 +125,14 @@ class Engine:
         keys = noise_keys(self._seed, batch.run_positions) if self._jitters else None
         labels = batch.labels if self._rows else None
         inputs = (batch.tokens, batch.positions, batch.document_ids, batch.single_document)
-        outputs: Outputs = self._engine(*inputs, batch.loss_mask, keys, labels)
+        outputs: Outputs = self._engine(*inputs, batch.loss_mask, keys, labels, of_step=True)
         return outputs
 
     def forward(self, batch: Batch) -> Tensor:
-        """Logits [b, T, V] of a batch on this rank's device, for an evaluation: nothing is counted."""
-        logits: Tensor = self._engine(batch.tokens, batch.positions, batch.document_ids, batch.single_document)
+        """Logits [b, T, V] of a batch on this rank's device, for an evaluation: nothing is counted, and experts choose
+        from the tokens that they choose from in training."""
+        inputs = (batch.tokens, batch.positions, batch.document_ids, batch.single_document)
+        logits: Tensor = self._engine(*inputs, batch.loss_mask)
         return logits
 
     def evaluating(self, evaluating: bool) -> None:

@@ -63,16 +63,22 @@ class ExpertBlock(nn.Module):
         self.feed_forward = MixtureOfExperts(f"{name}.feed_forward", layer, settings, across)
 
     def forward(
-        self, x: Tensor, by: Rotation, mask: Tensor | None, counted: Tensor | None, noise_keys: Tensor | None
+        self,
+        x: Tensor,
+        by: Rotation,
+        mask: Tensor | None,
+        counted: Tensor | None,
+        noise_keys: Tensor | None,
+        of_step: bool,
     ) -> tuple[Tensor, Tensor]:
         """x [b, T, d], and the sums of the routing, ``Routing.packed`` [b, ...]."""
         x = x + self.attention(self.attention_norm(x), by, mask)
-        output, routing = self.feed_forward(self.feed_forward_norm(x), counted, noise_keys)
+        output, routing = self.feed_forward(self.feed_forward_norm(x), counted, noise_keys, of_step)
         return x + output, routing
 
 
 class Outputs(NamedTuple):
-    """Of a decoder's forward pass in training."""
+    """Of a decoder's forward pass in an optimizer step."""
 
     logits: Tensor
     """[b, T, V], in the parameters' dtype; or, where only these were asked for, their moments [b, T, 3] in fp32."""
@@ -126,18 +132,22 @@ class Decoder(nn.Module):
         counted: Tensor | None = None,
         noise_keys: Tensor | None = None,
         labels: Tensor | None = None,
+        of_step: bool = False,
     ) -> Tensor | Outputs:
-        """Logits [b, T, V] in the parameters' dtype; in training, where ``counted`` is given, :class:`Outputs`.
+        """Logits [b, T, V] in the parameters' dtype; in an optimizer step :class:`Outputs`.
 
         Args:
             tokens: [b, T] integers below V.
             positions: [b, T] integers, the place of each token in its document.
             document_ids: [b, T] integers, equal within a document; attention does not cross from one to another.
             single_document: every row is one document, known on the host: the mask is then never made.
-            counted: [b, T] bool, the tokens that the sums of the routing count; None is no training.
+            counted: [b, T] bool, the tokens that the sums of the routing count and that experts with a choice of their
+                own choose from; None: all.
             noise_keys: [b] int64, :func:`~.experts.noise.noise_keys`, of the routers' jitter; None: no jitter.
             labels: [b, T] integers below V: make the moments of the logits alone
                 (:func:`~.linear.head.logit_moments`); None: the logits.
+            of_step: of training, or of a scoring pass before it: how tokens were routed is told, and bounded by the
+                experts' capacity.
         """
         x = self.embedding(tokens)
         if self.multipliers.embedding != 1.0:
@@ -147,7 +157,8 @@ class Decoder(nn.Module):
         routing = []
         for block in self.blocks:
             if isinstance(block, ExpertBlock):
-                x, sums = run_block(block, self.activation_checkpointing, x, by, mask, counted, noise_keys)
+                inputs = (by, mask, counted, noise_keys, of_step)
+                x, sums = run_block(block, self.activation_checkpointing, x, *inputs)
                 routing.append(sums)
             else:
                 x = run_block(block, self.activation_checkpointing, x, by, mask)
@@ -155,7 +166,7 @@ class Decoder(nn.Module):
         if self.multipliers.head != 1.0:
             x = x * self.multipliers.head  # of the d features and not of the V logits: the same, and cheaper
         logits: Tensor = self.head(x) if labels is None else self.head(x, labels)
-        if counted is None:
+        if not of_step:
             return logits
         return Outputs(logits, torch.stack(routing) if routing else None)
 

@@ -69,7 +69,7 @@ def batch_of(step: int, positions: np.ndarray, count: int = GLOBAL_BATCH) -> Bat
     rows = ragged_rows(step, count)[positions]
     sources = (positions >= count // 2).astype(np.int64)
     samples = np.where((rows == EOS).all(axis=1), -1, positions).astype(np.int64)
-    return make_batch(rows, EOS, sources, samples, positions.astype(np.int64))
+    return make_batch(rows, EOS, sources, samples, step * count + positions.astype(np.int64))
 
 
 def micro_batches(step: int, ranks: Distributed, micro_batch: int, batch: int = GLOBAL_BATCH) -> list[Batch]:
@@ -246,7 +246,7 @@ def run_plain(
         model.zero_grad()
         keys = noise_keys(config.run.seed, batch.run_positions)
         inputs = (batch.tokens, batch.positions, batch.document_ids, batch.single_document, batch.loss_mask, keys)
-        logits = model(*inputs).logits.float()
+        logits = model(*inputs, of_step=True).logits.float()
         loss = objective(logits, batch, config, group_size)
         if balancing is not None:
             loss = loss + balancing(routed, batch, config, group_size, getattr(objective, "relative", None))

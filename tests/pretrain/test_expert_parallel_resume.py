@@ -40,6 +40,7 @@ def configured(topology: Topology, optimizer: dict[str, Any], precision: str) ->
         "shared": 1,
         "selection_bias": True,
         "score": "sigmoid",
+        "jitter": 0.1,
     }
     return tiny_config(
         model={"experts": mixture, "layers": 3},

@@ -55,12 +55,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_no_split_of_a_batch_changes_anything(variant: str) -> None:
     """Row by row as all together: output, sums and gradients."""
-    layer, x, counted = made(torch.float32, **VARIANTS[variant]), tokens(), valid_tokens()
+    layer, x, counted = made(torch.float32, **VARIANTS[variant]), tokens().requires_grad_(), valid_tokens()
     keys = noise_keys(1, torch.arange(ROWS))
-    output, sums = layer(x, counted, keys)
-    parts = [layer(x[i : i + 1], counted[i : i + 1], keys[i : i + 1]) for i in range(ROWS)]
-    torch.testing.assert_close(output, torch.cat([part[0] for part in parts]), rtol=1e-5, atol=1e-6)
-    torch.testing.assert_close(sums, torch.cat([part[1] for part in parts]), rtol=1e-5, atol=1e-5)
+
+    def passed(parts: list[slice]) -> list[Tensor]:
+        found = [layer(x[rows], counted[rows], keys[rows], True) for rows in parts]
+        both = [torch.cat(each) for each in zip(*found, strict=True)]
+        # each row of the outputs and each sum has another weight
+        value = sum((each * torch.linspace(-1, 1, each.numel()).view_as(each)).sum() for each in both)
+        return [*both, *torch.autograd.grad(value, [x, *layer.parameters()])]
+
+    for whole, split in zip(passed([slice(0, ROWS)]), passed([slice(i, i + 1) for i in range(ROWS)]), strict=True):
+        torch.testing.assert_close(whole, split, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_padding_changes_nothing_in_an_evaluation(variant: str) -> None:
+    """A sequence of 7 tokens by itself as followed by 5 that don't count, whatever these are."""
+    layer, x, counted = made(torch.float32, **VARIANTS[variant]), tokens()[1:2], valid_tokens()[1:2]
+    alone, padded = layer(x[:, :7], counted[:, :7], None), layer(x, counted, None)
+    torch.testing.assert_close(padded[0][:, :7], alone[0])
+    torch.testing.assert_close(padded[1], alone[1])
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -70,7 +85,7 @@ def test_causal_or_known_not_to_be(variant: str) -> None:
     counted = torch.ones(1, LENGTH, dtype=torch.bool)
     changed = x.clone()
     changed[0, -1] = 5 * x[0, 3]
-    before, after = (layer(each, counted, None)[0][0, :-1] for each in (x, changed))
+    before, after = (layer(each, counted, None, True)[0][0, :-1] for each in (x, changed))
     is_causal = layer.settings.routing.causal and variant != "capacity by score"
     assert torch.allclose(before, after, atol=1e-6) == is_causal
 
@@ -158,7 +173,7 @@ def test_capacity_drops_the_last_and_counts_them() -> None:
         layer.router.weight[:, 0] = torch.tensor([60.0, 50.0, 0, 0, 0, 0])
     counted = torch.ones(2, LENGTH, dtype=torch.bool)
     counted[1, :3] = False
-    output, sums = layer(x, counted, None)
+    output, sums = layer(x, counted, None, True)
     found = Routing(sums)
     assert found.loads[:, :2].tolist() == [[12, 12], [9, 9]]
     assert found.dropped.tolist() == [2 * 8, 2 * 5]
@@ -181,7 +196,7 @@ def test_a_slot_that_is_left_weighs_what_it_weighed_with_the_dropped_one() -> No
     taken = [int((experts[:t, 1] == experts[t, 1]).sum()) for t in range(LENGTH)]
     one_left = [t for t in range(4, LENGTH) if taken[t] < 4]
     assert one_left
-    output = layer(x, torch.ones(1, LENGTH, dtype=torch.bool), None)[0][0]
+    output = layer(x, torch.ones(1, LENGTH, dtype=torch.bool), None, True)[0][0]
     for t in one_left:
         ends = (torch.arange(6) >= experts[t, 1]).int()
         expected = weights[t, 1] / weights[t].sum() * layer.experts(x[0, t : t + 1], ends)[0]
@@ -200,7 +215,7 @@ def test_a_dropped_sequence_leaves_neither_sums_nor_gradient() -> None:
 def test_capacity_by_score_keeps_the_largest_weights() -> None:
     layer, x = made(torch.float32, top_k=1, normalised=False, capacity={"factor": 0.5, "priority": "score"}), tokens(1)
     counted = torch.ones(1, LENGTH, dtype=torch.bool)
-    output, sums = layer(x, counted, None)
+    output, sums = layer(x, counted, None, True)
     p = scores_of(layer, x)[0]
     best, expert = p.max(-1)
     kept = [t for t in range(LENGTH) if best[t] == best[expert == expert[t]].max()]  # room is ⌈0.5 * 12 / 6⌉ = 1

@@ -79,7 +79,7 @@ def measured(
     with Alive(*model.parameters(), *model.buffers(), *gradients, *inputs) as alive:
         labels = batch.labels % settings.vocab_size
         given = labels if loss == "moments" else None
-        output, routing = model(tokens, batch.positions, batch.document_ids, single, batch.loss_mask, keys, given)
+        output, routing = model(tokens, batch.positions, batch.document_ids, single, batch.loss_mask, keys, given, True)
         after = alive.now - output.untyped_storage().nbytes()
         if loss == "moments":
             total = SphericalZSettings().of_tokens(output, labels, batch.loss_mask).sum()

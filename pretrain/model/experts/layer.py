@@ -50,13 +50,16 @@ class MixtureOfExperts(nn.Module):
         if mixture.shared:
             self.shared = FeedForward(f"{name}.shared", settings, mixture.shared * size)
 
-    def forward(self, x: Tensor, counted: Tensor | None, noise_keys: Tensor | None) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x: Tensor, counted: Tensor | None, noise_keys: Tensor | None, of_step: bool = False
+    ) -> tuple[Tensor, Tensor]:
         """The layer's output, and ``Routing.packed`` [b, routing_width(E)] of the tokens that count.
 
         Args:
             x: [b, T, d].
-            counted: [b, T] bool; None, which is no training: all tokens, and no capacity.
+            counted: [b, T] bool, the tokens that the sums count, and that no other token takes a place from; None: all.
             noise_keys: [b] int64 of the jitter; None: none.
+            of_step: the pass is one of an optimizer step, in which the capacity holds.
         """
         mixture = self.settings
         # before the experts, so that the backward pass comes to it after them: what first asks for a recomputed value
@@ -66,7 +69,7 @@ class MixtureOfExperts(nn.Module):
         valid = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device) if counted is None else counted
         choice = mixture.routing.choose(scores, mixture, valid)
         kept = choice
-        if mixture.capacity is not None and counted is not None:
+        if mixture.capacity is not None and of_step:
             kept = within_capacity(choice, mixture.capacity, mixture.number, valid)
         plan = Dispatch.plan(
             kept.experts.flatten(0, 1), None if kept.kept is None else kept.kept.flatten(0, 1), mixture.number

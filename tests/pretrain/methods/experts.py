@@ -66,7 +66,8 @@ class PlainBalancing:
             settings = config.model.experts.entropy  # type: ignore[union-attr]
             q = settings.order  # type: ignore[union-attr]
             return ((1 - p.pow(q).sum(-1)) / (q - 1) * each).sum()
-        chosen = F.one_hot(scores.topk(2, dim=-1).indices, 4).sum(2).double() * mask[..., None] * weights[:, None, None]
+        number = logits.shape[-1]
+        chosen = chosen_by(scores, config).double() * mask[..., None] * weights[:, None, None]
         key, rows = (layer, loss.label), len(mask)
         size = {"sequence": 1, "micro_batch": config.training.micro_batch, "global_batch": rows}[loss.level]  # type: ignore[attr-defined]
         self.now[key] = share(chosen)
@@ -76,12 +77,12 @@ class PlainBalancing:
             members = slice(start, start + size)
             way = loss.way  # type: ignore[attr-defined]
             if way in ("previous_step", "running"):
-                f = self.before.get(key, torch.full((4,), 0.25, dtype=torch.float64))
+                f = self.before.get(key, torch.full((number,), 1 / number, dtype=torch.float64))
             elif way == "buffer":
                 f = share(chosen[: start + size])
             else:
                 f = share(chosen[members])
-            total = total + 4 * (f.float() * p[members] * each[members][..., None]).sum()
+            total = total + number * (f.float() * p[members] * each[members][..., None]).sum()
         return total
 
     def end_step(self, model: Decoder, routed: list[Tensor], batch: Batch, config: Config) -> None:
@@ -94,7 +95,7 @@ class PlainBalancing:
             return
         for layer, logits in enumerate(routed):
             bias = model.blocks[layer].feed_forward.router.selection_bias
-            chosen = F.one_hot((scores_of(logits, config) + bias).topk(2, dim=-1).indices, 4).sum(2)
+            chosen = chosen_by(scores_of(logits, config) + bias, config)
             counts = (chosen * batch.loss_mask[..., None]).sum((0, 1)).double()
             bias += config.objective.balancing.bias.rate * torch.sign(counts.mean() - counts).float()
 
@@ -102,6 +103,17 @@ class PlainBalancing:
 def scores_of(logits: Tensor, config: Config) -> Tensor:
     assert config.model.experts is not None
     return logits.softmax(-1) if config.model.experts.score == "softmax" else logits.sigmoid()
+
+
+def chosen_by(selection: Tensor, config: Config) -> Tensor:
+    """1 for the two experts of each token with the largest numbers, within its best groups: [b, T, E]."""
+    assert config.model.experts is not None
+    if (groups := config.model.experts.groups) is not None:
+        by_group = selection.unflatten(-1, (groups.number, -1))
+        best = by_group.sort(-1, descending=True).values[..., : groups.best].sum(-1, keepdim=True)
+        last = best.sort(-2, descending=True).values[..., groups.kept - 1 : groups.kept, :]
+        selection = torch.where(best >= last, by_group, -torch.inf).flatten(-2)
+    return F.one_hot(selection.topk(2, dim=-1).indices, selection.shape[-1]).sum(2)
 
 
 def share(chosen: Tensor) -> Tensor:
@@ -154,7 +166,10 @@ METHODS = {
         {},
         losses({"frequencies": "buffer"}, {"frequencies": "previous_step"}, {"frequencies": "running", "decay": 0.6}),
     ),
-    "bias": balanced({"score": "sigmoid", "selection_bias": True}, {"bias": {"rate": 0.05}}),
+    "bias among groups": balanced(
+        {"number": 8, "groups": {"number": 4, "kept": 2}, "score": "sigmoid", "selection_bias": True},
+        {"bias": {"rate": 0.05}},
+    ),
     "spherical_z": replace(
         balanced({}, losses({}), loss={"kind": "spherical_z", "a": 0.5, "b": 3.0}), token_losses=z_losses
     ),
