@@ -224,7 +224,9 @@ def test_a_loss_that_is_not_finite_poisons_nothing(group: str, micro_steps: int,
     others = np.arange(GLOBAL_BATCH) != BAD
     statistics = outcome.statistics
     assert statistics.loss == pytest.approx((losses * counts)[others].sum() / counts[others].sum())
-    assert [(found.position, found.source, found.rank, found.row) for found in statistics.dropped] == [(BAD, 1, 0, BAD)]
+    assert [(found.position, found.source, found.rank, found.row) for found in statistics.dropped] == [
+        (GLOBAL_BATCH + BAD, 1, 0, BAD)
+    ]
     weights = found_weights(statistics)
     assert weights[BAD] == 0
     squares = np.log(np.exp(logits_of(1).double().numpy()).sum(-1)) ** 2
