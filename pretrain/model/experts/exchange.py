@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from pretrain.distributed import Distributed
+from pretrain.model.eager import eager
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class Exchange:
     """[E / ranks] int32: where the rows of each of this rank's experts end."""
 
     @classmethod
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    @eager
     def plan(cls, ends: Tensor, across: Distributed) -> Exchange:
         """From where this rank's rows of all experts end, [E] int32. Collective; the host learns how many rows move."""
         ranks = across.world_size
@@ -47,14 +48,14 @@ class Exchange:
         places = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=order.device))
         return cls(across, leaving, arriving, order, places, received.sum(dim=0).cumsum(0).int())
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    @eager
     def there(self, rows: Tensor) -> Tensor:
         """Rows [n, d] of this rank's tokens, in the order of all experts, for those of its experts, in their order,
         [sum(arriving), d]; rows beyond the last expert's stay. Collective."""
         made: Tensor = _There.apply(rows, self)  # type: ignore[no-untyped-call]  # torch leaves it untyped
         return made
 
-    @torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+    @eager
     def back(self, outputs: Tensor, number: int) -> Tensor:
         """The way back: [sum(arriving), d] -> [number, d]; those that had stayed are 0. Collective."""
         made: Tensor = _Back.apply(outputs, number, self)  # type: ignore[no-untyped-call]  # torch leaves it untyped

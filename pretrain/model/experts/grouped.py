@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pretrain.model.eager import eager
+
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """y_i = W_e x_i for the rows i of group e: x [n, a], W [E, m, a] -> [n, m].
@@ -70,7 +72,7 @@ def _outer_products(gradient: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     return made
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+@eager
 def _looped_products(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     made = x.new_empty(len(x), matrices.shape[-1])
     bounds = [0, *ends.tolist()]
@@ -81,7 +83,7 @@ def _looped_products(x: Tensor, matrices: Tensor, ends: Tensor) -> Tensor:
     return made
 
 
-@torch.compiler.disable  # type: ignore[untyped-decorator]  # torch leaves it untyped
+@eager
 def _looped_outer_products(gradient: Tensor, x: Tensor, ends: Tensor) -> Tensor:
     made = x.new_empty(len(ends), gradient.shape[-1], x.shape[-1])
     for place, (first, last) in zip(made, pairwise([0, *ends.tolist()]), strict=True):
