@@ -97,7 +97,7 @@ def check_experts_divide(config: Config, world_size: int) -> None:
         fitting = [ranks for ranks in range(1, size + 1) if size % ranks == 0 and world_size % ranks == 0]
         raise UserError(
             f"engine.expert_parallel = {size}: this run's {world_size} ranks are no multiple of it. Use a multiple of "
-            f"{size} ranks, or set engine.expert_parallel to one of {', '.join(map(str, fitting))}."
+            f"{size} ranks, or set engine.expert_parallel to {' or '.join(map(str, fitting))}."
         )
 
 

@@ -131,7 +131,8 @@ class ExportPlan:
         if largest:
             raise UserError(
                 f"the model can't be exported as {self._layout}: {name} (model.experts.selection_bias) is not 0, up to "
-                f"{largest:.3g}, and transformers chooses experts by their scores alone there."
+                f"{largest:.3g}, and transformers chooses experts by their scores alone there. Balance what is to be "
+                "exported by objective.balancing.losses, not by bias; go on from this one with model.weights_from."
             )
 
     def _add_layer(self, layer: str, in_features: int, out_features: int) -> None:

@@ -3,7 +3,7 @@
 from .balancing.balancer import RoutingStatistics
 from .base import LossSettings, ProbabilitySettings, StrategySettings
 from .groups import Dropped, LossRange, StepWeights
-from .objective import Objective, StepStatistics
+from .objective import Objective, StepStatistics, scores_first
 from .settings import ObjectiveSettings, ReweightingSettings
 from .terms import Term, engine_loss
 
@@ -21,4 +21,5 @@ __all__ = [
     "StrategySettings",
     "Term",
     "engine_loss",
+    "scores_first",
 ]

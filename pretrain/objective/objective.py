@@ -72,6 +72,17 @@ class _Step:
     """How the micro-steps of a scoring pass were routed, until the balancer takes note of it."""
 
 
+def scores_first(settings: ObjectiveSettings, step: int, micro_steps: int) -> bool:
+    """Whether optimizer step ``step`` (from 0), of so many micro-steps, will have a scoring pass."""
+    alone = Distributed(0, 1, torch.device("cpu"))
+    weigher = make_weigher(settings.reweighting, step, micro_steps, alone, None)
+    return _need_scores(weigher, Balancer(settings.balancing, step, 1.0, micro_steps, alone, {}))
+
+
+def _need_scores(weigher: Weigher | None, balancer: Balancer) -> bool:
+    return balancer.scores_first or (weigher is not None and weigher.scores_first)
+
+
 class Objective:
     """The loss with per-sample weights, PaLM's z-loss and losses on routers, each over its one denominator (law 2).
 
@@ -142,7 +153,7 @@ class Objective:
     def scores_first(self) -> bool:
         """Whether this step needs a ``score`` of every micro-batch before the first ``micro_step``."""
         step = self._current()
-        return step.balancer.scores_first or (step.weigher is not None and step.weigher.scores_first)
+        return _need_scores(step.weigher, step.balancer)
 
     def score(self, output: Tensor, batch: Batch, packed: Tensor | None = None) -> None:
         """Take note of a micro-batch's losses and of how it was routed; counts nothing else (law 3).

@@ -83,9 +83,9 @@ class ReweightingSettings(Settings):
         given = sorted(name for name in self.model_fields_set - {"strategy"} if getattr(self, name) != _DEFAULTS[name])
         # a strategy that one of its own settings makes neutral may be a point of a sweep
         if self.strategy.neutral and given and set(type(self.strategy).model_fields) == {"kind"}:
-            raise ValueError(f"{' and '.join(given)} has no meaning with strategy {self.strategy.kind}; leave it out")
+            raise ValueError(f"{self._meaningless(given)}, or set reweighting=null where it is inherited")
         if not self.strategy.has_temperature and (unused := [n for n in given if n in ("temperature", "warmup")]):
-            raise ValueError(f"{' and '.join(unused)} has no meaning with strategy {self.strategy.kind}; leave it out")
+            raise ValueError(self._meaningless(unused))
         if math.isinf(self.temperature) and self.warmup and self.warmup.change != "constant":
             raise ValueError(f"there is no {self.warmup.change} way to an infinite temperature; set change=constant")
         if self.cap is not None and self.group == "global_batch_one_pass":
@@ -94,6 +94,10 @@ class ReweightingSettings(Settings):
                 "global_batch_one_pass has only after it; set group=global_batch or micro_step, or leave cap out"
             )
         return self
+
+    def _meaningless(self, given: list[str]) -> str:
+        verb, them = ("have", "them") if len(given) > 1 else ("has", "it")
+        return f"{' and '.join(given)} {verb} no meaning with strategy {self.strategy.kind}; leave {them} out"
 
     @property
     def off(self) -> bool:

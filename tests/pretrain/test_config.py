@@ -14,6 +14,7 @@ import pytest
 from data_pipeline.errors import UserError
 from data_pipeline.settings import Settings
 from pretrain.config import Config, load_config
+from pretrain.objective import ReweightingSettings
 
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs/demo.yaml"
@@ -105,6 +106,20 @@ def test_null_takes_an_inherited_mapping_away(tmp_path: Path) -> None:
     assert set(load_config(top).data.sources) == {"docs", "web"}
     assert set(load_config(top, ["data.sources.docs=null"]).data.sources) == {"web"}
     assert load_config(top, ["training.steps=null", "training.tokens=9"]).training.steps is None
+
+
+def test_an_inherited_method_is_turned_off_as_its_refusal_says(tmp_path: Path) -> None:
+    (tmp_path / "base.yaml").write_text(DEMO.read_text())
+    top = tmp_path / "top.yaml"
+    top.write_text("extends: base.yaml\nobjective: {reweighting: {strategy: uniform}}\n")
+    told = "start_step and temperature have no meaning with strategy uniform; leave them out, or set reweighting=null"
+    assert told in refusal("objective.reweighting.temperature=0.5", path=top)
+    top.write_text("extends: base.yaml\nobjective: {reweighting: null}\n")
+    off = load_config(DEMO, ["objective.reweighting=null"]).objective.reweighting
+    assert load_config(top).objective.reweighting == off == ReweightingSettings()
+    experts = DEMO.parent / "moe_demo.yaml"
+    assert "set it to null where it is inherited" in refusal("model.experts=null", path=experts)
+    assert load_config(experts, ["model.experts=null", "objective.balancing=null"]).model.experts is None
 
 
 def test_extending_in_a_circle_is_refused(tmp_path: Path) -> None:

@@ -36,8 +36,8 @@ class CapacitySettings(Settings):
     factor: float = Field(gt=0.0, allow_inf_nan=False)
     """An expert takes at most ⌈factor k T / E⌉ slots of a sequence of T tokens; 1 is just enough for a balanced one."""
     priority: Literal["position", "score"] = "position"
-    """Who stays: ``position``, the earlier tokens; ``score``, those of the larger weight, which makes a token's experts
-    depend on tokens after it."""
+    """Who stays: ``position``, the earlier tokens, of earlier documents in the row too; ``score``, those of the larger
+    weight, which makes a token's experts depend on tokens after it."""
 
 
 class ExpertsSettings(Settings):

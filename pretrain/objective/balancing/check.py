@@ -19,7 +19,10 @@ def check_balancing(objective: ObjectiveSettings, model: ModelSettings) -> None:
     balancing, mixture = objective.balancing, model.experts
     if mixture is None:
         if balancing.losses or balancing.bias:
-            raise ValueError("objective.balancing has no meaning without model.experts; leave it out")
+            raise ValueError(
+                "objective.balancing has no meaning without model.experts; leave it out, or set it to null where it is "
+                "inherited"
+            )
         return
     if balancing.bias and not mixture.selection_bias:
         raise ValueError("objective.balancing.bias moves model.experts.selection_bias, which is off; turn it on")
