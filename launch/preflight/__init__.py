@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 
 from data_pipeline.errors import UserError
 from pretrain.config import Config, load_config
@@ -11,10 +10,10 @@ from pretrain.data import RunData
 
 from . import cluster, run_checks
 from .disk import check_disk
-from .findings import Finding, Request, refused
+from .findings import Code, Finding, Request, refused
 from .memory import check_memory
 
-__all__ = ["Finding", "Request", "failed", "preflight", "show"]
+__all__ = ["Code", "Finding", "Request", "failed", "preflight", "show"]
 
 
 def preflight(request: Request) -> list[Finding]:
@@ -22,8 +21,7 @@ def preflight(request: Request) -> list[Finding]:
     try:
         config = load_config(request.path, request.overrides)
     except UserError as error:
-        wrong = refused("configuration", error)
-        return [wrong if wrong.fix else replace(wrong, fix="Mend the file, or the override.")]
+        return [refused("configuration", error, "Mend the file, or the override.")]
     found: list[Finding] = list(run_checks.configuration(config, request))
     opened: list[RunData] = []
     if not failed(found):

@@ -69,7 +69,8 @@ def check_slurm(request: Request) -> Iterator[Finding]:
         shown = run("sinfo", "--noheader", "--format=%R|%l|%D|%G|%a")
         default = _default_partition() if request.partition is None else []
     except HeadraceError as error:
-        yield Finding("slurm.unreachable", "warning", str(error), "The partition was not checked.")
+        mend = "The partition was not checked: see that `sinfo` answers here, then ask again."
+        yield Finding("slurm.unreachable", "warning", str(error), mend)
         return
     rows = [line.split("|") for line in shown.splitlines() if line.count("|") == 4]
     names = sorted({row[0] for row in rows})

@@ -6,30 +6,49 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeAlias
 
 from data_pipeline.errors import HeadraceError
 
 Severity = Literal["error", "warning", "info"]
+Code: TypeAlias = Literal[
+    "configuration", "batch", "engine", "schedule", "model", "run", "run.warning", "run.queued",
+    "data", "data.missing", "data.damaged", "data.holes", "data.heldout", "data.tokens", "tokenizer",
+    "resume", "resume.missing", "resume.damaged", "resume.incompatible", "resume.complete", "resume.second",
+    "memory", "memory.tight", "memory.exceeded",
+    "disk", "disk.tight", "disk.space", "disk.inodes", "disk.permission",
+    "time", "time.unknown", "time.lead",
+    "slurm.unreachable", "slurm.partition", "slurm.time", "slurm.nodes", "slurm.gpus", "slurm.account",
+    "versions", "versions.changed", "versions.cuda",
+]  # fmt: skip
+"""All that there are; they are stable, programs may look for them. slurm/README.md says what each means."""
 
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that a preflight found. ``code`` is stable: programs may look for it."""
+    """One thing that a preflight found.
 
-    code: str
+    Raises:
+        ValueError: it does not say what was found, or an error or a warning not what to do.
+    """
+
+    code: Code
     severity: Severity
     cause: str
     fix: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.cause or not (self.fix or self.severity == "info"):
+            raise ValueError(f"a finding without a cause or a fix: {self!r}")
 
     def __str__(self) -> str:
         return f"{self.severity:<8}{self.code:<20}{self.cause}{f' {self.fix}' if self.fix else ''}"
 
 
-def refused(code: str, error: HeadraceError) -> Finding:
-    """An error as the run itself would end with it: its last sentence says what to do."""
-    cause, dot, fix = str(error).rstrip(".").rpartition(". ")
-    return Finding(code, "error", f"{cause}." if dot else f"{fix}.", f"{fix}." if dot else "")
+def refused(code: Code, error: HeadraceError, fix: str) -> Finding:
+    """An error as the run itself would end with it: its last sentence says what to do; if it has but one, ``fix``."""
+    cause, dot, last = str(error).rstrip(".").rpartition(". ")
+    return Finding(code, "error", f"{cause}." if dot else f"{last}.", f"{last}." if dot else fix)
 
 
 @dataclass(frozen=True)

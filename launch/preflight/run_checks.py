@@ -28,30 +28,32 @@ from pretrain.optimizer import check_schedule
 from pretrain.run_folder import CHECKPOINTS, versions
 from pretrain.state import leaving_out, left_out, resume_state
 
-from .findings import Finding, Request, Severity, refused
+from .findings import Code, Finding, Request, Severity, refused
 
 T = TypeVar("T")
 SAMPLED = 8
 """Sequences of each source that are read and compared with their checksums."""
+RESTORE = "Restore the data set from a copy (`pretrain-data verify` lists all damage), or mend data.sources."
+WITHOUT_SECOND = "take out checkpoint.second to start without it"
 
 
 def configuration(config: Config, request: Request) -> Iterator[Finding]:
     """Batches against every number of ranks, the engine's and the schedule's settings, the model's shape."""
     for world in request.worlds:
-        if (found := _tried("batch", partial(accumulation_steps, config, world))) is not None:
+        if found := _tried("batch", partial(accumulation_steps, config, world), "Take another number of ranks."):
             yield found
             return
-    checks: dict[str, Callable[[], object]] = {
+    checks: dict[Code, Callable[[], object]] = {
         "engine": lambda: deepspeed_config(config, request.worlds[-1]),
         "schedule": lambda: check_schedule(config.schedule, config.total_steps),
         "model": lambda: count_parameters(config.model, config.model.vocab_size or 1024),
     }
     for code, check in checks.items():
-        if found := _tried(code, check):
+        if found := _tried(code, check, f"Mend the section {code} of the configuration."):
             yield found
     for world in request.worlds:
         for told in warnings(config, world):
-            yield Finding("run.warning", "warning", f"On {world} ranks: {told}")
+            yield Finding("run.warning", "warning", f"On {world} ranks: {told}", "Change it, unless it is meant.")
 
 
 def data(config: Config, request: Request, opened: list[RunData]) -> Iterator[Finding]:
@@ -59,29 +61,30 @@ def data(config: Config, request: Request, opened: list[RunData]) -> Iterator[Fi
     try:
         stream = open_stream(config.data, config.run.seed)
     except HeadraceError as error:
-        yield refused("data.damaged" if isinstance(error, DataError) else "data.missing", error)
+        yield refused("data.damaged" if isinstance(error, DataError) else "data.missing", error, RESTORE)
         return
     for name, source in zip(stream.names, stream.sources, strict=True):
-        told = f"{config.data.sources[name].path}: {source.sequences:,} sequences, identity "
-        yield Finding(f"data.{name}", "info", f"{told}{source.manifest.identity[:12]}.")
+        where, identity = f"data.sources.{name}: {config.data.sources[name].path}", source.manifest.identity[:12]
+        yield Finding("data", "info", f"{where}, {source.sequences:,} sequences, identity {identity}.")
         if source.unusable:
-            told = f"{len(source.unusable):,} shards are missing or not of their size, first {source.unusable[0]}"
-            yield Finding("data.holes", "warning", f"data.sources.{name}: {told}.")
+            missing = f"{len(source.unusable):,} shards are missing or not of their size, first {source.unusable[0]}"
+            yield Finding("data.holes", "warning", f"{where}: {missing}.", f"{RESTORE} Else they are holes.")
     damaged = _sampled(config, stream)
     stream.close()
     if damaged:
         yield damaged
     if config.evaluation.every_steps is not None:
         for name in stream.names:
-            if found := _tried("data.heldout", partial(_heldout, config, name)):
+            mend = "Set evaluation.every_steps=null to do without held-out text."
+            if found := _tried("data.heldout", partial(_heldout, config, name), mend):
                 yield found
                 return
     try:
         opened.append(open_data(config))
     except HeadraceError as error:
-        yield refused("tokenizer", error)
+        yield refused("tokenizer", error, "Mend data.tokenizer or model.vocab_size.")
         return
-    if found := _tried("run", lambda: check_run(config, request.worlds[-1])):
+    if found := _tried("run", lambda: check_run(config, request.worlds[-1]), "Mend these settings."):
         yield found
 
 
@@ -92,7 +95,7 @@ def _sampled(config: Config, stream: Stream) -> Finding | None:
             if config.data.on_damage == "stop" and not source.remote:
                 source.read(np.linspace(0, source.sequences - 1, SAMPLED).astype(np.int64))
     except HeadraceError as error:
-        return refused("data.damaged", error)
+        return refused("data.damaged", error, RESTORE)
     return None
 
 
@@ -111,12 +114,12 @@ def _newer_elsewhere(config: Config, newest: Path | None) -> Finding | None:
         return None
     names, failure = attempt_copy(second.complete)
     if failure:
-        told = f"whether there is a newer checkpoint in {second.address} can't be seen: {failure}."
+        cause = f"whether there is a newer checkpoint in {second.address} can't be seen: {failure}."
         severity: Severity = "warning" if newest else "error"
-        return Finding("resume.second", severity, told, "Mend that, or take out checkpoint.second to start without it.")
+        return Finding("resume.second", severity, cause, f"Mend that, or {WITHOUT_SECOND}.")
     if names and (newest is None or names[-1] > newest.name):
-        told = f"The start fetches {second.address}/{names[-1]}, newer than what the run folder has"
-        return Finding("resume.second", "info", f"{told}; it is compared with the configuration then.")
+        cause = f"The start fetches {second.address}/{names[-1]}, newer than what the run folder has"
+        return Finding("resume.second", "info", f"{cause}; it is compared with the configuration then.")
     return None
 
 
@@ -125,17 +128,17 @@ def resume(config: Config, request: Request, data: RunData) -> Iterator[Finding]
     folder = config.run_folder / CHECKPOINTS
     origin: Path | None = None
     if config.resume == "never":
-        if found := _tried("resume.second", partial(refuse_copies, config.checkpoint, config.run_folder.name)):
+        refuse = partial(refuse_copies, config.checkpoint, config.run_folder.name)
+        if found := _tried("resume.second", refuse, f"{WITHOUT_SECOND.capitalize()}."):
             yield found
             return
     else:
         for path in sorted(folder.glob("step_*")):
             files = read_manifest(path)
             if (path / MANIFEST_NAME).exists() and (files is None or problems(path, files, hashes=False)):
-                told = "; ".join(problems(path, files, hashes=False)[:2]) if files else "its manifest can't be read"
-                yield Finding(
-                    "resume.damaged", "warning", f"{path} is damaged: {told}.", "The run would begin from an older one."
-                )
+                damage = "; ".join(problems(path, files, hashes=False)[:2]) if files else "its manifest can't be read"
+                mend = "Restore it from a copy; else the run goes on from an older one."
+                yield Finding("resume.damaged", "warning", f"{path} is damaged: {damage}.", mend)
         complete = complete_checkpoints(folder)
         origin = complete[-1] if complete else None
         if elsewhere := _newer_elsewhere(config, origin):
@@ -150,12 +153,13 @@ def resume(config: Config, request: Request, data: RunData) -> Iterator[Finding]
                 yield Finding("resume.missing", "error", cause, "Give the path of a step_... folder, auto, or never.")
                 return
     if origin is None:
-        if found := _tried("data.tokens", lambda: open_beginning(config, data)):
+        if found := _tried("data.tokens", lambda: open_beginning(config, data), "Mend these settings."):
             yield found
         return
     for world in request.worlds:
         ranks = Distributed(0, world, torch.device("cpu"))
-        if found := _tried("resume.incompatible", partial(_resumed, origin, config, data, ranks)):
+        mend = "Take the settings back, or start over with another run.name."
+        if found := _tried("resume.incompatible", partial(_resumed, origin, config, data, ranks), mend):
             yield found
             return
     step, total = step_of(origin), config.total_steps
@@ -166,16 +170,17 @@ def resume(config: Config, request: Request, data: RunData) -> Iterator[Finding]
     there, here = read_state(origin).get("versions", {}), versions()
     if changed := [f"{key} {there[key]} -> {here.get(key)}" for key in there if there[key] != here.get(key)]:
         yield Finding(
-            "versions.changed", "warning", f"Since that checkpoint: {', '.join(changed)}.",
-            "The run may not go on to the same bits.",
+            "versions.changed", "warning",
+            f"Since that checkpoint: {', '.join(changed)}. The run may not go on to the same bits.",
+            "Go on with the former versions where that matters.",
         )  # fmt: skip
 
 
 def software() -> Iterator[Finding]:
     """Versions that decide what the run computes."""
     cuda = torch.version.cuda
-    told = ", ".join(f"{name} {version}" for name, version in versions().items())
-    yield Finding("versions", "info", f"{told}, CUDA {cuda or 'none'}.")
+    found = ", ".join(f"{name} {version}" for name, version in versions().items())
+    yield Finding("versions", "info", f"{found}, CUDA {cuda or 'none'}.")
 
 
 def needs_cuda(request: Request) -> Iterator[Finding]:
@@ -188,11 +193,11 @@ def needs_cuda(request: Request) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _tried(code: str, check: Callable[[], object]) -> Finding | None:
+def _tried(code: Code, check: Callable[[], object], fix: str) -> Finding | None:
     try:
         check()
     except HeadraceError as error:
-        return refused(code, error)
+        return refused(code, error, fix)
     except ValueError as error:  # of a model's shape
-        return refused(code, UserError(str(error)))
+        return refused(code, UserError(str(error)), fix)
     return None

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from data_pipeline.errors import HeadraceError
 from launch import queue
 from launch.preflight import Finding, cluster, failed, preflight, show
 from launch.preflight.cluster import seconds_of
@@ -18,12 +17,9 @@ from launch.preflight.memory import estimate
 from pretrain.checkpoint.manifest import record_file, write_manifest
 from pretrain.checkpoint.second import SecondPlace
 from pretrain.config import load_config
-from pretrain.data import open_data
-from pretrain.distributed import Distributed
-from pretrain.state import TrainState, checkpoint_state
 from tests.system.runs import Runs
 
-from .runs_of_tests import check, codes, request, write_steps
+from .runs_of_tests import SLURM, check, codes, request, save, slurm_says, write_steps
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +34,7 @@ def test_a_sound_run_has_no_errors_and_says_what_it_will_be(runs: Runs) -> None:
     found = check(runs)
     assert codes(found) == ["run.warning"], show(found)  # groups of two samples are reweighted
     told = show(found)
-    assert "data.a" in told
+    assert f"data.sources.a: {runs.data}, " in told
     assert "sequences, identity" in told
     assert "memory" in codes(found, "info")
     assert "further checkpoints of" in told
@@ -91,21 +87,6 @@ def test_damaged_data_and_missing_heldout_text(runs: Runs, tmp_path: Path) -> No
     assert codes(found, "error")[0] == "data.damaged", show(found)
     train.unlink()
     assert codes(preflight(request(runs, config.stem)), "error") == ["data.damaged"]
-
-
-def save(runs: Runs, step: int = 4, world_size: int = 2) -> Path:
-    """A checkpoint of the tiny run without tensors."""
-    import torch
-
-    config = load_config(runs.folder / "run.yaml")
-    path = config.run_folder / "checkpoints" / f"step_{step:09d}"
-    path.mkdir(parents=True)
-    state = checkpoint_state(
-        TrainState(step, step * 8), config, open_data(config), Distributed(0, world_size, torch.device("cpu"))
-    )
-    (path / "state.json").write_text(json.dumps(state))
-    write_manifest(path, [record_file(path, path / "state.json")])
-    return path
 
 
 def test_the_checkpoint_to_go_on_from(runs: Runs) -> None:
@@ -219,19 +200,8 @@ def test_the_newest_steps_and_a_save_count(runs: Runs, monkeypatch: pytest.Monke
     assert "may need 350 s" in next(each.cause for each in check(runs) if each.code == "time.lead")
 
 
-def slurm_says(monkeypatch: pytest.MonkeyPatch, answers: dict[str, str]) -> None:
-    def run(*command: str) -> str:
-        if command[0] not in answers:
-            raise HeadraceError(f"{command[0]} refuses")
-        return answers[command[0]]
-
-    monkeypatch.setattr(cluster, "have", lambda command: True)
-    monkeypatch.setattr(cluster, "run", run)
-
-
 def test_the_partition(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
-    listing = "gpu|2-00:00:00|4|gpu:a100:8(S:0-1)|up\ncpu|1:00:00|2|(null)|up\nold|infinite|1|(null)|down\n"
-    slurm_says(monkeypatch, {"sinfo": listing, "sacctmgr": "mine\nours\n", "scontrol": "PartitionName=cpu Default=YES"})
+    slurm_says(monkeypatch, SLURM)
 
     def errors(**options: object) -> list[Finding]:
         return [each for each in check(runs, **options) if each.severity == "error"]
@@ -250,10 +220,14 @@ def test_the_partition(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     assert [each.code for each in errors(partition="gpu", account="theirs")] == ["slurm.account"]
     many = errors(partition="gpu", gpus=True, ranks_per_node=16, nodes=(1, 1))
     assert {each.code for each in many} == {"slurm.gpus", "batch"}
-    slurm_says(monkeypatch, {"sinfo": listing})
+    slurm_says(monkeypatch, {"sinfo": SLURM["sinfo"]})
     assert "slurm.unreachable" in codes(check(runs), "warning"), "which partition is the default is not known"
     slurm_says(monkeypatch, {})
-    assert "slurm.unreachable" in codes(check(runs), "warning")
+    unreachable = next(each for each in check(runs) if each.code == "slurm.unreachable")
+    assert unreachable.severity == "warning"
+    assert str(unreachable).endswith(
+        "sinfo refuses: no controller. The partition was not checked: see that `sinfo` answers here, then ask again."
+    )
 
 
 def test_times_as_slurm_writes_them() -> None:
