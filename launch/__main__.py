@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import asdict
@@ -196,8 +197,8 @@ def _request(
         overrides or [],
         nodes=node_range(nodes),
         ranks_per_node=ranks or gpus or 1,
-        gpu_memory=_parsed("--gpu-memory", gpu_memory, bytes_of),
-        time_limit=_parsed("--time", time, seconds_of),
+        gpu_memory=_parsed("--gpu-memory", gpu_memory, bytes_of, "80GB, with its unit (KB, MB, GB or TB)"),
+        time_limit=_parsed("--time", time, seconds_of, "12:00:00 or 2-00, as sbatch takes it"),
         signal_lead=float(signal),
         partition=partition,
         account=account,
@@ -215,24 +216,25 @@ def _local(request: Request, ranks: int) -> Request:
     )
 
 
-def _parsed(option: str, text: str | None, parse: Callable[[str], float | None]) -> float | None:
+def _parsed(option: str, text: str | None, parse: Callable[[str], float | None], example: str) -> float | None:
     if text is None:
         return None
     try:
         return parse(text)
     except ValueError as error:
-        raise UserError(f"{option} {text!r} can't be read. Give it as in `pretrain-launch slurm --help`.") from error
+        raise UserError(f"{option} {text!r} can't be read. Give it as {example}.") from error
 
 
 def bytes_of(text: str) -> float:
-    """``80GB``, ``500MB`` or a number of bytes.
+    """``80GB`` or ``1.5 tb``: without a unit 80 would mean 80 bytes.
 
     Raises:
-        ValueError: it is neither.
+        ValueError: it is no such thing.
     """
-    units = {"KB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12}
-    unit = text[-2:].upper()
-    return float(text[:-2]) * units[unit] if unit in units else float(text)
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([KMGT])B", text.strip().upper())
+    if found is None:
+        raise ValueError(text)
+    return float(found[1]) * 1000.0 ** ("KMGT".index(found[2]) + 1)
 
 
 def _sbatch_options(

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 import subprocess
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from data_pipeline.errors import HeadraceError, UserError
+from data_pipeline.errors import UserError
+from pretrain.monitor import lines
 
 PATIENCE_SECONDS = 30
 
@@ -37,7 +38,8 @@ def run(*command: str) -> str:
     except subprocess.TimeoutExpired as error:
         raise SlurmError(f"{command[0]} does not answer within {PATIENCE_SECONDS} s. Is the cluster up?") from error
     if done.returncode:
-        raise SlurmError(f"{command[0]} refuses: {' '.join(done.stderr.split()) or f'exit code {done.returncode}'}")
+        said = " ".join(done.stderr.split()).rstrip(".") or f"exit code {done.returncode}"
+        raise SlurmError(f"{command[0]} refuses: {said}.")
     return done.stdout
 
 
@@ -53,27 +55,37 @@ class Queued:
 
 
 def queued(jobs: list[str]) -> dict[str, Queued]:
-    """Of these jobs those that Slurm's queue still has, by id; empty where Slurm does not answer."""
-    if not jobs or not have("squeue"):
-        return {}
+    """As :func:`in_the_queue`; empty where there are no jobs, or Slurm does not answer."""
+    with suppress(SlurmError):
+        return in_the_queue(jobs) if jobs and have("squeue") else {}
+    return {}
+
+
+def in_the_queue(jobs: list[str]) -> dict[str, Queued]:
+    """Of these jobs those that Slurm's queue still has, by id (of an array: by its tasks' ids).
+
+    Raises:
+        SlurmError: Slurm does not answer.
+    """
     try:
-        shown = run("squeue", "--noheader", "--states=all", "--format=%i|%T|%r|%x")
-    except HeadraceError:
-        return {}
+        shown = run("squeue", "--noheader", "--states=all", f"--jobs={','.join(jobs)}", "--format=%i|%T|%r|%x")
+    except SlurmError as error:
+        if "Invalid job id" in str(error):
+            return {}  # asked for one alone, Slurm complains that it has forgotten it
+        raise
     rows = (line.strip().split("|") for line in shown.splitlines() if line.count("|") == 3)
-    return {row[0]: Queued(*row) for row in rows if row[0].partition("_")[0] in jobs}
+    return {row[0]: Queued(*row) for row in rows}
 
 
 def remember(folder: Path, job: str, command: list[str]) -> None:
     """Note in a run folder (or a sweep's) the job that was submitted for it."""
-    with open(folder / JOBS_FILE, "a") as handle:
-        handle.write(json.dumps({"job": job, "command": command}) + "\n")
+    lines.mend(folder / JOBS_FILE)
+    lines.append(folder / JOBS_FILE, lines.encode({"job": job, "command": command}), durable=True)
 
 
 def remembered(folder: Path) -> list[str]:
-    """The jobs that were submitted for a folder, oldest first."""
-    path = folder / JOBS_FILE
-    return [json.loads(line)["job"] for line in path.read_text().splitlines()] if path.exists() else []
+    """The jobs that were submitted for a folder, oldest first; a half-written last line is left out."""
+    return [line["job"] for line in lines.read(folder / JOBS_FILE).objects]
 
 
 JOBS_FILE = "jobs.jsonl"

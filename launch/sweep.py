@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tenacity
 import yaml
 
 from data_pipeline.errors import EXIT_CRASH, EXIT_DONE, EXIT_USER_ERROR
@@ -22,7 +23,7 @@ from pretrain.monitor import read_attempts
 from pretrain.run_folder import plain
 
 from .preflight import Request, failed, preflight, show
-from .queue import queued, remember
+from .queue import SlurmError, in_the_queue, remember
 from .slurm import Submission
 from .snapshot import batch_script, take_snapshot
 from .status import SWEEP_FILE, run_status
@@ -138,9 +139,20 @@ def submit(sweep: Sweep, options: Sequence[str], at_a_time: int | None, request:
 
 
 def wait(job: str) -> None:
-    """Until Slurm has no task of an array waiting or running any more."""
+    """Until Slurm has no task of an array waiting or running any more.
+
+    Raises:
+        SlurmError: Slurm does not answer for a minute; the array goes on.
+    """
+    patiently = tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(SlurmError),
+        stop=tenacity.stop_after_delay(60),
+        wait=tenacity.wait_fixed(POLL_SECONDS),
+        reraise=True,
+    )
     while any(
-        task.state in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED") for task in queued([job]).values()
+        task.state in ("PENDING", "RUNNING", "COMPLETING", "SUSPENDED", "REQUEUED")
+        for task in patiently(in_the_queue, [job]).values()
     ):
         time.sleep(POLL_SECONDS)
 

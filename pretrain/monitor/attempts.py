@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias, get_args
 
 from data_pipeline.errors import UserError
-from data_pipeline.files import publish_bytes
 
 from . import lines
 
@@ -78,9 +77,7 @@ class AttemptsLog:
     def __init__(self, folder: Path) -> None:
         self.path = folder / ATTEMPTS_FILE
         try:
-            content = b"".join(lines.read(self.path).texts)
-            if not self.path.exists() or self.path.read_bytes() != content:
-                publish_bytes(self.path, content)  # a half-written last line would swallow the next one
+            lines.mend(self.path)
         except OSError as error:
             raise UserError(
                 f"{self.path} can't be written: {error.strerror or error}. Choose another run.folder or mend it."

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from data_pipeline.errors import UserError
+from data_pipeline.files import publish_bytes
 
 _NON_FINITE = {"nan": math.nan, "inf": math.inf, "-inf": -math.inf}
 _TEXT_KEYS = ("event", "evaluation", "message")
@@ -55,6 +56,18 @@ def read(path: Path) -> Lines:
         except UserError:  # no newline and no object: the write that kill -9 or a power cut interrupted
             return Lines(objects, [text + b"\n" for text in texts], True)
     return Lines(objects, [text + b"\n" for text in texts], False)
+
+
+def mend(path: Path) -> None:
+    """Take a half-written last line away, which would swallow the next one; an absent file becomes an empty one.
+
+    Raises:
+        UserError: another line is damaged.
+        OSError: the file can't be written.
+    """
+    content = b"".join(read(path).texts)
+    if not path.exists() or path.read_bytes() != content:
+        publish_bytes(path, content)
 
 
 def append(path: Path, content: bytes, *, durable: bool) -> None:

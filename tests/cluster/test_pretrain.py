@@ -64,6 +64,7 @@ def check_the_bits_of_a_straight_run(runs: Runs, slurm: SlurmCluster, job: int, 
         assert after.first_step == (before.last_step or 0) + 1
     assert "requeue: stopped on request at step" in printed
     assert "done: done at step 200" in printed
+    assert "\ndone at step 200" in printed, "what rank 0 says, as it says it"
     assert runs.state_hashes("straight", 200) == runs.state_hashes("stopped", 200)
     assert runs.metrics("straight") == runs.metrics("stopped")
     logs = sorted(path.name for path in (runs.run_folder("stopped") / "logs").iterdir())

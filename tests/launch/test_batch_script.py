@@ -75,7 +75,8 @@ def job(tmp_path: Path) -> Job:
     made.program(
         "scontrol",
         'case "$*" in\n'
-        "  *hostnames*) printf 'n1\\nn2\\n' ;;\n"
+        "  *hostnames*1-2*) printf 'n1\\nn2\\n' ;;\n"
+        "  *hostnames*) echo n1 ;;\n"
         "  *'show node'*) echo 'NodeName=n1 NodeAddr=10.0.0.1 NodeHostName=n1' ;;\n"
         "  *'show job 7_1') echo 'JobId=7 ReqNodeList=(null) ExcNodeList=n9 NumNodes=2' ;;\n"
         "  *'show job 7') echo 'JobId=7 ReqNodeList=(null) ExcNodeList=(null) NumNodes=2' ;;\n"
@@ -116,3 +117,12 @@ def test_a_controller_that_does_not_answer_for_a_while_is_asked_again(job: Job, 
     assert calls[-1] == "scontrol requeue 7"
     assert any(call.startswith("srun") and "--nodelist=n1,n2" in call for call in calls)
     assert not any("--lost n" in call for call in calls)
+
+
+def test_a_node_is_known_to_be_lost_although_squeue_did_not_answer_at_first(job: Job) -> None:
+    """Were it not asked again, all nodes that the job began with would be taken."""
+    job.program("squeue", BUSY + "echo n1\n")
+    done, calls = job.run("requeue")
+    assert done.returncode == 75, done.stderr
+    assert len([call for call in calls if call.startswith("squeue")]) > 2
+    assert any(call.startswith("srun") and "--nodelist=n1 " in call for call in calls)

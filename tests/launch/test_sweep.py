@@ -188,7 +188,12 @@ def test_what_is_queued_is_not_changed_by_another_look_at_the_sweep(
 
 
 def test_words_of_the_command_line() -> None:
-    assert (bytes_of("80GB"), bytes_of("512mb"), bytes_of("1000")) == (80e9, 512e6, 1000.0)
+    assert (bytes_of("80GB"), bytes_of("1.5 tb"), bytes_of("512mb")) == (80e9, 1.5e12, 512e6)
+    for wrong in ("80", "GB", "-80GB", "nanGB", "80GB each"):
+        with pytest.raises(ValueError, match=wrong):
+            bytes_of(wrong)
+    with pytest.raises(UserError, match=r"--gpu-memory '80' can't be read\. Give it as 80GB, with its unit"):
+        sweep(Path("grid.yaml"), gpu_memory="80")
     assert (node_range("4"), node_range("2-4")) == ((4, 4), (2, 4))
     for wrong in ("0", "4-2", "many", "-3"):
         with pytest.raises(UserError, match="give a number of nodes"):
