@@ -15,7 +15,7 @@ Code: TypeAlias = Literal[
     "configuration", "batch", "engine", "schedule", "model", "run", "run.warning", "run.queued",
     "data", "data.missing", "data.damaged", "data.holes", "data.heldout", "data.tokens", "tokenizer",
     "resume", "resume.missing", "resume.damaged", "resume.incompatible", "resume.complete", "resume.second",
-    "memory", "memory.tight", "memory.exceeded",
+    "memory", "memory.tight", "memory.exceeded", "memory.host",
     "disk", "disk.tight", "disk.space", "disk.inodes", "disk.permission",
     "time", "time.unknown", "time.lead",
     "slurm.unreachable", "slurm.partition", "slurm.time", "slurm.nodes", "slurm.gpus", "slurm.account",

@@ -1,4 +1,4 @@
-"""Memory of one GPU, by arithmetic, before there is one.
+"""Memory of one GPU, and of the host for what is saved beside the training, by arithmetic, before there is one.
 
 With P parameters on R ranks, s bytes for a value (2 in bf16, 4 in fp32) and B elements of a bucket::
 
@@ -15,6 +15,11 @@ is at the same time the larger of what a backward pass takes and what follows th
                    2 B s, in bf16 6 bytes for each of up to 5 10^8 gradients
 
 The allocator's gaps and short-lived tensors are the error bar (``benchmarks/memory_estimate.py``).
+
+An asynchronous save copies what a rank writes of a checkpoint to the host and keeps the room: rank 0 the weights (but
+at ZeRO 3), and each rank its share of the optimizer's state; at ZeRO 0, where all have the same, rank 0 alone. With
+experts divided among ranks DeepSpeed writes otherwise at ZeRO 0: rank 0 all that it has twice, the others their
+optimizer's state and their experts.
 """
 
 from __future__ import annotations
@@ -93,9 +98,31 @@ def estimate(config: Config, vocab_size: int, ranks: int) -> MemoryEstimate:
     )
 
 
+def host_copies(config: Config, vocab_size: int, ranks: int) -> tuple[float, float]:
+    """Bytes of the copy that an asynchronous save holds: of rank 0, and of each other rank."""
+    stage, divided = config.engine.zero_stage, config.engine.expert_parallel
+    value = 2 if config.training.precision == "bf16" else 4
+    state = float(memory(config, vocab_size, ranks)["optimizer_state_of_a_rank"])
+    shapes = parameter_shapes(config.model, vocab_size)
+    weights = float(value * parameters_of_a_rank(config, shapes))
+    if stage == 3:
+        return state, state
+    if stage:
+        return state + weights, state
+    if divided == 1:
+        return state + weights, 0.0
+    experts = value * sum(math.prod(shape) for name, shape in shapes.items() if ".experts." in name) / divided
+    return 2 * (state + weights), state + experts
+
+
 def check_memory(config: Config, vocab_size: int, request: Request) -> Iterator[Finding]:
     """The estimate for the fewest ranks, where it is largest, against the GPU's memory."""
     ranks = request.worlds[0]
+    if config.checkpoint.asynchronous:
+        first, other = host_copies(config, vocab_size, ranks)
+        node = size(first + (request.ranks_per_node - 1) * other)
+        cause = f"Saves beside the training hold a copy of {size(first)} of rank 0, {size(other)} of each other rank"
+        yield Finding("memory.host", "info", f"{cause}, in the host's memory: {node} on the first node.")
     found = estimate(config, vocab_size, ranks)
     context = CONTEXT_BYTES if request.gpus else 0.0
     total = found.tensors + context

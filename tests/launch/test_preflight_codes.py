@@ -133,6 +133,7 @@ SCENES: dict[str, Callable[[Scene], list[Finding]]] = {
     "memory": lambda scene: check(scene.runs),
     "memory.tight": lambda scene: scene.memory(1.05),
     "memory.exceeded": lambda scene: scene.memory(0.5),
+    "memory.host": lambda scene: check(scene.runs, "checkpoint.asynchronous=true"),
     "disk": lambda scene: check(scene.runs),
     "disk.tight": lambda scene: scene.disk(3 * 40_000 * 16),
     "disk.space": lambda scene: scene.disk(1),
