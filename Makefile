@@ -4,6 +4,9 @@ BIN := .venv/bin
 READY := .venv/.ready
 WORKERS ?= 2
 
+# hundreds of processes are started here, and half a second of each would go into compiling our own modules anew
+unexport PYTHONDONTWRITEBYTECODE
+
 .PHONY: setup browser slurm demo demo-short test test-fast lint campaign faults studies
 
 setup: $(READY)
