@@ -55,7 +55,7 @@ def test_the_parts_add_up() -> None:
 
 
 def test_the_parts_of_a_mixture_add_up() -> None:
-    mixture = {"number": 8, "top_k": 2, "intermediate_size": 12, "shared": 1, "dense_first": 1, "selection_bias": True}
+    mixture = {"number": 8, "top_k": 2, "intermediate_size": 12, "shared": 2, "dense_first": 1, "selection_bias": True}
     settings = config(model={"experts": mixture, "linear": []}, objective={"balancing": {"bias": {}}})
     found, model = by_name(settings), settings.model
     assert list(found) == ["embedding", "dense", "experts", "routers", "norms", "head"]
@@ -66,7 +66,7 @@ def test_the_parts_of_a_mixture_add_up() -> None:
     assert found["experts"].flops_per_token == 6 * 2 * 3 * 32 * 12
     assert (found["routers"].parameters, found["routers"].flops_per_token) == (8 * 32, 6 * 8 * 32)
     assert found["routers"].buffer_bytes == 8 * 4
-    assert (found["dense"].layers, found["dense"].parameters) == (14, 2 * 3072 + 3 * 32 * 48 + 3 * 32 * 12)
+    assert (found["dense"].layers, found["dense"].parameters) == (14, 2 * 3072 + 3 * 32 * 48 + 2 * 3 * 32 * 12)
 
 
 def test_a_head_of_moments_has_its_work_by_token_and_by_step() -> None:

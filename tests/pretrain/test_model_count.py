@@ -55,16 +55,18 @@ def test_counts_of_a_small_model_by_hand() -> None:
     assert tied == (800 + matrices + gains, matrices + gains, 800 + matrices + gains, matrices + 800)
 
 
-def test_counts_of_experts_by_hand() -> None:
-    """The first block dense, two of eight experts and a shared one in the others."""
-    mixture = {"number": 8, "top_k": 2, "intermediate_size": 5, "shared": 1, "dense_first": 1}
+@pytest.mark.parametrize("shared", [0, 1, 3])
+def test_counts_of_experts_by_hand(shared: int) -> None:
+    """The first block dense, two of eight experts and shared ones, which all tokens go to, in the others."""
+    mixture = {"number": 8, "top_k": 2, "intermediate_size": 5, "shared": shared, "dense_first": 1}
     shape = {"hidden_size": 8, "layers": 3, "heads": 2, "intermediate_size": 10, "experts": mixture}
     settings = build_settings(ModelSettings, shape, "test")
     count = count_parameters(settings, 100)
     attention, gains, router, expert = 4 * 64, 2 * 8, 8 * 8, 3 * 8 * 5
     outside = 2 * 800 + 8
-    assert count.total == outside + 3 * (attention + gains) + 3 * 8 * 10 + 2 * (router + 9 * expert)
-    assert count.active == count.total - 2 * 6 * expert
+    always = outside + 3 * (attention + gains) + 3 * 8 * 10 + 2 * router
+    assert count.total == always + 2 * (8 + shared) * expert
+    assert count.active == always + 2 * (2 + shared) * expert
     assert count.non_embedding == count.total - 2 * 800
     assert count.multiplied == count.active - 800 - 7 * 8
     assert flops_per_token(settings, 100, 16) == 6 * count.multiplied + 12 * 3 * 8 * 16

@@ -13,8 +13,10 @@ import pytest
 from pretrain.evaluate_run import evaluate_run
 from pretrain.monitor import read_metrics
 
+from . import test_damage
 from .runs import Runs, environment
 
+damaged = test_damage.damaged
 ROOT = Path(__file__).parents[2]
 DEMO = ROOT / "configs/moe_demo.yaml"
 SHORT = {
@@ -66,6 +68,30 @@ def test_divided_experts_learn_in_balance_and_go_on_as_whole_ones(runs: Runs) ->
     steps = [line for line in read_metrics(folder) if "objective" in line]
     assert [line["step"] for line in steps[-2:]] == [41, 42]
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.2
+
+
+@pytest.mark.campaign
+def test_divided_experts_beside_damage_train_as_whole_ones(damaged: Runs) -> None:
+    """Damaged sequences are holes, and with one sequence in a micro-batch the whole of a rank's."""
+    experts = {"number": 4, "top_k": 2, "intermediate_size": 16, "capacity": {"factor": 0.7}, "jitter": 0.1}
+    sections = {
+        "model": {"experts": experts},
+        "objective": {"balancing": {"losses": [{"kind": "load_balance", "coefficient": 0.1}]}},
+        "data": {**test_damage.damaged_data(damaged), "on_damage": "hole", "max_hole_fraction": 1.0},
+        "training": {"micro_batch": 1},
+    }
+    found = []
+    for size in (1, 2):
+        done = damaged.train(damaged.config(f"{size}", **sections, engine={"expert_parallel": size}))
+        assert done.returncode == 0, done.stderr
+        found.append([line for line in damaged.metrics(f"{size}") if "loss" in line])
+    whole, divided = found
+    assert max(line.get("holes", 0) for line in whole) >= 4
+    for one, other in zip(whole, divided, strict=True):
+        assert one.keys() == other.keys()
+        for key, value in one.items():
+            exact = key in ("holes", "position", "tokens", "step") or key.startswith("experts/load/")
+            assert other[key] == (value if exact or isinstance(value, str) else pytest.approx(value, rel=1e-4)), key
 
 
 @pytest.mark.campaign
