@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
@@ -91,6 +92,15 @@ class Given:
         return self._values[name]
 
 
+@functools.cache
+def import_what_engines_need() -> None:
+    """And leave it out of the garbage collection that every engine begins with, and which it makes many times as long."""
+    from pretrain.engine.deepspeed_module import import_deepspeed
+
+    import_deepspeed()
+    gc.freeze()
+
+
 class EngineRun:
     """Optimizer steps of the engine, one at a time, as the trainer makes them.
 
@@ -107,8 +117,7 @@ class EngineRun:
         from pretrain.engine import Engine
         from pretrain.objective import Objective
 
-        # an earlier engine, collected in the middle of an import of DeepSpeed's, would break Python 3.11's import lock
-        gc.collect()
+        import_what_engines_need()
         self.config, self.ranks = config, ranks
         self.engine = Engine(config, VOCABULARY, ranks, Given(initial) if initial else None, empty)
         self.objective = Objective(config.objective, 2, ranks)

@@ -65,7 +65,7 @@ class Run(EngineRun):
 
     def held(self) -> dict[str, Any]:
         """Everything that makes up the state, whole, by name, gathered from the ranks by plain indexing."""
-        own: list[tuple[str, str, int, int, Tensor]] = []
+        own: list[tuple[str, str, int, int, Any]] = []
         common: dict[str, set[float]] = {}
         matrices: dict[str, Any] = {}
         saving = self.engine.checkpoints
@@ -77,15 +77,15 @@ class Run(EngineRun):
                     continue
                 for part in shard.parts:
                     if isinstance(value, Tensor) and value.dim():
-                        flat = value.reshape(-1)[part.offset : part.offset + part.length].clone()
-                        own.append((key, part.name, part.start, part.length, flat))
+                        flat = value.reshape(-1)[part.offset : part.offset + part.length].float().numpy().copy()
+                        own.append((key, part.name, part.start, part.length, flat))  # tensors are pickled slowly
                     else:
                         common.setdefault(f"{key} of {part.name}", set()).add(float(value))
         found: dict[str, Any] = {}
         for parts, _, _ in (everybodys := self.ranks.gather_objects((own, common, matrices))):
             for key, name, start, length, values in parts:
                 whole = found.setdefault(f"{key} of {name}", torch.full((math.prod(saving._shapes[name]),), torch.nan))
-                whole[start : start + length] = values
+                whole[start : start + length] = torch.from_numpy(values)
         for _, counts, wholes in everybodys:
             for name, values in counts.items():
                 found.setdefault(name, set()).update(values)
