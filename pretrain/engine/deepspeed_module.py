@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
 import logging
 import os
+import sys
 import warnings
 from typing import Any
 
@@ -15,6 +17,7 @@ def import_deepspeed() -> Any:
     """DeepSpeed, quiet and without the compilation of a kernel that only its inference uses."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    first = "deepspeed" not in sys.modules
     deepspeed = importlib.import_module("deepspeed")
     deepspeed.utils.logger.setLevel(logging.ERROR)
     # `deepspeed.comm` rebinds the name `torch`, so the module has to be fetched by its full name
@@ -25,4 +28,8 @@ def import_deepspeed() -> Any:
     optimizer.see_memory_usage = lambda *arguments, **options: None
     communication: Any = importlib.import_module("deepspeed.comm.torch")
     communication.build_shm_op = lambda: None
+    if first:
+        # what was imported until here stays: garbage collections, an engine's own at its start among them, which would
+        # take a quarter of a second to look through it, leave it out
+        gc.freeze()
     return deepspeed

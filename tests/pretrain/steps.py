@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import gc
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -92,15 +90,6 @@ class Given:
         return self._values[name]
 
 
-@functools.cache
-def import_what_engines_need() -> None:
-    """And leave it out of the garbage collection that every engine begins with, and which it makes many times as long."""
-    from pretrain.engine.deepspeed_module import import_deepspeed
-
-    import_deepspeed()
-    gc.freeze()
-
-
 class EngineRun:
     """Optimizer steps of the engine, one at a time, as the trainer makes them.
 
@@ -117,7 +106,6 @@ class EngineRun:
         from pretrain.engine import Engine
         from pretrain.objective import Objective
 
-        import_what_engines_need()
         self.config, self.ranks = config, ranks
         self.engine = Engine(config, VOCABULARY, ranks, Given(initial) if initial else None, empty)
         self.objective = Objective(config.objective, 2, ranks)
