@@ -86,7 +86,8 @@ def train(config: Config, ranks: Distributed) -> Engine:
         engine.begin_step(2)
         objective.begin_step(step, [batch, batch], None)
         for _ in range(2):
-            engine.backward(objective.micro_step(engine.forward(batch), batch))
+            logits, routing = engine.training_forward(batch)
+            engine.backward(objective.micro_step(logits, batch, routing))
         engine.step(1e-4)
     return engine
 
