@@ -276,7 +276,7 @@ class Session:
         for rollback in ahead(read_rollbacks(self._folder), state.position):
             told = (
                 f"{rollback.kind.replace('_', ' ')} at step {rollback.step}: {rollback.message}. The run went back to "
-                f"step {rollback.resumed_step} and leaves out the positions {rollback.start} to {rollback.stop - 1}"
+                f"step {state.step} and leaves out the positions {rollback.start} to {rollback.stop - 1}"
             )
             self._monitor.event({"event": "rollback", "step": state.step, "message": told})
         for problem in damage:

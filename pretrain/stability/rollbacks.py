@@ -66,8 +66,16 @@ def record_rollback(folder: Path, rollback: Rollback) -> None:
 
 
 def ahead(rollbacks: tuple[Rollback, ...], position: int) -> tuple[Rollback, ...]:
-    """Those whose ranges a run that stands at ``position`` has still before it."""
-    return tuple(rollback for rollback in rollbacks if rollback.start >= position)
+    """Those whose ranges a run that stands at ``position`` has still before it, beginning there at the earliest.
+
+    It stands within a range where the checkpoint that it goes on from was not known when the run decided to go back:
+    the run folder had lost it, and the second place had not.
+    """
+    return tuple(
+        rollback.model_copy(update={"start": max(rollback.start, position)})
+        for rollback in rollbacks
+        if rollback.stop > position
+    )
 
 
 def merged(ranges: list[Range]) -> tuple[Range, ...]:

@@ -162,7 +162,8 @@ def test_rollbacks_are_on_the_disk_and_count_for_what_is_ahead(tmp_path: Path) -
     record_rollback(tmp_path, second)
     assert read_rollbacks(tmp_path) == (first, second)
     assert ahead((first, second), 32) == (first, second)
-    assert ahead((first, second), 33) == (second,)
+    assert ahead((first, second), 33) == (rollback(start=33), second), "the rest of a range is left out too"
+    assert ahead((first, second), 72) == (second,)
     (tmp_path / "rollbacks.json").write_text("{")
     with pytest.raises(UserError, match=r"is damaged.*Restore it from a copy, or delete it"):
         read_rollbacks(tmp_path)

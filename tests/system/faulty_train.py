@@ -5,12 +5,14 @@ at the N-th time (from 1) that a rank has written a checkpoint's first tensors, 
 rename a finished checkpoint, or to remove an old one. ``logits:N`` makes the logits of the sequence at position N of
 the run NaN, ``below:N`` what they come from too, ``spike:N`` a thousand times as large. ``gradient:N`` makes the
 gradient of rank 1 NaN in optimizer step N + 1, ``flip:N`` adds to its loss there the first time only, as a broken
-device would; ``signal:N`` sends rank 1 a SIGTERM in the midst of it. A worker that torchrun has restarted has no fault.
+device would; ``signal:N`` sends rank 1 a SIGTERM in the midst of it. ``lose:N`` removes the N-th checkpoint from the
+run folder when it is in the second place. A worker that torchrun has restarted has no fault.
 """
 
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 from collections.abc import Callable
 from typing import Any
@@ -122,6 +124,17 @@ def half_a_save(save: Callable[..., None], number: int) -> Callable[..., None]:
     return saving
 
 
+def losing_copy(publish_copy: Callable[..., None], number: int) -> Callable[..., None]:
+    def publishing(self: store.CheckpointStore, second: Any, name: str, *arguments: Any) -> None:
+        global seen
+        publish_copy(self, second, name, *arguments)
+        seen += 1
+        if seen == number:
+            shutil.rmtree(self._folder / name)
+
+    return publishing
+
+
 def dying_rename(rename: Callable[..., None], number: int) -> Callable[..., None]:
     def renaming(source: Any, target: Any) -> None:
         if ".saving_" in str(source):
@@ -148,6 +161,9 @@ def build_in(place: str, number: int) -> None:
         store.write_manifest = before(store.write_manifest, number)
     elif place == "rename":
         os.rename = dying_rename(os.rename, number)
+    elif place == "lose":
+        publish = losing_copy(store.CheckpointStore._publish_copy, number)
+        store.CheckpointStore._publish_copy = publish  # type: ignore[method-assign]
     elif place == "remove":
         store.remove = before(store.remove, number)
     else:

@@ -143,6 +143,24 @@ def json_data(runs: Runs) -> dict[str, Any]:
 
 
 @pytest.mark.slow
+def test_going_back_takes_the_second_place_where_it_has_a_newer_checkpoint(runs: Runs, tmp_path: Path) -> None:
+    """The run folder loses the checkpoint of step 12 before the spike in step 13: the one of step 8 is left there."""
+    second = {"checkpoint": {"second": {"path": str(tmp_path / "second")}}}
+    config = runs.config("run", **{**settings(1, "rollback"), **second})
+    done = runs.train(config, fault=f"spike:{SPIKE},lose:3", ranks=1)
+    assert done.returncode == 0, done.stderr
+    assert "The run goes back to step_000000008 and leaves out the positions 64 to 103" in done.stderr
+    first, again = read_attempts(runs.run_folder("run"))
+    assert (first.reason, again.first_step, again.reason) == ("rolled_back", 13, "done")
+    (told,) = (line["message"] for line in runs.metrics("run") if line.get("event") == "rollback")
+    assert told.endswith("The run went back to step 12 and leaves out the positions 96 to 103")
+    steps = [line for line in runs.metrics("run") if "objective" in line]
+    assert steps[12]["position"] == 14 * BATCH, "step 13 has taken the positions after the range"
+    state = json.loads((runs.run_folder("run") / "checkpoints/step_000000016/state.json").read_text())
+    assert state["left_out"] == [[96, 104]]
+
+
+@pytest.mark.slow
 def test_a_step_computed_again_tells_bad_data_from_a_bad_device(runs: Runs) -> None:
     stability = {"spike": {"window": 16, "least": 8}, "deterministic": True, "rerun": True}
     config = runs.config("run", **{**settings(2, "skip"), "stability": stability})
