@@ -39,11 +39,11 @@ def address(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.
         host, port = server.get_host_and_port()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
         fsspec.filesystem("s3", skip_instance_cache=True).makedirs("checkpoints", exist_ok=True)
-        yield "s3://checkpoints/run"
+        yield f"s3://checkpoints/{tmp_path.name}/run"
         server.stop()
 
 
-def test_a_copy_is_complete_or_invisible(address: str, tmp_path: Path) -> None:
+def test_a_copy_is_complete_or_invisible(address: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     place = SecondPlace(address)
     assert place.complete() == []
     paths = [make_checkpoint(tmp_path, step) for step in (4, 8, 12)]
@@ -66,6 +66,21 @@ def test_a_copy_is_complete_or_invisible(address: str, tmp_path: Path) -> None:
     for file in files:
         place.fetch(names[2], file, tmp_path / "back")
         assert (tmp_path / "back" / file.path).read_bytes() == (paths[2] / file.path).read_bytes()
+    monkeypatch.setattr(place._open(), "rm", refuse)  # a removal that is killed on the way
+    with pytest.raises(TimeoutError):
+        place.remove_others(lambda complete: set(complete[-1:]))
+    assert SecondPlace(address).complete() == names[2:]
+
+
+def test_a_copy_that_was_cut_off_is_never_revealed(address: str, tmp_path: Path) -> None:
+    place, path = SecondPlace(address), make_checkpoint(tmp_path, 4)
+    files = intact(path)
+    place.put(path, files)
+    with place._writing(f"{path.name}/{files[0].path}") as handle:
+        handle.write((path / files[0].path).read_bytes()[:-1])
+    with pytest.raises(DataError, match=rf"has {files[0].bytes - 1} bytes instead of {files[0].bytes}"):
+        place.reveal(path.name, files)
+    assert path.name not in place.complete()
 
 
 def test_damage_on_the_way_is_seen(address: str, tmp_path: Path) -> None:
@@ -88,9 +103,12 @@ def copies(root: Path) -> None:
     run = EngineRun(tiny_config(engine={"zero_stage": 1}), ranks)
     run.step(0)
 
-    def store(name: str, path: Path | str | None = None, **second: object) -> CheckpointStore:
+    def store(
+        name: str, path: Path | str | None = None, keep_every: int | None = None, **second: object
+    ) -> CheckpointStore:
+        kept = {"every_steps": 1, "keep_last": 1, "keep_every": keep_every}
         settings = CheckpointSettings.model_validate(
-            {"keep_last": 1, "asynchronous": True, "second": {"path": str(path or root / "second"), **second}}
+            {**kept, "asynchronous": True, "second": {"path": str(path or root / "second"), **second}}
         )
         return CheckpointStore(root / "runs" / name / "checkpoints", settings, ranks)
 
@@ -115,7 +133,9 @@ def copies(root: Path) -> None:
     assert state["step"] == 3
 
     # the first place is as new: nothing is fetched; lost: the newest copy is; that damaged: the one before, and told
-    assert store("kept").find() == (saved.path, [])
+    fresh = store("kept")
+    fresh._second.fetch = refuse  # type: ignore[union-attr, method-assign]
+    assert fresh.find() == (saved.path, [])
     on_rank_0(shutil.rmtree, saved.path)
     assert store("kept").find() == (saved.path, [])
     assert intact(saved.path)
@@ -128,6 +148,15 @@ def copies(root: Path) -> None:
     assert [("damaged" in line or "bytes instead" in line or "other content" in line) for line in told] == [True, True]
     assert intact(found)
     ranks.barrier()
+    assert not list(found.parent.glob(".saving*")), "what could not be fetched whole"
+
+    # kept there: the newest by its own count, those for good, and what was saved just now, though another's is newer
+    good = store("good", keep_every=2, keep_last=1)
+    on_rank_0(make_checkpoint, root / "second" / "good", 9)
+    for step in (1, 2, 3):
+        good.save(run.engine, {"step": step})
+    there = sorted(path.name for path in (root / "second" / "good").iterdir())
+    assert there == ["step_000000002", "step_000000003", "step_000000009"]
 
     # a place that can't be written: loud, or the end
     on_rank_0((root / "file").write_text, "")
@@ -138,6 +167,13 @@ def copies(root: Path) -> None:
     assert intact(saved.path)
     assert "is saved below" in (saved.warning or "")
     assert f"could not be copied to {root}/file/louder/step_000000001: rank 0: " in (saved.warning or "")
+    one = store("one")
+    if ranks.rank == 1:
+        one._second.put = refuse  # type: ignore[union-attr, method-assign]
+    one.begin_save(run.engine, {"step": 1})
+    saved = one.finish_save()
+    assert saved is not None
+    assert f"to {root}/second/one/step_000000001: rank 1: TimeoutError: no answer." in (saved.warning or "")
     strict = store("strict", root / "file", on_failure="stop")
     with pytest.raises(CheckpointError, match=r"could not be copied .*on_failure=warn"):
         strict.save(run.engine, {"step": 1})
@@ -150,10 +186,12 @@ def copies(root: Path) -> None:
         lost.find()
     kept = store("kept")
     kept._second._store.exists = refuse  # type: ignore[union-attr, method-assign]
-    assert kept.find()[0] == found
+    found_again, told = kept.find()
+    assert found_again == found
+    assert f"whether there is a newer checkpoint in {root}/second/kept can't be seen" in told[-1]
 
 
-def refuse(name: str) -> bool:
+def refuse(*arguments: object, **options: object) -> bool:
     raise TimeoutError("no answer")
 
 
@@ -161,10 +199,13 @@ def test_copies_of_two_ranks(tmp_path: Path) -> None:
     run_on_ranks(copies, 2, tmp_path)
 
 
-def test_starting_over_does_not_take_an_earlier_runs_copies(tmp_path: Path) -> None:
+def test_starting_over_does_not_take_an_earlier_runs_copies(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     settings = CheckpointSettings.model_validate({"second": {"path": os.fspath(tmp_path)}})
     refuse_copies(settings, "run")
     make_checkpoint(tmp_path / "run", 4)
     refuse_copies(settings, "other")
     with pytest.raises(UserError, match=f"resume=never: {tmp_path}/run holds 1 checkpoints of an earlier run"):
         refuse_copies(settings, "run")
+    monkeypatch.setattr(SecondPlace, "complete", refuse)
+    with pytest.raises(UserError, match=f"resume=never: {tmp_path}/other TimeoutError: no answer"):
+        refuse_copies(settings, "other")
