@@ -11,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from pretrain.distributed import Distributed
 from pretrain.model import initialize_
+from pretrain.model.experts.exchange import Exchange
 from pretrain.model.experts.experts import Experts
 from pretrain.model.experts.layer import MixtureOfExperts
 from tests.ranks import run_on_ranks
@@ -64,12 +65,25 @@ def passed(layer: MixtureOfExperts, rank: int, dtype: torch.dtype, recompute: bo
     return {name: torch.zeros(0) if value is None else value.detach().clone() for name, value in found.items()}
 
 
+def there_and_back(ranks: Distributed) -> dict[str, float]:
+    """Rows come back as they went, but for two without an expert; so does the gradient of their sum, which autograd
+    hands on as one number for all of them, and no tensor that could be sent as it is."""
+    filled = (torch.arange(14) < 12)[:, None]
+    rows = torch.randn(14, 3, generator=torch.Generator().manual_seed(ranks.rank)).requires_grad_()
+    ends = torch.tensor([2, 2, 5 + ranks.rank, 9, 9, 10, 11, 12], dtype=torch.int32)
+    exchange = Exchange.plan(ends, ranks)
+    returned = exchange.back(exchange.there(rows), len(rows))
+    returned.sum().backward()
+    assert rows.grad is not None
+    return {"rows": apart(returned, rows * filled), "of rows": apart(rows.grad, filled.expand(14, 3).float())}
+
+
 def compared(cases: dict[str, dict[str, Any]]) -> dict[str, dict[str, float]]:
     """On one rank: for each case and way, how far outputs and gradients are from the whole layer's, relatively."""
     from pretrain.distributed import start
 
     ranks = start(60)
-    found: dict[str, dict[str, float]] = {}
+    found = {"there and back": there_and_back(ranks)}
     ways = [(torch.float64, False), (torch.float64, True), (torch.bfloat16, True)]
     for name, settings in cases.items():
         for dtype, recompute in ways:
