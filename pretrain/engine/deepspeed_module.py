@@ -29,6 +29,12 @@ def import_deepspeed() -> Any:
     communication: Any = importlib.import_module("deepspeed.comm.torch")
     communication.build_shm_op = lambda: None
     if first:
+        # its own Muon, which is not used here, is imported to ask whether an optimizer is one, and its kernels are
+        # compiled by that: torch's compiler, a fifth of what a rank imports, would come with them
+        compiler: Any = importlib.import_module("deepspeed.runtime.compiler")
+        compiled, compiler.compile = compiler.compile, lambda: lambda kernel: kernel
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+        compiler.compile = compiled
         # what was imported until here stays: garbage collections, an engine's own at its start among them, which would
         # take a quarter of a second to look through it, leave it out
         gc.freeze()
