@@ -8,6 +8,7 @@ comes from; what an optimizer keeps for a whole matrix goes to the rank that upd
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,7 @@ def load_by_name(
         for name, place in kept.items():
             if place.file == file:
                 copied += states.take_matrix(homes[name], name, resolve(content, place.state))
-    states.finish()
+    states.finish(homes)
     return copied
 
 
@@ -133,7 +134,11 @@ def _copy(source: Tensor, copy: Copy, target: Tensor) -> int:
 
 
 class _States:
-    """The optimizer's state of this rank's tensors, put together piece by piece."""
+    """The optimizer's state of this rank's tensors, put together piece by piece.
+
+    Saved again it has the bytes that it would have had without: matrices stand in the optimizer's order, and equal keys
+    are one object, of which a pickle writes the second as a reference.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, shards: Sequence[Shard]) -> None:
         self._optimizer = optimizer
@@ -141,11 +146,12 @@ class _States:
         self._made: list[dict[str, Any]] = [{} for _ in shards]
         self._filled: list[Counter[str]] = [Counter() for _ in shards]
         """Elements written, of each state that goes element by element."""
+        self._matrices: dict[str, dict[str, Any]] = {}
 
     def take(self, copy: Copy, saved: Mapping[str, Any]) -> int:
         """The part of a saved state that goes with ``copy``; returns bytes copied."""
         made, tensor, copied = self._made[copy.shard], self._shards[copy.shard].tensor, 0
-        for key, value in saved.items():
+        for key, value in _interned(saved).items():
             if key == MATRICES:
                 continue
             if isinstance(value, Tensor) and value.dim():
@@ -187,15 +193,13 @@ class _States:
         state = saved.get(MATRICES, {}).get(name)
         if state is None:  # not stepped yet
             return 0
-        number = next(number for number, shard in enumerate(self._shards) if shard.tensor is home)
-        own = {
+        own = self._matrices[name] = {
             key: value.to(home.device, copy=True) if isinstance(value, Tensor) else value
-            for key, value in state.items()
+            for key, value in _interned(state).items()
         }
-        self._made[number].setdefault(MATRICES, {})[name] = own
         return sum(value.numel() * value.element_size() for value in own.values() if isinstance(value, Tensor))
 
-    def finish(self) -> None:
+    def finish(self, homes: Mapping[str, Tensor]) -> None:
         """Hand everything to the optimizer.
 
         Raises:
@@ -210,3 +214,11 @@ class _States:
                         f"the optimizer's state {key!r} of {names}, ... was saved for {count} of {elements} elements"
                     )
             self._optimizer.state[shard.tensor] = made
+        for name, home in homes.items():
+            if name in self._matrices:
+                self._optimizer.state[home].setdefault(MATRICES, {})[name] = self._matrices[name]
+
+
+def _interned(saved: Mapping[str, Any]) -> dict[str, Any]:
+    """With keys that are one object where they are equal, as those in a program's text are."""
+    return {sys.intern(key): value for key, value in saved.items()}

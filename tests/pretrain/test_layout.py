@@ -19,6 +19,7 @@ from data_pipeline.errors import DataError, HeadraceError
 from pretrain.engine.by_name import load_by_name, plan_copies
 from pretrain.engine.layout import NAME, Layout, Part, Place, read_layout, write_layout
 from pretrain.engine.shards import Shard
+from pretrain.optimizer.matrix_wise import MATRICES
 
 SHAPES: dict[str, tuple[int, ...]] = {"embedding": (7, 5), "gain": (11,), "matrix": (6, 9), "one": (1,)}
 
@@ -99,6 +100,31 @@ def test_tensors_count_their_steps_apart(tmp_path: Path) -> None:
     held, optimizer, _ = saved.load(cut(SHAPES, 10, list(SHAPES)))
     steps = [optimizer.state[flat]["step"] for flat in held]
     assert len({step.data_ptr() for step in steps}) == len(steps) > 5
+
+
+def test_state_that_was_loaded_is_saved_in_the_bytes_of_one_that_was_made(tmp_path: Path) -> None:
+    """From several files, and with matrices in another order than this rank's: it is the order of the optimizer."""
+    tensors = cut(SHAPES, 40, list(SHAPES))
+    saved = Saved(tmp_path, SHAPES, tensors)
+    names = ["b[0]", "a[1]", "a[0]"]
+
+    def keep(number: int, state: dict[str, Any]) -> None:
+        if number < len(names):
+            state[MATRICES] = {names[number]: {"step": number, "basis": torch.ones(number + 1)}}
+
+    saved.write(keep)
+    places = [
+        replace(place, matrices=tuple(names[number : number + 1])) for number, place in enumerate(saved.layout.places)
+    ]
+    held = [torch.zeros(parts[-1].offset + parts[-1].length) for parts in tensors]
+    optimizer = torch.optim.AdamW(held)
+    shards = [Shard(flat, 0, (), parts) for flat, parts in zip(held, tensors, strict=True)]
+    homes = dict.fromkeys(sorted(names), held[1])
+    load_by_name(tmp_path, replace(saved.layout, places=tuple(places)), shards, optimizer, homes)
+    kept = optimizer.state[held[1]][MATRICES]
+    assert [(name, state["step"]) for name, state in kept.items()] == [("a[0]", 2), ("a[1]", 1), ("b[0]", 0)]
+    keys = [key for state in optimizer.state.values() for key in state]
+    assert len(set(map(id, keys))) == len(set(keys)) == 4
 
 
 def test_copies_on_several_ranks_are_read_once(tmp_path: Path) -> None:
