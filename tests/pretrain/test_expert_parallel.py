@@ -31,9 +31,17 @@ from .test_method_matrix import BATCH, Apart, added, too_far
 
 ALL_ON_THE_LAST = {"score": "sigmoid", "selection_bias": True}
 BIASED = {f"blocks.{n}.feed_forward.router.selection_bias": 10.0 * torch.arange(4) for n in range(2)}
+GIVEN = {
+    "blocks.1.feed_forward.experts.up": torch.randn(4, 12, 32, generator=torch.Generator().manual_seed(5))
+    .bfloat16()
+    .float()
+}
+"""Initial values of some experts, which bf16 has too; the others are drawn."""
 METHOD: dict[str, Method] = {
     "balanced": balanced({"shared": 1, "jitter": 0.1}, losses({}, {"level": "sequence"})),
-    "ranks without a row": replace(balanced(ALL_ON_THE_LAST, {"bias": {"rate": 0.05}}), initial=lambda config: BIASED),
+    "ranks without a row": replace(
+        balanced(ALL_ON_THE_LAST, {"bias": {"rate": 0.05}}), initial=lambda config: {**BIASED, **GIVEN}
+    ),
     "bias among groups": METHODS["bias among groups"],
     "hybrid": METHODS["hybrid"],
     "expert choice": METHODS["expert choice"],
@@ -49,7 +57,7 @@ METHOD: dict[str, Method] = {
             }
         }
     ),
-    "muon": METHODS["muon"],
+    "muon": replace(METHODS["muon"], initial=lambda config: GIVEN),
     "galore": METHODS["galore"],
 }
 Case = tuple[str, int, int, int, str, dict[str, Any]]
