@@ -20,7 +20,7 @@ from pretrain.distributed import Distributed
 from pretrain.engine.host_copies import HostCopies
 from tests.ranks import run_on_ranks
 
-from .steps import EngineRun, tiny_config
+from .steps import VOCABULARY, EngineRun, tiny_config
 
 Pair = namedtuple("Pair", "first second")
 
@@ -133,6 +133,7 @@ def published(store: CheckpointStore, ranks: Distributed) -> Path:
 
 
 def every_stage(root: Path) -> None:
+    from launch.preflight.memory import host_copies
     from pretrain.distributed import start
     from pretrain.engine.layout import read_layout
 
@@ -159,6 +160,9 @@ def every_stage(root: Path) -> None:
             path = published(beside, ranks)
         assert not beside.saving
         assert hashes(path) == expected
+        held = run.engine.checkpoints._files._copies.bytes()
+        foreseen = host_copies(run.config, VOCABULARY, ranks.world_size)[ranks.rank]
+        assert held == pytest.approx(foreseen, abs=200), "what a preflight tells, but for counts of steps"
         read_layout(path)
         # a second one, into the same buffers, begun while the first might still be written; the first is removed
         expected = hashes(waited.save(run.engine, {"step": 2}))
