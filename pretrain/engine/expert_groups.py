@@ -49,7 +49,7 @@ class ExpertGroups:
         moe: Any = importlib.import_module("deepspeed.moe.layer").MoE
         sign = type("ExpertParallel", (moe,), {"__init__": nn.Module.__init__, "set_deepspeed_parallelism": _nothing})()
         sign.num_experts, sign.num_local_experts = 0, 0  # it has no files for us to read and write
-        sign.ep_size, sign.expert_group_name = self.across.world_size, self.name
+        sign.expert_group_name = self.name
         model.add_module("expert_parallel", sign)
         for module in model.modules():
             if isinstance(module, Experts):
