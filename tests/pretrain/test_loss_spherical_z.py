@@ -20,7 +20,7 @@ from pretrain.evaluation import Score, evaluate, evaluation_metrics
 from pretrain.objective import ObjectiveSettings
 from pretrain.objective.losses.spherical_z import SMALLEST_VARIANCE, SphericalZSettings
 
-from .steps import LENGTH, VOCABULARY, batch_of, tiny_config
+from .steps import GLOBAL_BATCH, LENGTH, VOCABULARY, batch_of, tiny_config
 from .test_evaluation import Rows
 from .test_sample_groups import GROUPS, logits_of, take_step
 
@@ -152,7 +152,7 @@ def test_a_loss_that_is_not_finite_poisons_nothing(group: str) -> None:
     outcome = take_step(chosen(reweighting=reweighting), 4, logits=moments)
     assert outcome.gradient.isfinite().all()
     assert outcome.gradient[5].abs().max() == 0
-    assert [found.position for found in outcome.statistics.dropped] == [5]
+    assert [found.position for found in outcome.statistics.dropped] == [GLOBAL_BATCH + 5]
     assert outcome.statistics.weights is not None
     assert outcome.gradient.shape[1:] == (LENGTH, 3)
 
