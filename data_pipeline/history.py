@@ -159,4 +159,5 @@ def _goes_on(before: Stretch, now: Stretch) -> bool:
     """Whether ``now`` reads what ``before`` would have read from its first step on."""
     shape = {"first_step", "first_position", "end_step"}
     same = before.model_dump(exclude=shape) == now.model_dump(exclude=shape)
-    return same and before.start_of(now.first_step) == now.first_position
+    in_order = list(before.stream.sources) == list(now.stream.sources)  # the order of the data hangs on theirs
+    return same and in_order and before.start_of(now.first_step) == now.first_position

@@ -25,6 +25,7 @@ import numpy as np
 import numpy.typing as npt
 
 from .errors import UserError
+from .files import publish_bytes, sha256_file
 from .numpy_kernel import NumpyKernel, Widen
 from .permutation import ROUNDS, IntArray, UIntArray, walk
 from .recycled import Room
@@ -189,15 +190,20 @@ def _built() -> NativeKernel:
     """The kernel from the cache folder, or compiled to there, or to a folder that lasts as long as loading it."""
     try:
         folder = Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "headrace-kernel"
-        library = folder / f"{_key()}.so"
-        if not library.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            _compile(library)
+        folder.mkdir(parents=True, exist_ok=True)
+        key = _key()
+        for library in folder.glob(f"{key}-*.so"):
+            if library.stem == f"{key}-{sha256_file(library)}":
+                return NativeKernel(library)
+            library.unlink(missing_ok=True)  # cut off or changed: loading it could end the process
+        content = _compile()
+        library = folder / f"{key}-{hashlib.sha256(content).hexdigest()}.so"
+        publish_bytes(library, content)
         return NativeKernel(library)
     except (OSError, RuntimeError):  # a folder that can't be written, no home, what another machine compiled
         with tempfile.TemporaryDirectory(prefix="headrace-kernel-") as temporary:
             library = Path(temporary) / "kernel.so"
-            _compile(library)
+            library.write_bytes(_compile())
             return NativeKernel(library)
 
 
@@ -215,28 +221,28 @@ def _key() -> str:
     return hashlib.sha256(b"\0".join(part if isinstance(part, bytes) else part.encode() for part in parts)).hexdigest()
 
 
-def _compile(library: Path) -> None:
-    """Make the library, complete or not at all.
+def _compile() -> bytes:
+    """The library.
 
     Raises:
         RuntimeError: there is no compiler, or it refuses.
     """
-    command = shlex.split(os.environ.get("CC", "")) or [name for name in _COMPILERS if shutil.which(name)][:1]
+    try:
+        command = shlex.split(os.environ.get("CC", "")) or [name for name in _COMPILERS if shutil.which(name)][:1]
+    except ValueError as error:
+        raise RuntimeError(f"$CC is {os.environ['CC']!r}: {error}") from error
     if not command:
         raise RuntimeError(f"no C compiler was found ($CC, {', '.join(_COMPILERS)})")
-    handle, temporary = tempfile.mkstemp(".part", library.name, library.parent)
-    os.close(handle)
-    try:
+    with tempfile.TemporaryDirectory(prefix="headrace-kernel-") as folder:
+        library = Path(folder) / "kernel.so"
         done = subprocess.run(
-            [*command, *_FLAGS, "-o", temporary, str(_SOURCE), *_LIBRARIES],
+            [*command, *_FLAGS, "-o", str(library), str(_SOURCE), *_LIBRARIES],
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace",
             timeout=_COMPILE_SECONDS,
         )  # fmt: skip
         if done.returncode:
             raise RuntimeError(f"{shlex.join(command)} ended with {done.returncode}: {done.stdout[-500:]}")
-        os.replace(temporary, library)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+        return library.read_bytes()
 
 
 _TYPES = {"p": ctypes.c_void_p, "i": ctypes.c_int64, "d": ctypes.c_int}

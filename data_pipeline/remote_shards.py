@@ -127,10 +127,16 @@ class RemoteShards(ShardFiles):
                 raise _WrongIndexError
             to.write(content)
 
-        try:
+        def cached() -> bytes:
             with self._cache.open(expected.hex(), fill) as handle:
                 content: bytes = handle.readall()
                 return content
+
+        try:
+            if hashlib.sha256(content := cached()).digest() != expected:
+                self._cache.discard(expected.hex())  # it went bad on this node
+                content = cached()
+            return content
         except MissingFileError as error:
             raise FileNotFoundError(str(error)) from error
         except _WrongIndexError:

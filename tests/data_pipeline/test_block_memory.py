@@ -190,6 +190,30 @@ def test_memory_that_is_lent_again_is_the_same_memory_and_empty(folders: list[Pa
     assert memory._room is room
 
 
+@pytest.mark.usefixtures("either_kernel")
+def test_two_blocks_of_one_place_are_not_read_into_it_together(copied: Path) -> None:
+    """Nor is what stands there taken for the first when the second turns out to be damaged."""
+    source = TokenSource(copied, "web", "train", SEQ)
+    whole = source.read(np.arange(16))
+    source = TokenSource(copied, "web", "train", SEQ)
+    memory = BlockMemory(3 * PLACE[64])
+    (kept,) = memory.lend([source])
+    overwrite(shard_path(copied, "000000"), source.manifest.layout.data_offset(3))
+    rows, damage = read_kept(source, memory, kept, list(range(16)))
+    assert sorted(damage) == [12, 13, 14, 15]
+    assert np.array_equal(rows[:12], whole[:12])
+
+
+@pytest.mark.usefixtures("either_kernel")
+def test_a_block_found_damaged_after_it_was_right_is_no_longer_checked(copied: Path) -> None:
+    source = TokenSource(copied, "web", "train", SEQ)
+    source.read(np.arange(16))
+    overwrite(shard_path(copied, "000000"), source.manifest.layout.data_offset(3))
+    memory = BlockMemory()
+    (kept,) = memory.lend([source])
+    assert sorted(read_kept(source, memory, kept, [12])[1]) == [0]
+
+
 def overwrite(path: Path, offset: int) -> None:
     with open(path, "r+b") as handle:
         handle.seek(offset)

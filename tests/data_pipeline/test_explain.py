@@ -263,6 +263,18 @@ def test_sources_in_another_order_than_the_alphabets(folder: Path, tmp_path: Pat
     assert [(row.source, row.sequence) for row in sorted(rows, key=lambda row: row.position)] == expected
 
 
+def test_sources_that_change_places_are_another_stretch(folder: Path, tmp_path: Path) -> None:
+    """A resume that is told to accept it reads other data from there on, and what came before stays as it was."""
+    there = stretch(folder, ramp=(), skip_ranges=())
+    content = there.stream.model_dump()
+    content["sources"] = dict(reversed(content["sources"].items()))
+    turned = there.model_copy(update={"stream": StreamSettings.model_validate(content)})
+    record_stretch(tmp_path, there)
+    record_stretch(tmp_path, turned.model_copy(update={"first_step": 4, "first_position": there.start_of(4)}))
+    kept = [(list(each.stream.sources), each.first_step) for each in read_history(tmp_path).stretches]
+    assert kept == [(list(there.stream.sources), 0), (list(content["sources"]), 4)]
+
+
 def test_a_document_of_millions_of_epochs_is_not_searched_in_each(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

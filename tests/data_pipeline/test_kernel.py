@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """Compiled for these tests, with what this CPU has and without."""
     library = tmp_path_factory.mktemp("kernel") / "kernel.so"
     try:
-        kernel._compile(library)
+        library.write_bytes(kernel._compile())
     except RuntimeError as error:
         pytest.skip(str(error))
     levels = zip(NATIVE, (2, 1, 0), strict=True)
@@ -167,6 +168,8 @@ def test_without_a_compiler_numpy_does_it_and_says_so(monkeypatch: pytest.Monkey
     assert isinstance(found, NumpyKernel)
     assert words.startswith("NumPy, for the native kernel can't be had: false ended with 1")
     assert not list((tmp_path / "headrace-kernel").iterdir())
+    monkeypatch.setenv("CC", '"')
+    assert "No closing quotation" in kernel._find.__wrapped__()[1]
 
 
 def test_the_kernel_is_chosen_by_a_variable_that_is_checked(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,9 +189,13 @@ def test_the_library_is_kept_complete_and_a_broken_one_is_not_used(
     compiled = library.stat().st_mtime_ns
     kernel._built()
     assert library.stat().st_mtime_ns == compiled
-    library.unlink()
-    library.write_bytes(b"\x7fELF")
-    assert isinstance(kernel._built(), NativeKernel)
+    content = library.read_bytes()
+    for broken in (b"", b"\x7fELF", content[: len(content) // 2], content[:-4096] + bytes(4096)):
+        library.unlink()
+        library.write_bytes(broken)  # to load a half would end the process
+        assert isinstance(kernel._built(), NativeKernel)
+        (library,) = (tmp_path / "headrace-kernel").iterdir()
+        assert library.stem.endswith(hashlib.sha256(library.read_bytes()).hexdigest())
     monkeypatch.setenv("XDG_CACHE_HOME", str(library))  # no folder can be made there
     assert isinstance(kernel._built(), NativeKernel)
 

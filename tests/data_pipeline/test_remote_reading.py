@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.batch_plan import BatchPlan
+from data_pipeline.damage import OnDamage
 from data_pipeline.errors import DataError
 from data_pipeline.loader import EvaluationLoader, StepLoader
 from data_pipeline.manifest import read_manifest
@@ -171,6 +172,27 @@ def test_what_went_bad_in_the_cache_is_fetched_again(
     with TokenSource(server.url, "web", "train", SEQ, storage=storage) as source:
         assert np.array_equal(source.read(every, windows), local.read(every))
         assert source.fetched == fetched
+
+
+@pytest.mark.parametrize("on_damage", ["stop", "hole"])
+def test_an_index_that_went_bad_in_the_cache_is_fetched_again(
+    on_damage: OnDamage, server: HttpServer, local: TokenSource, tmp_path: Path
+) -> None:
+    storage, every = settings(tmp_path), np.arange(local.sequences)
+    with TokenSource(server.url, "web", "train", SEQ, storage=storage) as source:
+        source.read(every)
+    spoilt = 0
+    for digest in local.shards.idx_sha256:
+        (entry,) = (tmp_path / "cache").rglob(digest.tobytes().hex())
+        content = bytearray(entry.read_bytes())
+        content[len(content) // 2] ^= 1
+        entry.write_bytes(content)
+        spoilt += 1
+    assert spoilt > 1
+    with TokenSource(server.url, "web", "train", SEQ, storage=storage, on_damage=on_damage) as source:
+        rows, damage = source.read_or_damage(every)
+    assert not damage
+    assert np.array_equal(rows, local.read(every))
 
 
 def test_a_damaged_index_takes_its_shard_and_no_other(folder: Path, local: TokenSource, tmp_path: Path) -> None:
