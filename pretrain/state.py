@@ -119,7 +119,7 @@ def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) 
         _model(config, data),
         "Give its settings back, or choose another run.name",
     )
-    change = _accepted_change(path, config, saved["data"], data.identity)
+    change = _accepted_change(path, config, saved["data"], data.identity, saved["position"])
     _same_precision(path, saved["topology"]["precision"], config.training.precision)
     state = TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
     loss_range = LossRange(**saved["loss_range"]) if saved["loss_range"] else None
@@ -311,19 +311,22 @@ def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
-def _accepted_change(path: Path, config: Config, there: dict[str, Any], here: dict[str, Any]) -> str:
+def _accepted_change(path: Path, config: Config, there: dict[str, Any], here: dict[str, Any], position: int) -> str:
     """How the data differs from the checkpoint's, where that is accepted; "" where it does not."""
     others = [{key: value for key, value in side.items() if key != "order"} for side in (there, here)]
     order, data = difference(there["order"], here["order"]), _differences(others[0], others[1])
     if not order and not data:
         return ""
-    what = [f"the order of the data differs ({order})"] if order else []
+    again = "counted from position 0 on, so that sequences that were read may come again, and others never"
+    what = [f"the order of the data differs ({order}), {again}"] if order else []
     what += [f"the data differs ({data})"] if data else []
     # begins with a letter, or one code in 300 would be a number on the command line, and no string
     code = "c" + hashlib.sha256(json.dumps([there, here], sort_keys=True).encode()).hexdigest()[:11]
     if config.data.accept_change == code:
         return "; ".join(what)
     raise UserError(
-        f"{path} can't be resumed: {'; '.join(what)}. Give the data settings back, or choose another run.name. If the "
-        f"run is to go on with the other data all the same, give data.accept_change={code}: the run records it."
+        f"{path} can't be resumed: {'; '.join(what)}. Give the data settings back, or choose another run.name. Other "
+        f"weights from here on, nothing read twice, are one more phase: `data.phases` with `start: {position}`, the "
+        "sources' own weights as they were. If the run is to go on with the other data all the same, give "
+        f"data.accept_change={code}: the run records it."
     )
