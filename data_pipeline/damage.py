@@ -18,6 +18,9 @@ from typing import Any, Literal
 from .errors import DataError
 from .files import publish_bytes
 
+DAMAGE_FOLDER = "damage"
+"""Folder of a run's ledger of holes, a file for each rank."""
+
 OnDamage = Literal["stop", "hole"]
 Reason = Literal["checksum", "short", "missing", "index"]
 """Why a block can't be used: its CRC32C differs, its file ends before it does or is missing, or the record of its
@@ -169,6 +172,11 @@ def read_ledger(folder: Path) -> list[LedgerEntry]:
         if not redone:
             found.setdefault(position, entry)
     return [found[position] for position in sorted(found)]
+
+
+def holes_of_run(run: Path) -> dict[int, Reason]:
+    """The positions at which the run of the folder ``run`` has trained on a hole, each with what was wrong there."""
+    return {entry.damage.position: entry.damage.reason for entry in read_ledger(run / DAMAGE_FOLDER)}
 
 
 def inherit_ledger(folder: Path, origin: Path, position: int) -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import bisect
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
@@ -12,14 +15,32 @@ import numpy as np
 import pyarrow as pa
 
 from .arrow import parquet_table
+from .damage import Reason, holes_of_run
 from .errors import DataError, UserError
 from .history import Stretch, read_history
 from .layout import SHARD_FOLDER, TOKENIZER_FILE
+from .manifest import Shard
 from .order import Order
 from .reader import TokenSource
-from .storage import StorageSettings, open_store
+from .storage import MissingFileError, StorageSettings, open_store
 from .stream import open_stream
 from .tokenizer import Tokenizer
+
+_TABLES_TOLD = 3
+"""Damaged document tables that an error tells of one by one."""
+
+_TABLE_ADVICE = "A table of documents can't be rebuilt from its shard: restore it from a copy."
+
+
+class DamagedTableError(DataError):
+    """The document table of a shard is missing or is not the one that was written. ``problem``: what is wrong where."""
+
+    def __init__(self, problem: str) -> None:
+        super().__init__(f"{problem}. {_TABLE_ADVICE}")
+        self.problem = problem
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return type(self), (self.problem,)
 
 
 @dataclass(frozen=True)
@@ -39,7 +60,8 @@ class DocumentPart:
 
 @dataclass(frozen=True)
 class ExplainedRow:
-    """One sequence of a step: who read it, and where it comes from. ``offset``: bytes from the start of the shard."""
+    """One sequence of a step: who read it, and where it comes from. ``offset``: bytes from the start of the shard.
+    ``hole``: what was wrong there where the run had a hole in its place, so that it has read no document."""
 
     step: int
     rank: int
@@ -52,6 +74,7 @@ class ExplainedRow:
     block: int
     offset: int
     documents: tuple[DocumentPart, ...]
+    hole: Reason | None = None
 
 
 def explain(run: Path, step: int, rank: int | None, row: int | None, with_text: bool) -> Iterator[ExplainedRow]:
@@ -66,7 +89,7 @@ def explain(run: Path, step: int, rank: int | None, row: int | None, with_text: 
 
     Raises:
         UserError: no such run, step, rank or row, or a data set is gone or is another one now.
-        DataError: a data set is damaged there.
+        DataError: a data set is damaged there; after the rows whose documents are known where tables of documents are.
     """
     stretch = read_history(run).of_step(step - 1)
     positions = stretch.positions(step - 1)
@@ -74,11 +97,22 @@ def explain(run: Path, step: int, rank: int | None, row: int | None, with_text: 
     for what, value, count in (("rank", rank, stretch.world_size), ("row", row, rows)):
         if value is not None and not 0 <= value < count:
             raise UserError(f"step {step} of {run} ran with {what}s 0 to {count - 1}; there is no {what} {value}.")
-    with open_reading(stretch) as reading:
+    lost: Counter[str] = Counter()
+    with open_reading(stretch, holes_of_run(run)) as reading:
         for position in positions.tolist():
             seat = stretch.seat(step - 1, position)
             if rank in (None, seat[0]) and row in (None, seat[1]):
-                yield reading.row(step, seat, position, with_text)
+                try:
+                    found = reading.row(step, seat, position, with_text)
+                except DamagedTableError as error:
+                    lost[error.problem] += 1
+                    continue
+                yield found
+    if lost:
+        told = "; ".join(list(lost)[:_TABLES_TOLD])
+        more = f" and {len(lost) - _TABLES_TOLD} more" if len(lost) > _TABLES_TOLD else ""
+        which = f"{lost.total()} row{'s' if lost.total() > 1 else ''} of step {step}"
+        raise DataError(f"the documents of {which} are not known: {told}{more}. {_TABLE_ADVICE}")
 
 
 def describe(row: ExplainedRow) -> str:
@@ -87,6 +121,8 @@ def describe(row: ExplainedRow) -> str:
         f"step {row.step}, rank {row.rank}, row {row.row}: position {row.position:,} = source {row.source!r}, epoch "
         f"{row.epoch}, sequence {row.sequence:,}; shard {row.shard}, block {row.block}, byte {row.offset:,}"
     ]
+    if row.hole:
+        lines.append(f"  a hole ({row.hole}): nothing was read")
     for part in row.documents:
         skipped = f", from its token {part.skipped:,} on" if part.skipped else ""
         lines.append(f"  tokens {part.first} to {part.first + part.tokens}: {part.id} {part.url}{skipped}")
@@ -95,10 +131,19 @@ def describe(row: ExplainedRow) -> str:
 
 
 class Reading:
-    """The opened data of a stretch of a run."""
+    """The opened data of a stretch of a run; ``holes``: the run's, by position."""
 
-    def __init__(self, stretch: Stretch, names: tuple[str, ...], sources: tuple[TokenSource, ...], order: Order):
+    def __init__(
+        self,
+        stretch: Stretch,
+        names: tuple[str, ...],
+        sources: tuple[TokenSource, ...],
+        order: Order,
+        holes: Mapping[int, Reason] | None = None,
+    ) -> None:
         self.stretch, self.names, self.sources, self.order = stretch, names, sources, order
+        self.holes: Mapping[int, Reason] = holes or {}
+        self._damaged: dict[tuple[str, str], DamagedTableError] = {}
 
     def row(self, step: int, seat: tuple[int, int], position: int, with_text: bool) -> ExplainedRow:
         located = self.order.locate(position, 1)
@@ -106,8 +151,12 @@ class Reading:
         source, name = self.sources[number], self.names[number]
         place, layout = source.place(sequence), source.manifest.layout
         within = place.token - place.block * layout.block_tokens
-        parts = _parts(self.documents(name, place.shard), place.token, source.seq_len)
-        if with_text:
+        hole = self.holes.get(position)
+        parts: tuple[DocumentPart, ...] = ()
+        if hole is None:
+            shard = source.shards[bisect.bisect_left(source.shards.names, place.shard)]
+            parts = _parts(self.documents(name, shard), place.token, source.seq_len)
+        if with_text and parts:
             decode, tokens = self._tokenizer(name).decode, source.read([sequence])[0].tolist()
             parts = tuple(replace(part, text=decode(tokens[part.first : part.first + part.tokens])) for part in parts)
         return ExplainedRow(
@@ -122,11 +171,22 @@ class Reading:
             block=place.block,
             offset=layout.data_offset(place.block) + within * layout.token_bytes,
             documents=parts,
+            hole=hole,
         )
 
-    def documents(self, name: str, shard: str) -> Any:
-        """The document table of a shard of the source ``name``."""
-        return read_table(self.stretch.stream.sources[name].path, shard, self.stretch.stream)
+    def documents(self, name: str, shard: Shard) -> Any:
+        """The document table of a shard of the source ``name``.
+
+        Raises:
+            DamagedTableError: as in :func:`read_table`; it is read once, however often it is asked for.
+        """
+        if known := self._damaged.get((name, shard.name)):
+            raise known
+        try:
+            return read_table(self.stretch.stream.sources[name].path, shard, self.stretch.stream)
+        except DamagedTableError as error:
+            self._damaged[name, shard.name] = error
+            raise
 
     def _tokenizer(self, name: str) -> Tokenizer:
         root = self.stretch.stream.sources[name].path
@@ -140,8 +200,8 @@ class Reading:
             source.close()
 
 
-def open_reading(stretch: Stretch) -> Reading:
-    """Open the data that a stretch has read.
+def open_reading(stretch: Stretch, holes: Mapping[int, Reason]) -> Reading:
+    """Open the data that a stretch of a run with these ``holes`` has read.
 
     Raises:
         UserError: a data set is gone, or is not the one that was read.
@@ -154,27 +214,39 @@ def open_reading(stretch: Stretch) -> Reading:
                 f"read: its identity is {source.manifest.identity[:12]} and was {stretch.data_sets[name][:12]}. "
                 "Put that one back."
             )
-    return Reading(stretch, stream.names, stream.sources, stream.order)
+    return Reading(stretch, stream.names, stream.sources, stream.order, holes)
 
 
 @lru_cache(maxsize=16)
-def _table(root: str, shard: str, settings: str) -> Any:
-    storage = StorageSettings.model_validate_json(settings)
+def _table(root: str, shard: str, sha256: str, settings: str) -> Any:
+    store = open_store(root, StorageSettings.model_validate_json(settings))
     name = f"{SHARD_FOLDER}/{shard}.docs.parquet"
     try:
-        return parquet_table(open_store(root, storage).read(name))
+        content = store.read(name)
+    except MissingFileError as error:
+        raise DamagedTableError(f"the document table {store.root}/{name} is missing") from error
+    if (found := hashlib.sha256(content).hexdigest()) != sha256:
+        raise DamagedTableError(
+            f"the document table {store.root}/{name} is not the one that was written: its SHA-256 is {found[:12]}, "
+            f"the manifest says {sha256[:12]}"
+        )
+    try:
+        return parquet_table(content)
     except pa.ArrowException as error:
-        raise DataError(f"the document table {root}/{name} can't be read: {error}. Restore it from a copy.") from error
+        raise DataError(
+            f"the document table {store.root}/{name} is as it was written and can't be read: {error}. Install the "
+            "pyarrow that it was written with, or a later one."
+        ) from error
 
 
-def read_table(root: str, shard: str, settings: StorageSettings) -> Any:
+def read_table(root: str, shard: Shard, settings: StorageSettings) -> Any:
     """The document table of a shard of a data set that may be remote (a pyarrow Table; the last few are kept).
 
     Raises:
-        DataError: it is missing or is not parquet.
+        DamagedTableError: it is missing or not the one that was written. DataError: it can't be read.
     """
     plain = StorageSettings(**{name: getattr(settings, name) for name in StorageSettings.model_fields})
-    return _table(root, shard, plain.model_dump_json())
+    return _table(root, shard.name, shard.docs_sha256, plain.model_dump_json())
 
 
 def _parts(table: Any, first: int, length: int) -> tuple[DocumentPart, ...]:

@@ -14,6 +14,7 @@ import pyarrow.compute as pc
 from tqdm import tqdm
 
 from .arrow import parquet_table
+from .damage import Reason, holes_of_run
 from .errors import UserError
 from .explain import Reading, open_reading
 from .history import read_history
@@ -29,7 +30,8 @@ _ID = re.compile(r"[0-9a-f]{32}")
 
 @dataclass(frozen=True)
 class Seen:
-    """One reading of a part of a document. ``first``: the token of the document with which the part begins."""
+    """One reading of a part of a document. ``first``: the token of the document with which the part begins; ``hole``:
+    what was wrong there where the run had a hole in its place, so that it has not read it."""
 
     id: str
     url: str
@@ -41,13 +43,15 @@ class Seen:
     step: int
     rank: int
     row: int
+    hole: Reason | None = None
 
 
 def describe(seen: Seen) -> str:
     """A reading for people."""
+    hole = f": a hole ({seen.hole}): nothing was read" if seen.hole else ""
     return (
         f"step {seen.step}, rank {seen.rank}, row {seen.row}: position {seen.position:,}, source {seen.source!r}, "
-        f"epoch {seen.epoch}, tokens {seen.first:,} to {seen.first + seen.tokens:,} of {seen.id} {seen.url}"
+        f"epoch {seen.epoch}, tokens {seen.first:,} to {seen.first + seen.tokens:,} of {seen.id} {seen.url}{hole}"
     )
 
 
@@ -64,7 +68,7 @@ class _Found:
 
 
 def when_seen(run: Path, document: str) -> list[Seen]:
-    """Every reading of a document up to the end of the run, in the order of the steps.
+    """Every reading of a document up to the end of the run, in the order of the steps; holes among them, marked.
 
     Args:
         run: the run folder.
@@ -73,17 +77,18 @@ def when_seen(run: Path, document: str) -> list[Seen]:
     Raises:
         UserError: no such run, or none of its sources holds the document in its training split; says so when the
             document is held out, or was left out when the data set was prepared, and why.
+        DataError: a table of documents that has to be searched is missing or damaged.
     """
     seen: list[Seen] = []
     known = False
-    spans = read_history(run).spans()
+    spans, holes = read_history(run).spans(), holes_of_run(run)
     for stretch, end_step in spans:
-        with open_reading(stretch) as reading:
+        with open_reading(stretch, holes) as reading:
             for found in _find(reading, document):
                 known = True
                 seen += _readings(reading, found, end_step)
     if not known:
-        with open_reading(spans[-1][0]) as reading:
+        with open_reading(spans[-1][0], holes) as reading:
             raise _absence(reading, run, document)
     return sorted(seen, key=lambda each: (each.step, each.position))
 
@@ -100,7 +105,7 @@ def _search(reading: Reading, name: str, shards: ShardTable, document: str) -> I
     seed = reading.sources[reading.names.index(name)].manifest.settings.get("seed", 0)
     places = _candidates(shards, seed, document) if by_id else range(len(shards))
     for place in tqdm(places, desc=f"search {name}", unit="shard", disable=len(places) < 100):
-        table = reading.documents(name, shards[place].name)
+        table = reading.documents(name, shards[place])
         for row in table.filter(pc.equal(table["id" if by_id else "url"], document)).to_pylist():
             yield place, row
 
@@ -145,6 +150,7 @@ def _readings(reading: Reading, found: _Found, end_step: int) -> Iterator[Seen]:
                     step=step + 1,
                     rank=rank,
                     row=row,
+                    hole=reading.holes.get(position),
                 )
             epoch += 1
 

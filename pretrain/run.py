@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from data_pipeline import kernel
-from data_pipeline.damage import DamageLedger, inherit_ledger
+from data_pipeline.damage import DAMAGE_FOLDER, DamageLedger, inherit_ledger
 from data_pipeline.errors import (
     EXIT_CRASH,
     EXIT_DONE,
@@ -37,7 +37,7 @@ from .hangs import HangError, HangGuard
 from .incidents import NonFiniteError, RollbackError, SpikeError
 from .initial_weights import Weights
 from .monitor import AttemptsLog, Monitor, Reason, read_attempts
-from .run_folder import CHECKPOINTS, DAMAGE, HANGS, lock_run_folder, open_run_folder, set_aside, versions, write_config
+from .run_folder import CHECKPOINTS, HANGS, lock_run_folder, open_run_folder, set_aside, versions, write_config
 from .signals import StopRequest
 from .stability.rollbacks import ahead, read_rollbacks
 from .state import (
@@ -179,9 +179,9 @@ class Session:
         if engine is None:
             self._tell_kernel()
         # rank 0's look decides: on a network file system another rank may not see the folder yet
-        if ranks.broadcast_object(config.data.on_damage == "hole" or (folder / DAMAGE).is_dir()):
+        if ranks.broadcast_object(config.data.on_damage == "hole" or (folder / DAMAGE_FOLDER).is_dir()):
             self._ledger = together(
-                ranks, lambda: DamageLedger(folder / DAMAGE, ranks.rank, self._attempt, state.position)
+                ranks, lambda: DamageLedger(folder / DAMAGE_FOLDER, ranks.rank, self._attempt, state.position)
             )
         if engine is None:
             vocab_size = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
@@ -270,7 +270,7 @@ class Session:
         for line in [*([regrouped] if regrouped else []), *warnings(config, self._ranks.world_size)]:
             print(f"warning: {line}", file=sys.stderr, flush=True)
         if origin is not None and state.holes and self._folder.resolve() not in origin.resolve().parents:
-            inherit_ledger(self._folder / DAMAGE, origin.parent.parent / DAMAGE, state.position)
+            inherit_ledger(self._folder / DAMAGE_FOLDER, origin.parent.parent / DAMAGE_FOLDER, state.position)
             told = f"holes of the run that {origin} is of"
             self._monitor.event({"event": "damage", "step": state.step, "message": told, "holes": state.holes})
         for rollback in ahead(read_rollbacks(self._folder), state.position):

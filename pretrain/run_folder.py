@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from data_pipeline.damage import DAMAGE_FOLDER
 from data_pipeline.errors import UserError
 from data_pipeline.files import publish_bytes
 from data_pipeline.history import HISTORY_FILE
@@ -28,8 +29,6 @@ from .stability.rollbacks import ROLLBACKS_FILE
 
 CONFIG_FILE = "config.yaml"
 CHECKPOINTS = "checkpoints"
-DAMAGE = "damage"
-"""Folder of the ledger of holes, a file for each rank."""
 HANGS = "hangs"
 """Folder of what ranks leave when a step does not end, a folder for each attempt."""
 COMMIT_FILE = "COMMIT"
@@ -111,7 +110,7 @@ def plain(config: Config) -> dict[str, Any]:
 
 def set_aside(folder: Path, attempt: int) -> Path | None:
     """``resume=never``: move what earlier attempts left into ``before_attempt_N``; None when there was nothing."""
-    names = (CHECKPOINTS, DAMAGE, HISTORY_FILE, ROLLBACKS_FILE, "metrics.jsonl", "tensorboard")
+    names = (CHECKPOINTS, DAMAGE_FOLDER, HISTORY_FILE, ROLLBACKS_FILE, "metrics.jsonl", "tensorboard")
     present = [folder / name for name in names if (folder / name).exists()]
     if not present:
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from data_pipeline.damage import Damage, read_ledger
+from data_pipeline.explain import explain
 from data_pipeline.manifest import read_manifest
 from data_pipeline.stream import open_stream
 from pretrain.config import load_config
@@ -65,6 +66,9 @@ def test_holes_are_counted_alike_everywhere_also_after_a_kill(damaged: Runs) -> 
     events = [line for line in read_metrics(folder) if line.get("event") == "damage"]
     assert [hole.damage.position for hole in read_ledger(folder / "damage")] == expected
     assert steps[-1]["holes"] == len(expected)
+    explained = [row for step in range(1, STEPS + 1) for row in explain(folder, step, None, None, True)]
+    assert sorted(row.position for row in explained if row.hole) == expected
+    assert sorted(row.position for row in explained if not row.documents) == expected
     assert sum(line["holes"] for line in events) == len(expected)
     assert {line["step"] for line in events} == {position // BATCH + 1 for position in expected}
     assert all(re.search(r"block \d+ at byte .*: checksum", line["message"]) for line in events)
