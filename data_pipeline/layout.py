@@ -145,6 +145,11 @@ def index_bytes(entries: npt.NDArray[np.void]) -> bytes:
     return npy_header(INDEX_DTYPE.descr, len(entries), _NPY_HEADER_BYTES) + entries.astype(INDEX_DTYPE).tobytes()
 
 
+def index_size(blocks: int) -> int:
+    """The bytes of the ``.idx`` sidecar of a shard of ``blocks`` blocks."""
+    return _NPY_HEADER_BYTES + blocks * INDEX_DTYPE.itemsize
+
+
 def index_entries(content: bytes) -> npt.NDArray[np.void]:
     """The entries in what :func:`index_bytes` made. Its header is not looked at: numpy's parser evaluates it as Python,
     and a damaged one ends in whatever Python makes of that."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..errors import HeadraceError, UserError
-from ..layout import documents_path, index_path, rejected_path, shard_path
+from ..errors import DataError, HeadraceError, UserError
+from ..layout import documents_path, index_path, index_size, rejected_path, shard_path
 from ..manifest import Manifest, RejectedFile, Shard
 from .settings import PrepareSettings
 from .workspace import Workspace
@@ -63,24 +63,53 @@ def check_files(workspace: Workspace, shards: Sequence[Shard], rejected: Sequenc
         UserError: one is missing or has another size. Its record is taken away, so that the next start writes it again.
     """
     folder = workspace.folder
-    written: list[tuple[str, Path, int | None]] = []
-    for shard in shards:
-        name = f"{shard.name}.json"
-        written.append((name, shard_path(folder, shard.name), shard.bytes))
-        written += [(name, path(folder, shard.name), None) for path in (index_path, documents_path)]
-    for file in rejected:
-        written.append((f"rejected-{file.name}.json", rejected_path(folder, file.name), file.bytes))
     lost: list[str] = []
-    for record, path, size in written:
-        if not path.is_file() or size not in (None, path.stat().st_size):
-            lost.append(str(path.relative_to(folder)))
-            (workspace.shard_records / record).unlink(missing_ok=True)
+    for record, path in _changed_files(folder, shards, rejected):
+        lost.append(str(path.relative_to(folder)))
+        (workspace.shard_records / record).unlink(missing_ok=True)
     if lost:
         raise UserError(
             f"{folder}: {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''} ({len(lost)} files) were "
             "written, but are missing or cut now. Nothing was published; start again (with tasks: all of them): what "
             "is lost is written again."
         )
+
+
+def check_complete(folder: Path, manifest: Manifest) -> None:
+    """Look whether a data set that has its manifest has its files too; contents are `verify`'s to read.
+
+    Raises:
+        DataError: one is missing or has another size; names the first few, and says what can be done.
+    """
+    lost = [str(path.relative_to(folder)) for _, path in _changed_files(folder, manifest.shards, manifest.rejected)]
+    if lost:
+        raise DataError(
+            f"{folder} was complete, but {', '.join(lost[:3])}{' ...' if len(lost) > 3 else ''} ({len(lost)} files) "
+            f"are missing or have another size now. Restore them from a copy; `pretrain-data verify "
+            f"--rebuild-sidecars {folder}` writes .idx files again; or prepare into a new `output`: the same input and "
+            "settings give the same bytes."
+        )
+
+
+def _changed_files(
+    folder: Path, shards: Sequence[Shard], rejected: Sequence[RejectedFile]
+) -> Iterator[tuple[str, Path]]:
+    """Each file that is missing or not as large as it was written, after the name of its completion record.
+
+    The size of a table of documents is written down nowhere: it has to be there and not empty.
+    """
+    written: list[tuple[str, Path, int | None]] = []
+    for shard in shards:
+        name = f"{shard.name}.json"
+        written.append((name, shard_path(folder, shard.name), shard.bytes))
+        written.append((name, index_path(folder, shard.name), index_size(shard.blocks)))
+        written.append((name, documents_path(folder, shard.name), None))
+    for file in rejected:
+        written.append((f"rejected-{file.name}.json", rejected_path(folder, file.name), file.bytes))
+    for record, path, size in written:
+        found = path.stat().st_size if path.is_file() else 0
+        if found != size if size is not None else not found:
+            yield record, path
 
 
 def check_totals(manifest: Manifest) -> None:

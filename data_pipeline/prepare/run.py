@@ -24,7 +24,7 @@ from ..files import publish_bytes
 from ..layout import MANIFEST_FILE, BlockLayout
 from ..manifest import HELDOUT, TRAIN, Manifest, RejectedFile, Shard, ShardTable, read_manifest, write_manifest
 from ..tokenizer import Tokenizer
-from .accounts import check_files, check_totals, count_sources
+from .accounts import check_complete, check_files, check_totals, count_sources
 from .agreement import (
     Stamps,
     agree_on_plan,
@@ -61,7 +61,7 @@ def prepare(settings: PrepareSettings) -> Manifest:
 
     Raises:
         UserError: the settings or the input are wrong, or are not those of an earlier start; the disk is full.
-        DataError: a record of the input is no document.
+        DataError: a record of the input is no document; the data set was complete and has lost files since.
     """
     with _disk_errors(settings.output), open_workspace(Path(settings.output)) as workspace:
         work = _begin(settings, workspace, Share())
@@ -81,7 +81,7 @@ def prepare_share(settings: PrepareSettings, share: Share) -> str:
 
     Raises:
         UserError: as for :func:`prepare`; another process does the same task, or one of its items.
-        DataError: a record of the input is no document.
+        DataError: as for :func:`prepare`.
     """
     with _disk_errors(settings.output), open_workspace(Path(settings.output), share) as workspace:
         work = _begin(settings, workspace, share)
@@ -102,6 +102,7 @@ def merge(settings: PrepareSettings) -> Manifest:
 
     Raises:
         UserError: something is not done yet; the settings or the input are not those of the tasks.
+        DataError: the data set was complete and has lost files since.
     """
     with _disk_errors(settings.output), open_workspace(Path(settings.output)) as workspace:
         if not workspace.tokenizer.exists():
@@ -251,6 +252,7 @@ def _begin(settings: PrepareSettings, workspace: Workspace, share: Share) -> _Pr
     agree_on_plan(settings, workspace, stamps, tokenizer, share)
     work = _Preparation(settings, workspace, share, tokenizer, stamps)
     if work.complete:
+        check_complete(workspace.folder, read_manifest(workspace.folder))
         return work
     agree_on_versions(workspace, share)
     if share.task == 0:

@@ -14,7 +14,7 @@ import pytest
 
 import data_pipeline.prepare.agreement
 import data_pipeline.prepare.parts
-from data_pipeline.errors import HeadraceError, UserError
+from data_pipeline.errors import DataError, HeadraceError, UserError
 from data_pipeline.prepare import Share, merge, prepare, prepare_share
 from data_pipeline.prepare.accounts import check_totals
 from data_pipeline.verify import verify_dataset
@@ -229,6 +229,28 @@ def test_a_complete_set_is_left_alone_and_says_so(plain: dict[str, Any], capsys:
         assert again(build(plain)) == made
         assert said in capsys.readouterr().err
     assert said in prepare_share(build(plain), Share(1, 3))
+
+
+def test_a_complete_set_that_lost_files_is_no_success(plain: dict[str, Any]) -> None:
+    """Restored from a copy, it is complete again; nothing was touched meanwhile."""
+    made = run(plain)
+    folder = Path(plain["output"])
+    for name in ("000000.tar", "000001.idx", "000002.docs.parquet"):
+        path = folder / "shards" / name
+        content = path.read_bytes()
+        for damage in (path.unlink, lambda path=path: os.truncate(path, 0 if path.suffix == ".parquet" else 100)):
+            damage()
+            said = rf"set was complete, but shards/{name} \(1 files\) are missing or have another size now\. Restore"
+            for again in (prepare, merge, lambda settings: prepare_share(settings, Share(1, 3))):
+                with pytest.raises(DataError, match=said):
+                    again(build(plain))
+            path.write_bytes(content)
+    assert run(plain) == made
+    for path in (folder / "shards").glob("*.tar"):
+        path.unlink()
+    said = rf"shards/000000\.tar, .*000002\.tar \.\.\. \({len(made.shards)} files\) .*--rebuild-sidecars {folder}`"
+    with pytest.raises(DataError, match=said):
+        run(plain)
 
 
 def test_a_domain_of_which_everything_is_held_out_is_said(
