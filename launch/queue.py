@@ -79,7 +79,8 @@ def in_the_queue(jobs: list[str]) -> dict[str, Queued]:
 
 def remember(folder: Path, job: str, command: list[str]) -> None:
     """Note in a run folder (or a sweep's) the job that was submitted for it."""
-    lines.mend(folder / JOBS_FILE)
+    if (folder / JOBS_FILE).exists():  # else two that submit at once could each begin the file, and one lose its line
+        lines.mend(folder / JOBS_FILE)
     lines.append(folder / JOBS_FILE, lines.encode({"job": job, "command": command}), durable=True)
 
 
