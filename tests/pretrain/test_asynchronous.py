@@ -42,10 +42,10 @@ def awkward_content() -> dict[str, Any]:
     """What a copy might write in other bytes: shared storages and objects, views, attributes, kinds of tensors."""
     flat = torch.randn(40, dtype=torch.bfloat16)
     module = OrderedDict(view=flat[3:9].view(2, 3).t(), again=flat[3:9], rest=flat)
-    module._metadata = OrderedDict(version=1)  # type: ignore[attr-defined]
+    module._metadata = OrderedDict(version=1)  # type: ignore[attr-defined]  # torch sets it so
     shared = [1, 2, "x"]
     marked = torch.randn(4)
-    marked.mark = {"of": [torch.randn(2)]}  # type: ignore[attr-defined]
+    marked.mark = {"of": [torch.randn(2)]}  # type: ignore[attr-defined]  # any attribute is saved
     return {
         "marked": marked,
         "module": module,
@@ -109,14 +109,14 @@ class Gate:
                 assert self._open.wait(60)
             self._save(*arguments, **options)
 
-        torch.save = held  # type: ignore[assignment]
+        torch.save = held  # type: ignore[assignment]  # held up on purpose
         return self
 
     def open(self) -> None:
         self._open.set()
 
     def __exit__(self, *error: Any) -> None:
-        torch.save = self._save  # type: ignore[assignment]
+        torch.save = self._save  # type: ignore[assignment]  # torch's own again
 
 
 def hashes(path: Path) -> dict[str, str]:

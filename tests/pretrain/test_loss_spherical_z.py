@@ -131,7 +131,7 @@ def test_an_evaluation_tells_no_likelihood() -> None:
     assert "bits_per_byte" not in fields
     both = evaluation_metrics(["a", "b"], [scores[0], Score(0.0, 0, 0, 0, dict.fromkeys(loss.measures(), 0.0))])
     assert both["accuracy"] == fields["accuracy"]
-    assert math.isnan(both["domain_accuracy/b"])  # type: ignore[arg-type]
+    assert math.isnan(both["domain_accuracy/b"])  # type: ignore[arg-type]  # a number here
 
 
 def chosen(**given: Any) -> ObjectiveSettings:

@@ -63,8 +63,8 @@ class PlainBalancing:
         scores = scores_of(logits, config)
         p = scores / scores.sum(-1, keepdim=True)
         if loss.kind == "entropy":
-            settings = config.model.experts.entropy  # type: ignore[union-attr]
-            q = settings.order  # type: ignore[union-attr]
+            settings = config.model.experts.entropy  # type: ignore[union-attr]  # a mixture here
+            q = settings.order  # type: ignore[union-attr]  # an entropy loss has them
             return ((1 - p.pow(q).sum(-1)) / (q - 1) * each).sum()
         number = logits.shape[-1]
         chosen = chosen_by(scores, config).double() * mask[..., None] * weights[:, None, None]
@@ -72,10 +72,10 @@ class PlainBalancing:
         size = {"sequence": 1, "micro_batch": config.training.micro_batch, "global_batch": rows}[loss.level]  # type: ignore[attr-defined]
         self.now[key] = share(chosen)
         total = torch.zeros(())
-        size = group_size if loss.way == "buffer" else size  # type: ignore[attr-defined]
+        size = group_size if loss.way == "buffer" else size  # type: ignore[attr-defined]  # of a load loss
         for start in range(0, rows, size):
             members = slice(start, start + size)
-            way = loss.way  # type: ignore[attr-defined]
+            way = loss.way  # type: ignore[attr-defined]  # of a load loss
             if way in ("previous_step", "running"):
                 f = self.before.get(key, torch.full((number,), 1 / number, dtype=torch.float64))
             elif way == "buffer":
@@ -89,7 +89,7 @@ class PlainBalancing:
         for loss in config.objective.balancing.losses:
             for key, f in self.now.items():
                 if key[1] == loss.label and loss.label.endswith("running") and key in self.before:
-                    self.now[key] = loss.decay * self.before[key] + (1 - loss.decay) * f  # type: ignore[attr-defined]
+                    self.now[key] = loss.decay * self.before[key] + (1 - loss.decay) * f  # type: ignore[attr-defined]  # running has it
         self.before, self.step = self.now, self.step + 1
         if config.objective.balancing.bias is None:
             return
