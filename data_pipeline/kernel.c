@@ -336,37 +336,68 @@ static uint64_t width_of(uint64_t size) {
     return (double)width < root ? width + 1 : width;
 }
 
-INLINE void walk(int64_t count, int64_t *indices, const int64_t *sizes, int64_t size_step, const uint64_t *keys,
-                 int64_t key_step, int inverse) {
-    uint64_t size = 0, width = 0, height = 0;
-    for (int64_t k = 0; k < count; k++, sizes += size_step, keys += key_step) {
-        if ((uint64_t)*sizes != size) size = (uint64_t)*sizes, width = width_of(size), height = (size + width - 1) / width;
-        uint64_t value = (uint64_t)indices[k];
-        do {
-            uint64_t x = value / height, y = value - x * height;
-            for (int round = 0; round < ROUNDS; round += 2) {
-                if (inverse) {
-                    y = shift(y, x, height, keys[ROUNDS - 1 - round], 1);
-                    x = shift(x, y, width, keys[ROUNDS - 2 - round], 1);
-                } else {
-                    x = shift(x, y, width, keys[round], 0);
-                    y = shift(y, x, height, keys[round + 1], 0);
-                }
+/* Indices whose rounds are taken side by side: each waits for the one before it, the CPU need not. */
+#define LANES 4
+
+struct lanes {
+    uint64_t values[LANES], sizes[LANES], widths[LANES], heights[LANES];
+    uint64_t keys[ROUNDS][LANES];
+};
+
+/* The lanes from ``first`` to ``last`` go through the network once. */
+INLINE void network(struct lanes *of, int first, int last, int inverse) {
+    uint64_t x[LANES], y[LANES];
+    for (int lane = first; lane < last; lane++) {
+        x[lane] = of->values[lane] / of->heights[lane];
+        y[lane] = of->values[lane] - x[lane] * of->heights[lane];
+    }
+    for (int round = 0; round < ROUNDS; round += 2)
+        for (int lane = first; lane < last; lane++) {
+            if (inverse) {
+                y[lane] = shift(y[lane], x[lane], of->heights[lane], of->keys[ROUNDS - 1 - round][lane], 1);
+                x[lane] = shift(x[lane], y[lane], of->widths[lane], of->keys[ROUNDS - 2 - round][lane], 1);
+            } else {
+                x[lane] = shift(x[lane], y[lane], of->widths[lane], of->keys[round][lane], 0);
+                y[lane] = shift(y[lane], x[lane], of->heights[lane], of->keys[round + 1][lane], 0);
             }
-            value = x * height + y;
-        } while (value >= size);
-        indices[k] = (int64_t)value;
+        }
+    for (int lane = first; lane < last; lane++) of->values[lane] = x[lane] * of->heights[lane] + y[lane];
+}
+
+INLINE void walk(int64_t count, int64_t *indices, const int64_t *sizes, int64_t size_step, const uint64_t *keys,
+                 int64_t key_step, const int64_t *numbers, int inverse) {
+    struct lanes lanes;
+    uint64_t size = 0, width = 0, height = 0;
+    for (int64_t k = 0; k < count; k += LANES) {
+        int64_t left = count - k < LANES ? count - k : LANES;
+        for (int lane = 0; lane < LANES; lane++) {
+            int64_t at = lane < left ? k + lane : k; /* what is left over does the first one's work again */
+            uint64_t here = (uint64_t)sizes[at * size_step];
+            if (here != size) size = here, width = width_of(size), height = (size + width - 1) / width;
+            lanes.values[lane] = (uint64_t)indices[at];
+            lanes.sizes[lane] = size, lanes.widths[lane] = width, lanes.heights[lane] = height;
+            for (int round = 0; round < ROUNDS; round++) {
+                uint64_t key = keys[at * key_step + round];
+                lanes.keys[round][lane] = numbers ? mix64(key + (uint64_t)numbers[at] * 0x9E3779B97F4A7C15u) : key;
+            }
+        }
+        network(&lanes, 0, LANES, inverse);
+        for (int lane = 0; lane < left; lane++) {
+            while (lanes.values[lane] >= lanes.sizes[lane]) network(&lanes, lane, lane + 1, inverse);
+            indices[k + lane] = (int64_t)lanes.values[lane];
+        }
     }
 }
 
 /* Where each of the ``indices`` [count] goes, in place, or (inverse) whence it comes: in the permutation of
- * range(sizes[k size_step]) with the keys from keys[k key_step] on. */
+ * range(sizes[k size_step]) with the keys from keys[k key_step] on, or, where there are ``numbers``, with output numbers[k]
+ * of the streams that begin there. */
 void headrace_walk(int64_t count, int64_t *indices, const int64_t *sizes, int64_t size_step, const uint64_t *keys,
-                   int64_t key_step, int inverse) {
+                   int64_t key_step, const int64_t *numbers, int inverse) {
     if (inverse)
-        walk(count, indices, sizes, size_step, keys, key_step, 1);
+        walk(count, indices, sizes, size_step, keys, key_step, numbers, 1);
     else
-        walk(count, indices, sizes, size_step, keys, key_step, 0);
+        walk(count, indices, sizes, size_step, keys, key_step, numbers, 0);
 }
 
 /* What of this CPU is used: bits 0 and 1 how a CRC32C is computed (by tables, its instruction, folding), bits 2 and 3 the

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import os
 import platform
 import shlex
@@ -81,7 +82,7 @@ class NativeKernel:
         self._crc32c = _declare(loaded.headrace_crc32c, ctypes.c_uint32, "pid")
         self._read = _declare(loaded.headrace_read, ctypes.c_int64, "dippippd")
         self._batch = _declare(loaded.headrace_batch, ctypes.c_int64, "pdp")
-        self._walk = _declare(loaded.headrace_walk, None, "ippipid")
+        self._walk = _declare(loaded.headrace_walk, None, "ippipipd")
         features = _declare(loaded.headrace_features, ctypes.c_int, "d")(level)
         self.features = f"CRC32C by {_CRCS[features & 3]}, {_WIDTHS[features >> 2]} vectors"
         """What of this CPU is used."""
@@ -90,25 +91,32 @@ class NativeKernel:
             raise OSError(f"{library} computes a wrong CRC32C")
         sizes = np.array([1, 10, 10**6 + 3, 2**31 - 1, 2**53 + 1, 2**62])
         keys, spread = np.arange(1, ROUNDS + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15), sizes * 2 // 3
-        for inverse in (False, True):
-            if not np.array_equal(self.walk(spread, sizes, keys, inverse), walk(spread, sizes, keys, inverse)):
+        for inverse, numbers in itertools.product((False, True), (None, sizes // 7)):
+            arguments = spread, sizes, keys, inverse, numbers
+            if not np.array_equal(self.walk(*arguments), walk(*arguments)):
                 raise OSError(f"{library} computes a wrong order")
 
     def crc32c(self, content: npt.NDArray[np.uint8]) -> int:
         """The CRC32C of some bytes [n], contiguous."""
         return int(self._crc32c(content.ctypes.data, content.size, self._level))
 
-    def walk(self, indices: IntArray, sizes: IntArray, keys: UIntArray, inverse: bool) -> IntArray:
+    def walk(
+        self, indices: IntArray, sizes: IntArray, keys: UIntArray, inverse: bool, numbers: IntArray | None = None
+    ) -> IntArray:
         """As :meth:`NumpyKernel.walk`."""
         found, sizes, keys = indices.copy(), np.ascontiguousarray(sizes).ravel(), keys.reshape(-1, ROUNDS)
         count = found.size
-        if sizes.size not in (1, count) or len(keys) not in (1, count):
-            raise ValueError(f"{count} indices, {sizes.size} sizes of ranges and {len(keys)} rows of keys")
+        wanted = count if numbers is None else numbers.size
+        if sizes.size not in (1, count) or len(keys) not in (1, count) or wanted != count:
+            raise ValueError(
+                f"{count} indices, {sizes.size} sizes of ranges, {len(keys)} rows of keys, {wanted} numbers"
+            )
         if keys.strides[0] == 0:
             keys = keys[:1]
         keys = np.ascontiguousarray(keys)
+        outputs = None if numbers is None else (numbers := np.ascontiguousarray(numbers)).ctypes.data
         steps = int(sizes.size > 1), ROUNDS * int(len(keys) > 1)
-        pointers = (found.ctypes.data, sizes.ctypes.data, steps[0], keys.ctypes.data, steps[1])
+        pointers = (found.ctypes.data, sizes.ctypes.data, steps[0], keys.ctypes.data, steps[1], outputs)
         self._walk(count, *pointers, int(inverse))
         return found
 

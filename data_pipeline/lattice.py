@@ -41,6 +41,7 @@ class Lattice:
         self._slots, self._block, self.counts = slots, block, counts
         self._steps = _lattice_steps(slots, block)
         self._first = np.cumsum(counts) - counts
+        self._only = int(counts.argmax()) if counts.max() == block else None  # the source that owns all of it
         places = np.arange(block)
         numbers = np.cumsum(counts).searchsorted(np.arange(block), side="right")
         row, column = places // slots, places % slots
@@ -50,12 +51,16 @@ class Lattice:
 
     def source_at(self, places: IntArray) -> IntArray:
         """The source of each place; int64 [k]."""
+        if self._only is not None:
+            return np.full(len(places), self._only)
         row, column = np.divmod(places, self._slots)
         source: IntArray = self._along_walk[(row + column * self._steps.lead) % self._block]
         return source
 
     def drawn_by_column(self, sources: IntArray, columns: IntArray, rows: IntArray) -> IntArray:
         """Draws of each source by each column in its first ``rows`` rows; int64 [k]."""
+        if self._only is not None:
+            return np.where(sources == self._only, rows, 0)
         begin = columns * self._steps.lead % self._block
         blocks, end = np.divmod(begin + rows, self._block)
         counted = np.searchsorted(self._walk, np.stack([begin, end]) + sources * self._block)

@@ -25,7 +25,9 @@ _WORD = 8
 class NumpyKernel:
     """The inner loops of making batches."""
 
-    def walk(self, indices: IntArray, sizes: IntArray, keys: UIntArray, inverse: bool) -> IntArray:
+    def walk(
+        self, indices: IntArray, sizes: IntArray, keys: UIntArray, inverse: bool, numbers: IntArray | None = None
+    ) -> IntArray:
         """Where permutations take the indices, or (inverse) from where; int64, the shape of ``indices``.
 
         Args:
@@ -33,8 +35,9 @@ class NumpyKernel:
             sizes: [k] or one, the length of each range, 1 to 2^62.
             keys: [k, 8] or [8], the keys of each permutation.
             inverse: the other way round.
+            numbers: [k], which output of the streams that begin at ``keys`` are the keys; None: ``keys`` are.
         """
-        return walk(indices, sizes, keys, inverse)
+        return walk(indices, sizes, keys, inverse, numbers)
 
     def read(
         self,

@@ -71,26 +71,29 @@ def mix64(values: UIntArray) -> UIntArray:
     return mixed
 
 
-def permute(indices: npt.ArrayLike, n: npt.ArrayLike, keys: UIntArray) -> IntArray:
+def permute(indices: npt.ArrayLike, n: npt.ArrayLike, keys: UIntArray, *, numbers: IntArray | None = None) -> IntArray:
     """Where each index of ``range(n)`` goes; int64, the shape of ``indices``.
 
     Args:
         indices: integers [k] in ``range(n)``.
         n: the size of the range, 1 to 2^62; one integer, or one for each index [k].
         keys: the round keys of :func:`derive_keys`: [8], or [k, 8] when each index has its own permutation.
+        numbers: [k]: the round keys are these outputs of the streams that begin at ``keys`` (:func:`stream_keys`).
 
     Raises:
         ValueError: ``n`` is out of bounds or an index lies outside ``range(n)``.
     """
-    return _walk(indices, n, keys, inverse=False)
+    return _walk(indices, n, keys, inverse=False, numbers=numbers)
 
 
-def invert(indices: npt.ArrayLike, n: npt.ArrayLike, keys: UIntArray) -> IntArray:
+def invert(indices: npt.ArrayLike, n: npt.ArrayLike, keys: UIntArray, *, numbers: IntArray | None = None) -> IntArray:
     """The inverse of :func:`permute`, with the same arguments and errors."""
-    return _walk(indices, n, keys, inverse=True)
+    return _walk(indices, n, keys, inverse=True, numbers=numbers)
 
 
-def _walk(indices: npt.ArrayLike, n: npt.ArrayLike, keys: UIntArray, *, inverse: bool) -> IntArray:
+def _walk(
+    indices: npt.ArrayLike, n: npt.ArrayLike, keys: UIntArray, *, inverse: bool, numbers: IntArray | None
+) -> IntArray:
     index, size = np.asarray(indices), np.asarray(n)
     if size.size and not (size.min() >= 1 and size.max() <= LARGEST):
         raise ValueError(f"a permutation needs 1 <= n <= 2^62, not n from {size.min()} to {size.max()}")
@@ -98,12 +101,16 @@ def _walk(indices: npt.ArrayLike, n: npt.ArrayLike, keys: UIntArray, *, inverse:
         raise ValueError(f"index {index.max() if index.min() >= 0 else index.min()} lies outside range(n)")
     from .kernel import load  # which imports this module
 
-    return load().walk(index.astype(np.int64), size.astype(np.int64), keys, inverse)
+    return load().walk(index.astype(np.int64), size.astype(np.int64), keys, inverse, numbers)
 
 
-def walk(indices: IntArray, sizes: IntArray, keys: UIntArray, inverse: bool) -> IntArray:
+def walk(
+    indices: IntArray, sizes: IntArray, keys: UIntArray, inverse: bool, numbers: IntArray | None = None
+) -> IntArray:
     """:func:`permute`, or its inverse, with NumPy and without a look at the arguments; the kernels' is equal."""
     values, size = indices.astype(np.uint64), sizes.astype(np.uint64)
+    if numbers is not None:
+        keys = stream_keys(keys, numbers)
     # the width is a correctly rounded square root, the same everywhere; any width would do, for height makes up for it
     width = np.ceil(np.sqrt(size.astype(np.float64))).astype(np.uint64)
     height = (size + width - np.uint64(1)) // width

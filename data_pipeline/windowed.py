@@ -18,7 +18,7 @@ import numpy as np
 
 from .full import FullEpochs
 from .mixture import Phase
-from .permutation import LARGEST, IntArray, UIntArray, epoch_keys, invert, permute, stream_keys
+from .permutation import LARGEST, IntArray, UIntArray, epoch_keys, invert, permute
 from .slots import SlotMixture
 from .windows import Strata, Window, Windows
 
@@ -64,8 +64,8 @@ class Windowed:
         window = self._windows.window_at(strata, sequence - strata.first)
         keys = self._keys(np.full(len(sequence), source), epoch)
         first = strata.first + window.begin
-        inside = invert(sequence - first, window.length, self._keys_inside(keys, first))
-        visit = self._begin(strata, window, stream_keys(keys, stratum), inverse=True)
+        inside = invert(sequence - first, window.length, keys, numbers=self._mixture.slots + first)
+        visit = self._begin(strata, window, keys, stratum, inverse=True)
         draw = epoch * strata.size + visit + inside
         return self._mixture.position_of_slot_draw(source, self._mixture.slot_of(stratum), draw)
 
@@ -105,22 +105,22 @@ class Windowed:
         epoch, visit = np.divmod(self._mixture.slot_draws(position, source), strata.size)
         visited = self._windows.window_at(strata, visit)
         keys = self._keys(source, epoch)
-        first = strata.first + self._begin(strata, visited, stream_keys(keys, stratum), inverse=False)
-        return epoch, first + permute(visit - visited.begin, visited.length, self._keys_inside(keys, first))
+        first = strata.first + self._begin(strata, visited, keys, stratum, inverse=False)
+        inside = permute(visit - visited.begin, visited.length, keys, numbers=self._mixture.slots + first)
+        return epoch, first + inside
 
     def _locate_uncut(self, source: IntArray, position: IntArray) -> tuple[IntArray, IntArray]:
         return self._uncut.locate(source, self._mixture.all_draws(position, source))
 
-    def _begin(self, strata: Strata, window: Window, keys: UIntArray, *, inverse: bool) -> IntArray:
+    def _begin(self, strata: Strata, window: Window, keys: UIntArray, stratum: IntArray, *, inverse: bool) -> IntArray:
         """The first place of the window visited as which ``window`` counts, or (inverse) the other way round."""
         change = invert if inverse else permute
-        number = change(window.number, np.maximum(strata.whole, 1), keys)
+        number = change(window.number, np.maximum(strata.whole, 1), keys, numbers=stratum)
         return np.where(window.is_whole, strata.head + number * self._windows.sequences, window.begin)
 
     def _keys(self, source: IntArray, epoch: IntArray) -> UIntArray:
-        """Where each source's streams of keys begin in its epoch: the numbers below K are for its strata's windows."""
-        return epoch_keys(self._seed, "windows", self._names, source, epoch)
+        """Where each source's streams of keys begin in its epoch; uint64 [k, 8].
 
-    def _keys_inside(self, keys: UIntArray, first: IntArray) -> UIntArray:
-        """The keys of the windows that begin with the sequences ``first``: the numbers from K on."""
-        return stream_keys(keys, self._mixture.slots + first)
+        The outputs below K order the windows of the strata, those from K on the insides: K + a window's first sequence.
+        """
+        return epoch_keys(self._seed, "windows", self._names, source, epoch)

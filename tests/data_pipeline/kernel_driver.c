@@ -49,10 +49,13 @@ int main(int count, char **arguments) {
     for (int which = 0; which < 7; which++)
         for (int inverse = 0; inverse < 2; inverse++) {
             uint64_t keys[ROUNDS];
-            int64_t indices[50];
+            int64_t indices[50], numbers[50];
             for (int round = 0; round < ROUNDS; round++) keys[round] = next();
-            for (int k = 0; k < 50; k++) indices[k] = (int64_t)(next() % (uint64_t)sizes[which]);
-            headrace_walk(50, indices, &sizes[which], 0, keys, 0, inverse);
+            for (int k = 0; k < 50; k++) {
+                indices[k] = (int64_t)(next() % (uint64_t)sizes[which]);
+                numbers[k] = (int64_t)(next() >> 2);
+            }
+            headrace_walk(50, indices, &sizes[which], 0, keys, 0, which % 2 ? numbers : NULL, inverse);
             printf("walk %" PRId64 " %08x\n", sizes[which], (unsigned)digest(indices, sizeof indices));
         }
     return 0;

@@ -217,10 +217,17 @@ def test_a_kernel_that_computes_wrong_is_refused(
 @given(
     sizes=st.lists(st.one_of(st.integers(1, 50), st.integers(1, 1 << 62)), min_size=1, max_size=6),
     count=st.integers(0, 40), keyed=st.sampled_from(["one", "repeated", "each"]), several=st.booleans(),
-    inverse=st.booleans(), seed=st.integers(0, 1 << 20),
+    streams=st.booleans(), inverse=st.booleans(), seed=st.integers(0, 1 << 20),
 )  # fmt: skip
 def test_the_order_s_arithmetic_is_equal_to_the_bit(
-    kernels: dict[str, Any], sizes: list[int], count: int, keyed: str, several: bool, inverse: bool, seed: int
+    kernels: dict[str, Any],
+    sizes: list[int],
+    count: int,
+    keyed: str,
+    several: bool,
+    streams: bool,
+    inverse: bool,
+    seed: int,
 ) -> None:
     rng = np.random.default_rng(seed)
     size = np.array(rng.choice(sizes, count) if several else sizes[0], np.int64)
@@ -228,16 +235,19 @@ def test_the_order_s_arithmetic_is_equal_to_the_bit(
     keys = rng.integers(0, 1 << 64, (max(count, 1), 8), np.uint64)
     if keyed != "each":
         keys = keys[0] if keyed == "one" else np.broadcast_to(keys[0], keys.shape)
+    numbers = rng.integers(0, 1 << 62, 2 * count)[::2] if streams else None
     before = indices.copy()
-    expected = kernels["numpy"].walk(indices, size, keys, inverse)
+    expected = kernels["numpy"].walk(indices, size, keys, inverse, numbers)
     for name in NATIVE:
-        assert np.array_equal(kernels[name].walk(indices, size, keys, inverse), expected), name
+        assert np.array_equal(kernels[name].walk(indices, size, keys, inverse, numbers), expected), name
     assert np.array_equal(indices, before)
 
 
 def test_the_order_s_arithmetic_refuses_arrays_of_other_lengths(kernels: dict[str, Any]) -> None:
     keys = np.zeros((3, 8), np.uint64)
-    with pytest.raises(ValueError, match="2 indices, 1 sizes of ranges and 3 rows of keys"):
+    with pytest.raises(ValueError, match="2 indices, 1 sizes of ranges, 3 rows of keys, 2 numbers"):
         kernels["all"].walk(np.arange(2), np.array(5), keys, False)
-    with pytest.raises(ValueError, match="3 indices, 2 sizes of ranges and 3 rows of keys"):
+    with pytest.raises(ValueError, match="3 indices, 2 sizes of ranges, 3 rows of keys, 3 numbers"):
         kernels["all"].walk(np.arange(3), np.array([5, 6]), keys, False)
+    with pytest.raises(ValueError, match="3 indices, 1 sizes of ranges, 3 rows of keys, 2 numbers"):
+        kernels["all"].walk(np.arange(3), np.array(5), keys, False, np.arange(2))
