@@ -37,6 +37,7 @@ from data_pipeline.cleaning.quality import QualityFilter, QualitySettings
 from data_pipeline.cleaning.repetition import repetition_fractions
 from data_pipeline.cleaning.view import TextView
 from data_pipeline.prepare import PrepareSettings, make_tokenizer
+from data_pipeline.prepare.checked_files import publish_rows
 from data_pipeline.prepare.duplicates import Corpus, RunFiles, band_matches, choose, exact_duplicates
 from data_pipeline.prepare.runs import RUN_DTYPE
 from data_pipeline.settings import build_settings
@@ -124,13 +125,13 @@ def made_up(folder: Path, documents: int) -> Corpus:
         similar = repeats[RUN_DOCUMENTS // 10 :]
         signatures[similar, :116] = signatures[similar - 1, :116]
         path = folder / f"{number:06d}"
-        np.save(f"{path}.docs.npy", table)
-        np.save(f"{path}.minhash.npy", signatures)
-        np.save(f"{path}.bands.npy", signer.bands(signatures))
+        publish_rows(Path(f"{path}.docs"), table)
+        publish_rows(Path(f"{path}.minhash"), signatures)
+        publish_rows(Path(f"{path}.bands"), signer.bands(signatures).reshape(-1))
         Path(f"{path}.urls").touch()
         Path(f"{path}.metadata").touch()
         runs.append(RunFiles(str(path), 0, RUN_DOCUMENTS, RUN_DOCUMENTS))
-    return Corpus(runs)
+    return Corpus(runs, signer.permutations)
 
 
 def train(folder: Path, model: str) -> Tokenizer:

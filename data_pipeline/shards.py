@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 import numpy.typing as npt
@@ -15,9 +17,12 @@ from crc32c import crc32c
 
 from .arrow import numbers, strings
 from .errors import DataError
-from .files import publish, publish_bytes, sha256_file
+from .files import publish, publish_bytes
 from .layout import INDEX_DTYPE, BlockLayout, documents_path, index_bytes, index_path, shard_path
 from .manifest import Shard
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 DOCUMENT_SCHEMA = pa.schema(
     [
@@ -69,7 +74,8 @@ def write_shard(
     """Publish the three files of shard ``name`` of the data set ``folder`` and return its manifest row.
 
     Equal content gives equal bytes. The stream is cut into blocks of ``layout.block_tokens``; each block also holds
-    the next one's first token, and what the last block lacks is filled with EOS.
+    the next one's first token, and what the last block lacks is filled with EOS. The row's hashes are of what was to be
+    written, not of what is read back.
 
     Raises:
         DataError: EOS stands anywhere but at the end of each document (a tokenizer that emits EOS for text).
@@ -93,7 +99,7 @@ def write_shard(
         archive.write(end)
     sidecar = index_bytes(index)
     publish_bytes(index_path(folder, name), sidecar)
-    _write_documents(documents_path(folder, name), domain, content)
+    docs_sha256 = _write_documents(documents_path(folder, name), domain, content)
     return Shard.model_validate(
         {
             "name": name,
@@ -108,7 +114,7 @@ def write_shard(
             "text_bytes": int(content.text_bytes.sum()),
             "sha256": digest.hexdigest(),
             "idx_sha256": hashlib.sha256(sidecar).hexdigest(),
-            "docs_sha256": sha256_file(documents_path(folder, name)),
+            "docs_sha256": docs_sha256,
         }
     )
 
@@ -162,11 +168,29 @@ def misplaced_document(
     return len(ends) - 1
 
 
-def _write_documents(path: Path, domain: str, content: ShardContent) -> None:
+class _Hashed(io.RawIOBase):
+    """What is written to it goes to ``handle`` and into ``digest``."""
+
+    def __init__(self, handle: BinaryIO) -> None:
+        super().__init__()
+        self._handle, self.digest = handle, hashlib.sha256()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, content: Buffer) -> int:
+        self.digest.update(content)
+        return self._handle.write(content)
+
+
+def _write_documents(path: Path, domain: str, content: ShardContent) -> str:
+    """Publish the table of documents; its SHA-256."""
     sizes = np.array(
         [len(url) + len(about) for url, about in zip(content.urls, content.metadata, strict=True)], np.int64
     )
-    with publish(path) as handle, pq.ParquetWriter(handle, DOCUMENT_SCHEMA, compression="zstd") as writer:
+    with publish(path) as handle:
+        hashed = _Hashed(handle)
+        writer = pq.ParquetWriter(hashed, DOCUMENT_SCHEMA, compression="zstd")
         for rows in _row_groups(sizes):
             counts = [
                 numbers(column[rows], pa.uint64()) for column in (content.starts, content.lengths, content.text_bytes)
@@ -180,6 +204,8 @@ def _write_documents(path: Path, domain: str, content: ShardContent) -> None:
             ]
             columns = [*counts, *map(strings, columns_of_text)]
             writer.write_batch(pa.record_batch(columns, schema=DOCUMENT_SCHEMA))
+        writer.close()
+    return hashed.digest.hexdigest()
 
 
 def _row_groups(sizes: npt.NDArray[np.int64]) -> Iterator[slice]:

@@ -4,7 +4,6 @@ what becomes of a text."""
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import sys
 import unicodedata
 from pathlib import Path
@@ -14,11 +13,15 @@ from ..errors import UserError
 from ..files import publish_bytes
 from ..storage import impatient
 from ..tokenizer import Tokenizer
+from .checked_files import read_record
 from .claims import Share, claim
 from .parts import make_cleaner
 from .settings import PrepareSettings
 from .train_tokenizer import train_tokenizer
 from .workspace import Workspace
+
+FORMAT = 2
+"""Of the files that the passes leave to each other; another one can't be continued from."""
 
 Stamps = dict[str, dict[str, Any]]
 """Of each source: what shows that its input changed."""
@@ -64,7 +67,7 @@ def check_evaluation_texts(settings: PrepareSettings, workspace: Workspace) -> N
     Raises:
         UserError: they changed meanwhile, so that parts may have been compared with either.
     """
-    agreed = json.loads((workspace.work / "plan.json").read_bytes())
+    agreed = read_record(workspace.work / "plan.json")
     if agreed.get("evaluation_texts", {}) != _evaluation_texts(settings).get("evaluation_texts", {}):
         raise UserError(
             f"{settings.output}: the evaluation texts of `decontaminate.files` changed while documents were compared "
@@ -78,7 +81,7 @@ def check_inputs(settings: PrepareSettings, workspace: Workspace) -> None:
     Raises:
         UserError: it changed meanwhile, so that parts may have been read of either.
     """
-    agreed = json.loads((workspace.work / "plan.json").read_bytes())["input"]
+    agreed = read_record(workspace.work / "plan.json")["input"]
     for name, source in settings.sources.items():
         if source.compared_at_the_end and source.stamp(settings.storage) != agreed[name]:
             raise UserError(
@@ -88,12 +91,12 @@ def check_inputs(settings: PrepareSettings, workspace: Workspace) -> None:
 
 
 def agree_on_versions(workspace: Workspace, share: Share) -> None:
-    """The same for :func:`text_versions`; a data set that is complete needs none of them any more.
+    """The same for :func:`text_versions` and :data:`FORMAT`; a data set that is complete needs none of them any more.
 
     Raises:
         UserError: names what differs.
     """
-    workspace.agree("versions", text_versions(), share)
+    workspace.agree("versions", {"format": FORMAT, **text_versions()}, share)
 
 
 def obtain_tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: Stamps, share: Share) -> Tokenizer:
@@ -104,7 +107,7 @@ def obtain_tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: St
     """
     wanted: dict[str, Any] = {"tokenizer": settings.tokenizer.model_dump(mode="json")}
     with claim(workspace.claims, "the tokenizer", share, wait=True):
-        if workspace.tokenizer.exists() and not (workspace.work / "tokenizer.json").exists():
+        if workspace.tokenizer.exists() and not (workspace.work / "tokenizer.json").exists() and not workspace.begun:
             raise UserError(
                 f"{workspace.tokenizer} was not made here, so it is unknown from what. Move it elsewhere and name it "
                 "as tokenizer.path."

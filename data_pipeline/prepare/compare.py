@@ -9,7 +9,6 @@ Each job publishes its result under ``.prepare/duplicates``.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +17,8 @@ from typing import Any
 import numpy as np
 
 from ..cleaning import CleaningSettings
-from ..files import publish, publish_json
 from ..manifest import HELDOUT, TRAIN
+from .checked_files import CheckedRows, publish_record, publish_rows, read_record
 from .duplicates import (
     EXACT,
     PAIR_DTYPE,
@@ -58,7 +57,7 @@ class CompareJob:
         """Published when the job is done."""
         if self.stage == "choose":
             return self.folder / "duplicates.json"
-        return self.folder / (f"band-{self.stage:04d}.npy" if isinstance(self.stage, int) else "exact.npy")
+        return self.folder / (f"band-{self.stage:04d}" if isinstance(self.stage, int) else "exact")
 
     @property
     def title(self) -> str:
@@ -86,25 +85,28 @@ def plan_comparisons(
 
 
 def compare(job: CompareJob) -> None:
-    """Do one comparison."""
-    corpus = Corpus(job.runs)
+    """Do one comparison.
+
+    Raises:
+        DamagedFileError: what earlier passes have left is not as it was written.
+    """
+    near = job.cleaning.near_duplicates
+    corpus = Corpus(job.runs, near.permutations if near else 0)
     if job.stage == "choose":
-        publish_json(job.record, _choose(job, corpus))
+        publish_record(job.record, _choose(job, corpus))
         return
     if isinstance(job.stage, int):
-        near = job.cleaning.near_duplicates
         assert near is not None
         pairs = band_matches(corpus, job.stage, _exact(job)["document"], near.threshold)
     else:
         pairs = exact_duplicates(corpus)
-    with publish(job.record) as handle:
-        np.save(handle, pairs)
+    publish_rows(job.record, pairs)
 
 
 def dropped_totals(folder: Path) -> dict[str, dict[str, Any]]:
     """What the drop lists leave out of each source, once the last job is done: by source, ``documents``,
     ``text_bytes``, ``tokens`` (train, heldout) and ``rejected`` (stage -> reason -> documents, text_bytes)."""
-    totals: dict[str, dict[str, Any]] = json.loads((folder / "duplicates.json").read_bytes())
+    totals: dict[str, dict[str, Any]] = read_record(folder / "duplicates.json")
     return totals
 
 
@@ -114,20 +116,26 @@ def stage_and_reason(stage: int, kept_heldout: bool) -> tuple[str, str]:
 
 
 def _exact(job: CompareJob) -> np.ndarray[Any, np.dtype[np.void]]:
-    return np.load(job.folder / "exact.npy") if job.cleaning.exact_duplicates else np.zeros(0, PAIR_DTYPE)
+    return _pairs(job.folder / "exact") if job.cleaning.exact_duplicates else np.zeros(0, PAIR_DTYPE)
+
+
+def _pairs(path: Path) -> np.ndarray[Any, np.dtype[np.void]]:
+    pairs = CheckedRows(path, PAIR_DTYPE)
+    return pairs.rows(0, len(pairs))
 
 
 def _choose(job: CompareJob, corpus: Corpus) -> dict[str, dict[str, Any]]:
     near = job.cleaning.near_duplicates
-    bands = [np.load(job.folder / f"band-{band:04d}.npy") for band in range(near.bands if near else 0)]
+    bands = [_pairs(job.folder / f"band-{band:04d}") for band in range(near.bands if near else 0)]
     write_drops(corpus, _exact(job), choose(corpus, np.concatenate([np.zeros(0, PAIR_DTYPE), *bands])))
     totals: dict[str, dict[str, Any]] = {
         source: {"documents": 0, "text_bytes": 0, "tokens": {TRAIN: 0, HELDOUT: 0}, "rejected": {}}
         for source in job.sources
     }
     for run in job.runs:
-        drops = read_drops(run.path)
-        rows = run.table()[drops["row"]]
+        listed = read_drops(run.path)
+        drops = listed.rows(0, len(listed))
+        rows = run.table().take(drops["row"].astype(np.int64))
         own = totals[job.sources[run.source]]
         own["documents"] += len(drops)
         own["text_bytes"] += int(rows["text_bytes"].sum())

@@ -29,8 +29,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..cleaning.near_duplicates import Signature, agreement, connected_components
-from ..files import publish
-from .runs import DROP_DTYPE
+from .checked_files import CheckedRows, check_pieces, opened, publish_rows, read_piece
+from .runs import DROP_DTYPE, RUN_DTYPE
 
 Ints = npt.NDArray[np.int64]
 
@@ -45,10 +45,10 @@ PAIR_DTYPE = np.dtype([("document", "<i8"), ("kept", "<i8")])
 
 @dataclass(frozen=True)
 class RunFiles:
-    """The files of one run as the comparison needs them.
+    """The files of one run as the comparison needs them. Who reads them may get a :class:`DamagedFileError`.
 
     Attributes:
-        path: their common path without suffixes; ``.minhash.npy`` and ``.bands.npy`` only for near duplicates.
+        path: their common path without suffixes; ``.minhash`` and ``.bands`` only for near duplicates.
         source: the place of its source in the configuration.
         train: rows of training documents; held-out ones follow. Both are sorted by key.
         documents: all rows.
@@ -59,17 +59,36 @@ class RunFiles:
     train: int
     documents: int
 
-    def table(self) -> npt.NDArray[np.void]:
-        """[documents] the run's table, mapped."""
-        rows: npt.NDArray[np.void] = np.load(f"{self.path}.docs.npy", mmap_mode="r")
-        return rows
+    def table(self) -> CheckedRows:
+        """[documents] the run's table."""
+        return CheckedRows(f"{self.path}.docs", RUN_DTYPE, self.documents)
+
+    def signatures(self, permutations: int) -> CheckedRows:
+        """[documents, permutations] uint32."""
+        return CheckedRows(f"{self.path}.minhash", (np.uint32, (permutations,)), self.documents)
+
+    def band(self, number: int) -> npt.NDArray[np.uint64]:
+        """[documents] the hash of each in one band."""
+        first = number * self.documents
+        hashes: npt.NDArray[np.uint64] = CheckedRows(f"{self.path}.bands", np.uint64).rows(
+            first, first + self.documents
+        )
+        return hashes
+
+    def key_range(self, index: int, count: int) -> Iterator[tuple[int, int]]:
+        """First and last row of the training, then of the held-out documents with keys in range ``index`` of
+        ``count``; costs what they hold."""
+        table = self.table()
+        for begin, end in ((0, self.train), (self.train, self.documents)):
+            first = table.place("key", (index << 64) // count, begin, end)
+            yield first, table.place("key", (index + 1 << 64) // count, first, end)
 
 
 class Corpus:
-    """All runs, and their documents by number."""
+    """All runs, and their documents by number. ``permutations``: of their signatures, if they have some."""
 
-    def __init__(self, runs: Sequence[RunFiles]) -> None:
-        self.runs = tuple(runs)
+    def __init__(self, runs: Sequence[RunFiles], permutations: int = 0) -> None:
+        self.runs, self.permutations = tuple(runs), permutations
         self.offsets: Ints = np.concatenate([[0], np.cumsum([run.documents for run in runs])]).astype(np.int64)
 
     @property
@@ -97,7 +116,7 @@ class Corpus:
         """The content hash of each document."""
         found: list[bytes] = [b""] * len(numbers)
         for run, places, rows in self.by_run(numbers):
-            for place, identity in zip(places.tolist(), self.runs[run].table()["id"][rows], strict=True):
+            for place, identity in zip(places.tolist(), self.runs[run].table().take(rows)["id"], strict=True):
                 found[place] = identity.tobytes()
         return found
 
@@ -105,30 +124,28 @@ class Corpus:
         """What each document's run holds beside its tokens."""
         found: list[bytes] = [b""] * len(numbers)
         for run, places, rows in self.by_run(numbers):
-            table = self.runs[run].table()[rows]
+            table = self.runs[run].table().take(rows)
             path = f"{self.runs[run].path}.{'urls' if column == 'url' else column}"
-            with open(path, "rb") as handle:
-                for place, row in zip(places.tolist(), table, strict=True):
-                    handle.seek(int(row[f"{column}_start"]))
-                    found[place] = handle.read(int(row[f"{column}_bytes"]))
+            starts, sizes = table[f"{column}_start"].tolist(), table[f"{column}_bytes"].tolist()
+            with opened(path) as handle:
+                texts = [read_piece(handle, start, size) for start, size in zip(starts, sizes, strict=True)]
+            check_pieces(path, texts, table[f"{column}_crc32c"])
+            for place, text in zip(places.tolist(), texts, strict=True):
+                found[place] = text
         return found
 
     def signatures(self, numbers: Ints) -> Signature:
         """[numbers, permutations] the signature of each document."""
-        found: Signature | None = None
+        found: Signature = np.empty((len(numbers), self.permutations), np.uint32)
         for run, places, rows in self.by_run(numbers):
-            own = np.load(f"{self.runs[run].path}.minhash.npy", mmap_mode="r")
-            if found is None:
-                found = np.empty((len(numbers), own.shape[1]), np.uint32)
-            found[places] = own[rows]
-        assert found is not None, "no documents were asked for"
+            found[places] = self.runs[run].signatures(self.permutations).take(rows)
         return found
 
     def by_priority(self, numbers: Ints, groups: Ints) -> Ints:
         """The order that sorts ``numbers`` by ``groups`` (any integers), and within a group by priority."""
         traits = np.zeros(len(numbers), [("train", "?"), ("source", "<i8"), ("key", "<u8"), ("id", ">u8", (2,))])
         for run, places, rows in self.by_run(numbers):
-            table = self.runs[run].table()[rows]
+            table = self.runs[run].table().take(rows)
             traits["train"][places] = rows < self.runs[run].train
             traits["source"][places] = self.runs[run].source
             traits["key"][places] = table["key"]
@@ -197,7 +214,7 @@ def choose(corpus: Corpus, matches: npt.NDArray[np.void]) -> npt.NDArray[np.void
 
 
 def write_drops(corpus: Corpus, exact: npt.NDArray[np.void], near: npt.NDArray[np.void]) -> None:
-    """Publish ``.drop.npy`` (:data:`.runs.DROP_DTYPE`, by row) beside every run; no document is in both lists."""
+    """Publish ``.drop`` (:data:`.runs.DROP_DTYPE`, by row) beside every run; no document is in both lists."""
     stages = np.repeat([EXACT, NEAR], [len(exact), len(near)])
     pairs = np.concatenate([exact, near])
     order = np.argsort(pairs["document"])
@@ -209,8 +226,7 @@ def write_drops(corpus: Corpus, exact: npt.NDArray[np.void], near: npt.NDArray[n
         drops["row"] = pairs["document"][own] - corpus.offsets[number]
         drops["stage"] = stages[own]
         drops["kept"] = pairs["kept"][own]
-        with publish(Path(f"{run.path}.drop.npy")) as handle:
-            np.save(handle, drops)
+        publish_rows(Path(f"{run.path}.drop"), drops)
 
 
 def _key_range(corpus: Corpus, k: int, count: int) -> tuple[Ints, npt.NDArray[np.uint64]]:
@@ -219,24 +235,10 @@ def _key_range(corpus: Corpus, k: int, count: int) -> tuple[Ints, npt.NDArray[np
     ids: list[npt.NDArray[np.uint64]] = [np.zeros((0, 2), np.uint64)]
     for offset, run in zip(corpus.offsets.tolist(), corpus.runs, strict=False):
         table = run.table()
-        for begin, end in ((0, run.train), (run.train, run.documents)):
-            first = begin + bisect_keys(table[begin:end], (k << 64) // count)
-            last = begin + bisect_keys(table[begin:end], ((k + 1) << 64) // count)
+        for first, last in run.key_range(k, count):
             numbers.append(np.arange(offset + first, offset + last))
-            ids.append(np.ascontiguousarray(table["id"][first:last]).view("<u8"))
+            ids.append(np.ascontiguousarray(table.rows(first, last)["id"]).view("<u8"))
     return np.concatenate(numbers), np.concatenate(ids)
-
-
-def bisect_keys(rows: npt.NDArray[np.void], key: int) -> int:
-    """How many of ``rows``, sorted by key and mapped, have a key below ``key``; reads a page per step."""
-    low, high = 0, len(rows)
-    while low < high:
-        middle = (low + high) // 2
-        if int(rows[middle]["key"]) < key:
-            low = middle + 1
-        else:
-            high = middle
-    return low
 
 
 def _hash_range(corpus: Corpus, band: int, dropped: Ints, k: int, count: int) -> tuple[Ints, npt.NDArray[np.uint64]]:
@@ -245,7 +247,7 @@ def _hash_range(corpus: Corpus, band: int, dropped: Ints, k: int, count: int) ->
     hashes: list[npt.NDArray[np.uint64]] = [np.zeros(0, np.uint64)]
     low, high = np.uint64((k << 64) // count), np.uint64(((k + 1 << 64) // count) - 1)
     for offset, run in zip(corpus.offsets.tolist(), corpus.runs, strict=False):
-        own = np.array(np.load(f"{run.path}.bands.npy", mmap_mode="r")[band])
+        own = run.band(band)
         inside = (own >= low) & (own <= high)
         first, last = np.searchsorted(dropped, [offset, offset + run.documents])
         inside[dropped[first:last] - offset] = False

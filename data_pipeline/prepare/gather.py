@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
@@ -12,11 +12,11 @@ from typing import Any
 import numpy as np
 
 from ..errors import UserError
-from ..files import publish_json
 from ..layout import BlockLayout
 from ..manifest import SPLITS
 from ..packing import Packing, best_fit, end_to_end
 from ..shards import ShardContent, write_shard
+from .checked_files import opened, publish_record, read_record
 from .runs import ID_BYTES, Documents, IntArray, Run, Tokens
 from .workers import run_jobs
 from .workspace import Workspace
@@ -90,15 +90,15 @@ def plan_shards(
             runs[split][domain] = [(Path(run.path).name, run.first, run.last, run.deduplicated) for run in found]
     if (shards := sum(len(group["index"]) for group in groups)) > 1_000_000:
         raise UserError(f"{shards} shards are too many (names have six digits). Raise shard_tokens.")
-    publish_json(workspace.shard_runs, runs)
-    publish_json(workspace.shard_plan, groups)
+    publish_record(workspace.shard_runs, runs)
+    publish_record(workspace.shard_plan, groups)
 
 
 def shard_jobs(workspace: Workspace, written: Format) -> list[ShardJob]:
     """The shards of the published plan. A range without documents is no shard; training shards come first, then
     held-out ones, domains in sorted order."""
     jobs: list[ShardJob] = []
-    for group in json.loads(workspace.shard_plan.read_bytes()):
+    for group in read_record(workspace.shard_plan):
         for index, tokens in zip(group["index"], group["tokens"], strict=True):
             place = (f"{len(jobs):06d}", group["domain"], group["split"], index, group["count"], tokens)
             jobs.append(ShardJob(workspace.folder, *place, written))
@@ -109,7 +109,7 @@ def gather_shard(job: ShardJob) -> None:
     """Write one shard, then its record: its row of the manifest."""
     layout, eos_id = job.format.layout, job.format.eos_id
     shard = write_shard(job.folder, job.name, job.domain, job.split, layout, eos_id, _content(job))
-    publish_json(job.record, shard.model_dump(mode="json"))
+    publish_record(job.record, shard.model_dump(mode="json"))
 
 
 @dataclass(frozen=True)
@@ -147,7 +147,7 @@ def _cut(k: int, count: int) -> int:
 @lru_cache(maxsize=1)
 def _runs(path: Path, modified: int) -> dict[str, dict[str, list[Run]]]:
     parts = Workspace(path.parent.parent).parts
-    listed = json.loads(path.read_bytes())
+    listed = read_record(path)
     return {
         split: {domain: [Run(str(parts / name), *place) for name, *place in runs] for domain, runs in of.items()}
         for split, of in listed.items()
@@ -157,7 +157,8 @@ def _runs(path: Path, modified: int) -> dict[str, dict[str, list[Run]]]:
 def _content(job: ShardJob) -> ShardContent:
     layout, path = job.format.layout, Workspace(job.folder).shard_runs
     low, high = _cut(job.index, job.count), _cut(job.index + 1, job.count)
-    runs = _runs(path, path.stat().st_mtime_ns)[job.split][job.domain]
+    with opened(path) as handle:
+        runs = _runs(path, os.fstat(handle.fileno()).st_mtime_ns)[job.split][job.domain]
     pieces = [piece for run in runs if (piece := run.read(low, high, layout.token_dtype)) is not None]
     tokens = [own for piece in pieces for own in piece.each_tokens()]
     # without their tokens, which are most of them and are copied once, to their places in the stream

@@ -19,7 +19,6 @@ import numpy.typing as npt
 from ..cleaning import Cleaner, CleaningSettings, Rejection
 from ..cleaning.near_duplicates import Signer
 from ..errors import DataError
-from ..files import publish, publish_json
 from ..manifest import HELDOUT, TRAIN
 from ..sources import Document, Part, Rejected, Source
 from ..sources.base import encodable
@@ -28,6 +27,7 @@ from ..storage import StorageSettings
 from ..tokenizer import Tokenizer
 from .accounts import Rejected as RejectedCounts
 from .accounts import count_rejected
+from .checked_files import publish_record, publish_rows
 from .rejected import Rejects, rejected_row, write_rejects
 from .runs import ID_BYTES, Documents, IntArray, write_run
 from .settings import PrepareSettings
@@ -173,7 +173,7 @@ def tokenise_part(job: PartJob) -> None:
         write_rejects(job.rejected, counts.rows)
     job.source.check_unchanged(job.part, job.stamps)
     about = {"source": job.source_name, "domain": job.source.domain, "runs": runs}
-    publish_json(job.record, {**about, **counts.as_json()})
+    publish_record(job.record, {**about, **counts.as_json()})
 
 
 @lru_cache(maxsize=1)
@@ -291,9 +291,8 @@ def _write_run(job: PartJob, number: int, pieces: list[Documents]) -> list[dict[
     order = np.concatenate([chosen[TRAIN], chosen[HELDOUT]])
     if signer := _signer(job.cleaning):
         signatures = documents.signatures[order]
-        for suffix, array in (("minhash", signatures), ("bands", signer.bands(signatures))):
-            with publish(job.folder / f"{name}.{suffix}.npy") as handle:
-                np.save(handle, array)
+        publish_rows(job.folder / f"{name}.minhash", signatures)
+        publish_rows(job.folder / f"{name}.bands", signer.bands(signatures).reshape(-1))
     write_run(job.folder / name, documents, order)
     counted = {
         split: {"documents": len(rows), "tokens": int(documents.lengths[rows].sum())} for split, rows in chosen.items()

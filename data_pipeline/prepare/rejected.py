@@ -7,6 +7,8 @@ settings and the content alone.
 
 from __future__ import annotations
 
+import hashlib
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,11 +19,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ..cleaning import Rejection
-from ..files import publish, publish_json, sha256_file
+from ..files import publish_bytes
 from ..layout import rejected_path
 from ..tokenizer import Tokenizer
+from .checked_files import check_pieces, opened, publish_record, publish_whole, read_piece, read_whole
 from .compare import stage_and_reason
-from .duplicates import Corpus, RunFiles, bisect_keys
+from .duplicates import Corpus, RunFiles
 from .runs import read_drops
 from .workspace import Workspace
 
@@ -98,9 +101,8 @@ def rejected_row(
 
 
 def write_rejects(path: Path, rows: Rejects) -> None:
-    """Publish rows (dictionaries after :data:`REJECTED_SCHEMA`) as a parquet file; equal rows give equal bytes."""
-    with publish(path) as handle:
-        pq.write_table(pa.Table.from_pylist(rows, REJECTED_SCHEMA), handle, compression="zstd")
+    """Publish rows (dictionaries after :data:`REJECTED_SCHEMA`) for the last pass to take."""
+    publish_whole(path, _parquet(rows))
 
 
 def plan_rejected(
@@ -146,16 +148,24 @@ def gather_rejected(job: RejectedJob) -> None:
     path = rejected_path(job.folder, job.name)
     path.parent.mkdir(exist_ok=True)
     rows = _taken(job) if job.pieces else _duplicates(job)
-    write_rejects(path, rows)
-    record = {"name": job.name, "rows": len(rows), "bytes": path.stat().st_size, "sha256": sha256_file(path)}
-    publish_json(job.record, record)
+    content = _parquet(rows)
+    publish_bytes(path, content)
+    about = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    publish_record(job.record, {"name": job.name, "rows": len(rows), **about})
 
 
 def _taken(job: RejectedJob) -> Rejects:
     rows: Rejects = []
     for path, first, last in job.pieces:
-        rows += pq.read_table(path).slice(first, last - first).to_pylist()
+        rows += pq.read_table(io.BytesIO(read_whole(Path(path)))).slice(first, last - first).to_pylist()
     return rows
+
+
+def _parquet(rows: Rejects) -> bytes:
+    """Equal rows give equal bytes."""
+    content = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(rows, REJECTED_SCHEMA), content, compression="zstd")
+    return content.getvalue()
 
 
 def _duplicates(job: RejectedJob) -> Rejects:
@@ -183,11 +193,16 @@ def _dropped_texts(run: RunFiles, job: RejectedJob, tokenizer: Tokenizer) -> Ite
     """Row, stage, number of the kept document, bytes and the text's beginning of what the run drops in the job's range
     of keys."""
     table, drops = run.table(), read_drops(run.path)
-    tokens = np.memmap(f"{run.path}.tokens", tokenizer.dtype, mode="r")
-    for begin, end in ((0, run.train), (run.train, run.documents)):
-        first = begin + bisect_keys(table[begin:end], (job.index << 64) // job.count)
-        last = begin + bisect_keys(table[begin:end], ((job.index + 1) << 64) // job.count)
-        for row, stage, kept in drops[(drops["row"] >= first) & (drops["row"] < last)].tolist():
-            start, length = int(table[row]["start"]), int(table[row]["length"])
-            text = tokenizer.decode(tokens[start : start + length - 1]) if job.characters else ""
-            yield row, stage, kept, int(table[row]["text_bytes"]), text[: job.characters]  # all rows are held at once
+    path, dtype = f"{run.path}.tokens", np.dtype(tokenizer.dtype)
+    with opened(path) as handle:
+        for first, last in run.key_range(job.index, job.count):
+            begin = drops.place("row", first, 0, len(drops))
+            for row, stage, kept in drops.rows(begin, drops.place("row", last, begin, len(drops))).tolist():
+                document = table.rows(row, row + 1)[0]
+                text = ""
+                if job.characters:
+                    start, length = int(document["start"]), int(document["length"])
+                    piece = read_piece(handle, start * dtype.itemsize, length * dtype.itemsize)
+                    check_pieces(path, [piece], document["tokens_crc32c"][None])
+                    text = tokenizer.decode(np.frombuffer(piece, dtype)[:-1])
+                yield row, stage, kept, int(document["text_bytes"]), text[: job.characters]  # all rows are held at once

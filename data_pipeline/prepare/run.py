@@ -8,7 +8,6 @@ N` does a share of the first pass that is not complete, and `--merge` publishes 
 from __future__ import annotations
 
 import importlib.metadata
-import json
 import os
 import shutil
 import sys
@@ -20,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
-from ..files import publish_bytes
 from ..layout import MANIFEST_FILE, BlockLayout
 from ..manifest import HELDOUT, TRAIN, Manifest, RejectedFile, Shard, ShardTable, read_manifest, write_manifest
 from ..tokenizer import Tokenizer
@@ -35,6 +33,7 @@ from .agreement import (
     obtain_tokenizer,
     text_versions,
 )
+from .checked_files import DamagedFileError, publish_record, read_record
 from .claims import Claimed, Item, Share, claim
 from .compare import CompareJob, compare, dropped_totals, plan_comparisons
 from .duplicates import RunFiles
@@ -61,7 +60,8 @@ def prepare(settings: PrepareSettings) -> Manifest:
 
     Raises:
         UserError: the settings or the input are wrong, or are not those of an earlier start; the disk is full.
-        DataError: a record of the input is no document; the data set was complete and has lost files since.
+        DataError: a record of the input is no document; the data set was complete and has lost files since; a file
+            between the passes is not as it was written.
     """
     with _disk_errors(settings.output), open_workspace(Path(settings.output)) as workspace:
         work = _begin(settings, workspace, Share())
@@ -238,12 +238,12 @@ class _Preparation:
         if not path.exists():
             with claim(self.workspace.claims, "the part records", self.share, wait=True):
                 if not path.exists():
-                    publish_bytes(path, json.dumps(self._records(self.parts)).encode())
-        records: list[dict[str, Any]] = json.loads(path.read_bytes())
+                    publish_record(path, self._records(self.parts))
+        records: list[dict[str, Any]] = read_record(path)
         return records
 
     def _records(self, items: Sequence[Item]) -> list[dict[str, Any]]:
-        return [json.loads(item.record.read_bytes()) for item in items]
+        return [read_record(item.record) for item in items]
 
 
 def _begin(settings: PrepareSettings, workspace: Workspace, share: Share) -> _Preparation:
@@ -348,6 +348,8 @@ def _manifest(
 def _disk_errors(output: str) -> Iterator[None]:
     try:
         yield
+    except DamagedFileError as error:
+        raise Workspace(Path(output)).written_anew(error) from error
     except OSError as error:
         raise UserError(
             f"{output}: {error.strerror or f'not all was written, as on a full disk ({error})'} "

@@ -1,14 +1,13 @@
 """Runs: documents of one part, tokenised and sorted by shuffle key, in files that are read in pieces.
 
-A run ``NAME`` is four files: ``NAME.docs.npy``, a table of :data:`RUN_DTYPE`; ``NAME.tokens``, the documents' tokens in
+A run ``NAME`` is four files: ``NAME.docs``, a table of :data:`RUN_DTYPE`; ``NAME.tokens``, the documents' tokens in
 that order, each with its EOS; ``NAME.urls`` and ``NAME.metadata``, their text end to end. The training documents come
 first, then the held-out ones, each sorted by key, content hash, url and metadata. So the documents of a range of keys
-are neighbours in every file.
+are neighbours in every file. The table holds the CRC32Cs of the other three, and has its own (:mod:`.checked_files`).
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..errors import HeadraceError
 from ..files import publish
-from ..layout import npy_header
 from ..manifest import HELDOUT, TRAIN
+from .checked_files import CheckedRows, check_pieces, opened, piece_sums, publish_rows, read_piece
 
 ID_BYTES = 16
 
@@ -35,6 +33,9 @@ RUN_DTYPE = np.dtype(
         ("url_bytes", "<u8"),
         ("metadata_start", "<u8"),
         ("metadata_bytes", "<u8"),
+        ("tokens_crc32c", "<u4"),
+        ("url_crc32c", "<u4"),
+        ("metadata_crc32c", "<u4"),
     ]
 )
 
@@ -42,7 +43,6 @@ DROP_DTYPE = np.dtype([("row", "<u8"), ("stage", "u1"), ("kept", "<i8")])
 """A row of one run to leave out, the stage that found it (:mod:`.duplicates`), and the number of the document that it
 repeats."""
 
-_HEADER_BYTES = 512
 _DOCUMENTS_AT_ONCE = 256
 
 IntArray = npt.NDArray[np.int64]
@@ -136,17 +136,17 @@ def write_run(path: Path, documents: Documents, order: IntArray) -> None:
         ordered = [texts[number] for number in order.tolist()]
         table[f"{name}_bytes"] = [len(text) for text in ordered]
         table[f"{name}_start"] = np.cumsum(table[f"{name}_bytes"]) - table[f"{name}_bytes"]
+        table[f"{name}_crc32c"] = piece_sums(ordered)
         with publish(_beside(path, "urls" if name == "url" else name)) as handle:
             handle.write(b"".join(ordered))
-    tokens = documents.each_tokens()
-    ordered_tokens = [tokens[number] for number in order.tolist()]
     stored = documents.tokens.dtype.newbyteorder("<")
+    tokens = documents.each_tokens()
+    ordered_tokens = [tokens[number].astype(stored, copy=False) for number in order.tolist()]
+    table["tokens_crc32c"] = piece_sums(ids.data for ids in ordered_tokens)
     with publish(_beside(path, "tokens")) as handle:
         for first in range(0, len(ordered_tokens), _DOCUMENTS_AT_ONCE):
             handle.write(np.concatenate(ordered_tokens[first : first + _DOCUMENTS_AT_ONCE], dtype=stored).data)
-    with publish(_beside(path, "docs.npy")) as handle:
-        handle.write(npy_header(RUN_DTYPE.descr, len(table), _HEADER_BYTES))
-        handle.write(table.data)
+    publish_rows(_beside(path, "docs"), table)
 
 
 @dataclass(frozen=True)
@@ -154,6 +154,8 @@ class Run:
     """The documents of one split in one run: rows ``first`` to ``last`` of its table. Opens files when asked.
 
     ``deduplicated``: the run has a drop list, and what stands there is left out.
+
+    Every method raises :class:`DamagedFileError` for what is not as it was written, of what it reads.
     """
 
     path: str
@@ -168,20 +170,18 @@ class Run:
         first, last = (0, train) if split == TRAIN else (train, train + heldout)
         return cls(str(folder / run["name"]), first, last, deduplicated)
 
-    def table(self) -> npt.NDArray[np.void]:
-        """The rows, sorted by key; mapped, not read."""
-        rows = np.memmap(f"{self.path}.docs.npy", RUN_DTYPE, "r", offset=_HEADER_BYTES)
-        return rows.view(np.ndarray)[self.first : self.last]
+    def table(self) -> CheckedRows:
+        """The run's whole table, rows of other splits included; each split is sorted by key."""
+        return CheckedRows(f"{self.path}.docs", RUN_DTYPE)
 
     def read(self, low: int, high: int, dtype: np.dtype[np.unsignedinteger]) -> Documents | None:
         """The documents with keys in [low, high), or ``None``; costs what they hold, not what the run holds."""
         table = self.table()
-        keys = table["key"]
-        first = bisect_left(keys, low)
-        last = bisect_left(keys, high, first)
+        first = table.place("key", low, self.first, self.last)
+        last = table.place("key", high, first, self.last)
         if first == last:
             return None
-        rows = np.array(table[first:last])
+        rows = np.array(table.rows(first, last))
         begin, end = int(rows["start"][0]), int(rows["start"][-1] + rows["length"][-1])
         tokens = np.frombuffer(_read_range(f"{self.path}.tokens", begin * dtype.itemsize, end * dtype.itemsize), dtype)
         documents = Documents(
@@ -189,11 +189,12 @@ class Run:
             ids=rows["id"],
             lengths=rows["length"].astype(np.int64),
             text_bytes=rows["text_bytes"].astype(np.int64),
-            urls=_texts(f"{self.path}.urls", rows["url_start"], rows["url_bytes"]),
-            metadata=_texts(f"{self.path}.metadata", rows["metadata_start"], rows["metadata_bytes"]),
+            urls=_texts(f"{self.path}.urls", rows, "url"),
+            metadata=_texts(f"{self.path}.metadata", rows, "metadata"),
             tokens=tokens,
             signatures=np.zeros((len(rows), 0), np.uint32),
         )
+        check_pieces(f"{self.path}.tokens", [ids.data for ids in documents.each_tokens()], rows["tokens_crc32c"])
         if not self.deduplicated:
             return documents
         kept = self._kept(first, last)
@@ -201,28 +202,32 @@ class Run:
 
     def tokens_per_range(self, cuts: npt.NDArray[np.uint64]) -> IntArray:
         """[cuts + 1] the tokens of the documents before, between and after the keys ``cuts``, which ascend."""
-        table = self.table()
-        lengths = table["length"].astype(np.int64)
+        rows = self.table().rows(self.first, self.last)
+        lengths = rows["length"].astype(np.int64)
         if self.deduplicated:
-            lengths *= self._kept(0, len(table))
+            lengths *= self._kept(self.first, self.last)
         ends = np.concatenate([[0], np.cumsum(lengths)])
-        places = np.searchsorted(np.ascontiguousarray(table["key"]), cuts, side="left")
-        tokens: IntArray = np.diff(ends[np.concatenate([[0], places, [len(table)]])])
+        places = np.searchsorted(np.ascontiguousarray(rows["key"]), cuts, side="left")
+        tokens: IntArray = np.diff(ends[np.concatenate([[0], places, [len(rows)]])])
         return tokens
 
     def _kept(self, first: int, last: int) -> npt.NDArray[np.bool_]:
         """[last - first] whether each of these rows of :meth:`table` stays."""
         kept = np.ones(last - first, bool)
-        rows = read_drops(self.path)["row"]
-        begin = bisect_left(rows, self.first + first)
-        kept[rows[begin : bisect_left(rows, self.first + last, begin)].astype(np.int64) - self.first - first] = False
+        drops = read_drops(self.path)
+        begin = drops.place("row", first, 0, len(drops))
+        own = drops.rows(begin, drops.place("row", last, begin, len(drops)))
+        kept[own["row"].astype(np.int64) - first] = False
         return kept
 
 
-def read_drops(run_path: str) -> npt.NDArray[np.void]:
-    """:data:`DROP_DTYPE`: the rows of one run to leave out, ascending; mapped, not read."""
-    drops: npt.NDArray[np.void] = np.load(f"{run_path}.drop.npy", mmap_mode="r")
-    return drops
+def read_drops(run_path: str) -> CheckedRows:
+    """:data:`DROP_DTYPE`: the rows of one run to leave out, ascending.
+
+    Raises:
+        DamagedFileError: the list is missing, or not as it was written.
+    """
+    return CheckedRows(f"{run_path}.drop", DROP_DTYPE)
 
 
 def _beside(path: Path, suffix: str) -> Path:
@@ -241,21 +246,18 @@ def _stretches(equal: list[int]) -> list[tuple[int, int]]:
 
 
 def _read_range(path: str, start: int, stop: int) -> bytes:
-    with open(path, "rb") as handle:
-        handle.seek(start)
-        content = handle.read(stop - start)
-    if len(content) != stop - start:
-        raise HeadraceError(
-            f"{path} ends at byte {start + len(content)}, bytes {start} to {stop} were asked for: it changed after it "
-            "was written. Delete the output folder and prepare again."
-        )
-    return content
+    with opened(path) as handle:
+        return read_piece(handle, start, stop - start)
 
 
-def _texts(path: str, starts: npt.NDArray[np.uint64], sizes: npt.NDArray[np.uint64]) -> list[bytes]:
+def _texts(path: str, rows: npt.NDArray[np.void], column: str) -> list[bytes]:
+    """The texts of neighbouring ``rows`` of a run's table."""
+    starts, sizes = rows[f"{column}_start"], rows[f"{column}_bytes"]
     base, end = int(starts[0]), int(starts[-1] + sizes[-1])
     if base == end:
         return [b""] * len(starts)
     blob = _read_range(path, base, end)
     begins = (starts - starts[0]).tolist()
-    return [blob[begin : begin + size] for begin, size in zip(begins, sizes.tolist(), strict=True)]
+    texts = [blob[begin : begin + size] for begin, size in zip(begins, sizes.tolist(), strict=True)]
+    check_pieces(path, texts, rows[f"{column}_crc32c"])
+    return texts

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import publish_json
+from ..errors import DataError, UserError
 from ..layout import MANIFEST_FILE, REJECTED_FOLDER, SHARD_FOLDER, SHARD_TABLE_FILE, TOKENIZER_FILE
+from .checked_files import DamagedFileError, publish_record, read_record
 from .claims import PATIENCE_SECONDS, Share, claim
 
 
@@ -85,18 +85,54 @@ class Workspace:
         """The tokenizer of the data set."""
         return self.folder / TOKENIZER_FILE
 
+    @property
+    def begun(self) -> bool:
+        """Whether something is made that hangs on what was agreed on."""
+        made = (self.folder / MANIFEST_FILE, self.part_records)
+        return any(path.exists() for path in made) or any(self.parts.glob("??????.json"))
+
+    def written_anew(self, error: DamagedFileError) -> DataError:
+        """The error for the user of a file that is not as it was written. Where that file can be written again, which
+        gives the same bytes, the record that says it is done is taken away, so that the next start does it."""
+        record = self._record_of(error.path)
+        if record is not None:
+            record.unlink(missing_ok=True)
+            return DataError(
+                f"{error} Nothing was published. Look after the disk and start the same command again (with tasks: "
+                "all of them): what the file held is made again."
+            )
+        if (self.folder / MANIFEST_FILE).exists():
+            return DataError(
+                f"{error} The data set {self.folder} is complete without it, but what it was made from can't be "
+                "compared any more. Use it as it is, or give another `output`."
+            )
+        return DataError(f"{error} Nothing was published. Delete {self.folder} and prepare again.")
+
+    def _record_of(self, path: Path) -> Path | None:
+        """The record of the work that wrote ``path``; nothing where it says what was asked for."""
+        if path.parent == self.parts and path.suffix == ".drop":
+            return self.duplicates / "duplicates.json"
+        if path.parent == self.parts:
+            return self.parts / f"{path.name[:6]}.json"
+        if path == self.shard_runs:
+            return self.shard_plan
+        if path.parent in self.passing or path in (self.part_records, self.shard_plan):
+            return path
+        return None
+
     def agree(self, record: str, wanted: dict[str, Any], share: Share) -> None:
         """Publish ``wanted`` as ``.prepare/RECORD.json``, or check that the one of an earlier start equals it.
 
         Raises:
             UserError: names what differs.
+            DamagedFileError: the record is not as it was written, or it is missing and work was done by it.
         """
         path = self.work / f"{record}.json"
         with claim(self.claims, f"the {record} record", share, wait=True):
-            if not path.exists():
-                publish_json(path, wanted)
+            if not path.exists() and not self.begun:
+                publish_record(path, wanted)
                 return
-        differences = list(_differences(json.loads(path.read_bytes()), json.loads(json.dumps(wanted)), ""))
+        differences = list(_differences(read_record(path), json.loads(json.dumps(wanted)), ""))
         if differences:
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
             raise UserError(

@@ -389,7 +389,7 @@ def test_tasks_write_the_same_bytes(plain: dict[str, Any], manifest: Manifest, t
     assert hashes(tmp_path / "set") == hashes(Path(plain["output"]))
 
 
-MOMENTS = ("parts/*.rejected.parquet", "duplicates/exact.npy", "duplicates/band-0002.npy", "shards/rejected-*.json")
+MOMENTS = ("parts/*.rejected.parquet", "duplicates/exact", "duplicates/band-0002", "shards/rejected-*.json")
 
 
 def test_a_killed_prepare_continues_to_the_same_bytes(

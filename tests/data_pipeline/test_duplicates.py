@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from data_pipeline.cleaning.near_duplicates import NearDuplicatesSettings, Signer
+from data_pipeline.prepare.checked_files import CheckedRows, piece_sums, publish_rows
 from data_pipeline.prepare.duplicates import (
     EXACT,
     NEAR,
@@ -20,7 +21,7 @@ from data_pipeline.prepare.duplicates import (
     write_drops,
 )
 from data_pipeline.prepare.parts import content_id, is_heldout, shuffle_key
-from data_pipeline.prepare.runs import ID_BYTES, RUN_DTYPE
+from data_pipeline.prepare.runs import ID_BYTES, RUN_DTYPE, read_drops
 
 HELDOUT = 0.2
 SETTINGS = NearDuplicatesSettings()
@@ -57,11 +58,12 @@ def write_run(path: Path, items: list[Item]) -> tuple[RunFiles, list[Item]]:
         texts = [getattr(item, column).encode() for item in rows]
         table[f"{column}_bytes"] = [len(text) for text in texts]
         table[f"{column}_start"] = np.cumsum(table[f"{column}_bytes"]) - table[f"{column}_bytes"]
+        table[f"{column}_crc32c"] = piece_sums(texts)
         Path(f"{path}.{suffix}").write_bytes(b"".join(texts))
     signatures = np.stack([SIGNER.sign(item.text) for item in rows])
-    np.save(f"{path}.docs.npy", table)
-    np.save(f"{path}.minhash.npy", signatures)
-    np.save(f"{path}.bands.npy", SIGNER.bands(signatures))
+    publish_rows(Path(f"{path}.docs"), table)
+    publish_rows(Path(f"{path}.minhash"), signatures)
+    publish_rows(Path(f"{path}.bands"), SIGNER.bands(signatures).reshape(-1))
     train = sum(not item.heldout for item in rows)
     return RunFiles(str(path), rows[0].source, train, len(rows)), rows
 
@@ -77,7 +79,7 @@ def build(folder: Path, items: list[Item], cut: int) -> tuple[Corpus, list[Item]
             run, rows = write_run(folder / f"{len(runs):03d}", own[first : first + cut])
             runs.append(run)
             numbered += rows
-    return Corpus(runs), numbered
+    return Corpus(runs, SETTINGS.permutations), numbered
 
 
 def decide(
@@ -91,7 +93,8 @@ def decide(
     write_drops(corpus, equal, choose(corpus, np.concatenate([equal[:0], *matches])))
     found: dict[str, tuple[int, str]] = {}
     for run, offset in zip(corpus.runs, corpus.offsets.tolist(), strict=False):
-        drops = np.load(f"{run.path}.drop.npy")
+        listed = read_drops(run.path)
+        drops = listed.rows(0, len(listed))
         assert (np.diff(drops["row"].astype(np.int64)) > 0).all()
         for row, stage, kept in drops.tolist():
             found[numbered[offset + row].url] = (stage, numbered[kept].url)
@@ -209,9 +212,10 @@ def test_members_unlike_the_first_of_their_group_are_compared_with_each_other(tm
     ]
     corpus, numbered = build(tmp_path / "a", items, 7)
     for run in corpus.runs:
-        bands = np.load(f"{run.path}.bands.npy")
-        bands[0] = 5
-        np.save(f"{run.path}.bands.npy", bands)
+        bands = CheckedRows(f"{run.path}.bands", np.uint64)
+        hashes = np.array(bands.rows(0, len(bands)))
+        hashes[: run.documents] = 5
+        publish_rows(Path(f"{run.path}.bands"), hashes)
     matches = band_matches(corpus, 0, np.zeros(0, np.int64), 0.8, 1000)
     pairs = {frozenset((numbered[left].url, numbered[right].url)) for left, right in matches.tolist()}
     assert pairs == {frozenset((f"{n}a", f"{n}b")) for n in range(20)}

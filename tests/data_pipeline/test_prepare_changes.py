@@ -17,6 +17,7 @@ import data_pipeline.prepare.parts
 from data_pipeline.errors import DataError, HeadraceError, UserError
 from data_pipeline.prepare import Share, merge, prepare, prepare_share
 from data_pipeline.prepare.accounts import check_totals
+from data_pipeline.prepare.checked_files import read_record
 from data_pipeline.verify import verify_dataset
 from tests.data_pipeline.prepared import build, hashes, make_texts, plain_settings, run, write_jsonl
 
@@ -211,9 +212,7 @@ def test_a_task_reads_one_record_of_all_parts(plain: dict[str, Any], monkeypatch
     parts = Path(plain["output"]) / ".prepare" / "parts"
     records = sorted(parts.glob("??????.json"))
     assert len(records) > 8
-    assert json.loads((parts.parent / "part_records.json").read_bytes()) == [
-        json.loads(p.read_bytes()) for p in records
-    ]
+    assert read_record(parts.parent / "part_records.json") == [read_record(path) for path in records]
     for path in records:
         path.write_bytes(b"")
     made = run(plain)

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.prepare.checked_files import publish_rows
 from data_pipeline.prepare.runs import DROP_DTYPE, Documents, Run, write_run
 from tests.data_pipeline.prepared import make_texts, plain_settings, run
 
@@ -45,7 +46,7 @@ def large_run(tmp_path: Path) -> Path:
     write_run(tmp_path / "run", documents, documents.shuffled(np.arange(count)))
     drops = np.zeros(count // 2, DROP_DTYPE)
     drops["row"] = np.arange(0, count, 2)
-    np.save(tmp_path / "run.drop.npy", drops)
+    publish_rows(tmp_path / "run.drop", drops)
     return tmp_path / "run"
 
 
@@ -54,7 +55,7 @@ def test_a_shard_costs_what_it_holds_not_what_the_run_holds(large_run: Path, ded
     """The run's first 50,000 documents are another split's; of all the rest every other one is a duplicate."""
     first, last = 50_000, 200_000
     run = Run(str(large_run), first, last, deduplicated)
-    keys = np.ascontiguousarray(run.table()["key"])
+    keys = np.ascontiguousarray(run.table().rows(first, last)["key"])
     stays = np.arange(first, last) % 2 == 1 if deduplicated else np.ones(last - first, bool)
     for k in (2_600, 3_117, 9_999):
         low, high = (k << 64) // 10_000, ((k + 1) << 64) // 10_000
