@@ -151,6 +151,22 @@ def test_damage_is_an_error_that_names_the_file_or_changes_nothing(
     assert hashes(folder) == hashes(moments["done"])
 
 
+@pytest.mark.parametrize("suffix", ["tokens", "urls"])
+def test_damage_that_only_the_files_of_rejected_records_meet(
+    plain: dict[str, Any], moments: dict[str, Path], tmp_path: Path, suffix: str
+) -> None:
+    """Of duplicates they read text and origin, one by one; here all shards are written already."""
+    folder = tmp_path / "set"
+    shutil.copytree(moments["after write shards"], folder)
+    for record in (folder / ".prepare" / "shards").glob("rejected-*.json"):
+        record.unlink()
+    for path in (folder / ".prepare" / "parts").glob(f"*.{suffix}"):
+        path.write_bytes(b"\5\0" * (path.stat().st_size // 2) + b"\5" * (path.stat().st_size % 2))
+    told = problem(build(plain, output=str(folder)))
+    assert told is not None
+    assert f".{suffix} does not hold what was written" in told
+
+
 @pytest.mark.campaign
 @pytest.mark.parametrize("pattern", FILES)
 def test_bits_that_turn_anywhere(plain: dict[str, Any], moments: dict[str, Path], tmp_path: Path, pattern: str) -> None:
