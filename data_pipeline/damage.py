@@ -54,6 +54,12 @@ HOLES_ADVICE = (
 )
 
 
+_REBUILD = (
+    "where the reason is index, the .idx of the shard is missing or damaged, and `pretrain-data verify "
+    "--rebuild-sidecars FOLDER` writes it again"
+)
+
+
 @dataclass(frozen=True)
 class Damage:
     """A hole: the sequence that should have stood at a position, and what is wrong with the block that holds it.
@@ -88,9 +94,12 @@ class Damage:
 
 def told_by_block(found: Iterable[Damage], most: int = 3) -> str:
     """The damaged blocks among ``found`` in words, each once with its sequences; at most ``most`` of them by name."""
+    found = list(found)
     blocks = Counter(damage.place for damage in found)
     told = [f"{place} ({count} sequence{'s' if count > 1 else ''})" for place, count in list(blocks.items())[:most]]
-    return "; ".join(told) + (f" and {len(blocks) - most} more blocks" if len(blocks) > most else "")
+    more = len(blocks) - len(told)
+    words = "; ".join(told) + (f" and {more} more block{'s' if more > 1 else ''}" if more else "")
+    return f"{words}; {_REBUILD}" if any(damage.reason == "index" for damage in found) else words
 
 
 class DamageLedger:

@@ -49,13 +49,14 @@ class TokenSource:
         seq_len: tokens per sequence; must divide the data set's ``block_tokens``, so that none straddles two blocks.
         manifest: that of ``root`` where it has been read already.
         storage: how remote storage is read and where the node keeps what was fetched.
-        share: (rank, world size): this process checks that each world-size-th shard is there and has its size; all
-            ranks together check all.
-        on_damage: ``"hole"`` lets shards be missing or cut off; :meth:`read_or_damage` then tells of it.
+        share: (rank, world size): this process checks that each world-size-th shard is there and has its size, and on a
+            local disk that its block index is there; all ranks together check all.
+        on_damage: ``"hole"`` lets shards and indexes be missing or cut off; :meth:`read_or_damage` then tells of it.
 
     Raises:
         UserError: no such data set, domain or split, or ``seq_len`` does not divide a block.
-        DataError: under ``"stop"``: shards of this share are missing or have another size than the manifest says.
+        DataError: under ``"stop"``: shards of this share are missing, have another size than the manifest says, or
+            have no block index.
     """
 
     def __init__(
@@ -95,8 +96,8 @@ class TokenSource:
             from .remote_shards import RemoteShards
 
             self._files = RemoteShards(store, self.shards, self._layout, on_damage)
-        self.unusable = self._files.check_sizes(*share, on_damage)
-        """Where shards of this process's share were missing or of another size; some only under ``"hole"``."""
+        self.unusable = self._files.check_files(*share, on_damage)
+        """What shards of this process's share are not as the manifest says, in words; some only under ``"hole"``."""
         sequences = -(-self.shards.tokens // seq_len)
         self._ends = np.cumsum(sequences)
         self._starts = self._ends - sequences

@@ -11,13 +11,15 @@ from typing import Any, BinaryIO, NamedTuple
 import crc32c
 import numpy as np
 
-from .damage import OnDamage, Reason
+from .damage import HOLES_ADVICE, OnDamage, Reason
 from .errors import DataError
-from .layout import SHARD_FOLDER, BlockLayout
+from .layout import BlockLayout
+from .open_files import OpenFile, RecentlyUsed, open_files_limit
 from .permutation import IntArray
-from .shard_files import OpenFile, RecentlyUsed, ShardFiles, open_files_limit
+from .shard_files import ShardFiles, shard_file
 from .shard_table import ShardTable
 from .storage import AccessError, MissingFileError, NodeCache, StorageError, Store
+from .storage.errors import join
 
 
 class Piece(NamedTuple):
@@ -70,7 +72,7 @@ class RemoteShards(ShardFiles):
         except StorageError as error:
             # that a command fails is all that it can say about a file that is not there
             if _says_nothing(error) and (self._store.ranges or self._on_damage == "stop"):
-                raise
+                raise self._with_a_way_out(error, shard, block, self._advice) from error
             self._lost[piece] = error
             reason: Reason = "missing" if isinstance(error, MissingFileError) or error.transient else "short"
             raise self.damage(shard, block, reason, f"block {block}, can't be read: {error.reason}") from error
@@ -118,11 +120,11 @@ class RemoteShards(ShardFiles):
         with ThreadPoolExecutor(self._store.settings.remote.parallel) as pool:
             return np.fromiter(pool.map(self._size, shards.tolist()), np.int64, len(shards))
 
-    def read_index(self, shard: int) -> bytes:
+    def read_index(self, shard: int, block: int) -> bytes:
         expected = self.shards.idx_sha256[shard].tobytes()
 
         def fill(to: BinaryIO) -> None:
-            content = self._store.read(_name(self.shards.names[shard], "idx"))
+            content = self._store.read(shard_file(self.shards.names[shard], "idx"))
             if hashlib.sha256(content).digest() != expected:
                 raise _WrongIndexError
             to.write(content)
@@ -141,10 +143,34 @@ class RemoteShards(ShardFiles):
             raise FileNotFoundError(str(error)) from error
         except _WrongIndexError:
             return b""
+        except StorageError as error:
+            command_under_hole = not self._store.ranges and self._on_damage == "hole"
+            if isinstance(error, MissingFileError) or command_under_hole:
+                raise FileNotFoundError(str(error)) from error
+            raise self._with_a_way_out(error, shard, block, self._index_advice(shard)) from error
+
+    def _with_a_way_out(self, error: StorageError, shard: int, block: int, advice: str) -> StorageError:
+        """``error``; where it is of a command, with ``advice`` for a file that is not there: no command can say so."""
+        if self._store.ranges:
+            return error
+        reason = f"{error.reason} (wanted for block {block}, at byte offset {self.layout.data_offset(block)})"
+        told = f"{error.advice} If the file is not there: {advice} {HOLES_ADVICE}"
+        return StorageError(error.root, error.name, error.start, reason, told, transient=error.transient)
+
+    def where(self, shard: int, suffix: str = "tar") -> str:
+        return join(self.root, shard_file(self.shards.names[shard], suffix))
 
     @property
     def _advice(self) -> str:
-        return f"Look whether {self.root} answers, and restore there what is wrong from a copy."
+        look = f"whether {self.root} answers" if self._store.ranges else f"what the command {self.root} does"
+        return f"Look {look}, and restore there what is wrong from a copy."
+
+    def _index_advice(self, shard: int) -> str:
+        name = shard_file(self.shards.names[shard], "idx")
+        return (
+            f"Write {name} again with `pretrain-data verify --rebuild-sidecars FOLDER`, where the data set is a folder "
+            f"or in a copy of it, and put it where {self.root} finds it."
+        )
 
     def after_fork(self) -> None:
         super().after_fork()
@@ -162,7 +188,7 @@ class RemoteShards(ShardFiles):
 
     def _size(self, shard: int) -> int:
         try:
-            return self._store.size(_name(self.shards.names[shard], "tar"))
+            return self._store.size(shard_file(self.shards.names[shard], "tar"))
         except MissingFileError:
             return -1
 
@@ -194,7 +220,7 @@ class RemoteShards(ShardFiles):
 
     def _fill_whole(self, piece: Piece, to: BinaryIO) -> None:
         self._count()
-        shard, name = piece.shard, _name(self.shards.names[piece.shard], "tar")
+        shard, name = piece.shard, shard_file(self.shards.names[piece.shard], "tar")
         expected = self.shards.sha256[shard].tobytes()
         for _ in range(2):
             to.seek(0)
@@ -210,7 +236,7 @@ class RemoteShards(ShardFiles):
 
     def _fill_window(self, piece: Piece, to: BinaryIO) -> None:
         self._count()
-        layout, name = self.layout, _name(self.shards.names[piece.shard], "tar")
+        layout, name = self.layout, shard_file(self.shards.names[piece.shard], "tar")
         start, stop = self._bytes_of(piece)
         content = bytearray(self._store.read_range(name, start, stop))
         expected = self.checksums(piece.shard, piece.first)
@@ -226,7 +252,7 @@ class RemoteShards(ShardFiles):
 
     def _fill_as_found(self, piece: Piece, to: BinaryIO) -> None:
         """Whatever there is, up to where it ends."""
-        name = _name(self.shards.names[piece.shard], "tar")
+        name = shard_file(self.shards.names[piece.shard], "tar")
         if self._is_whole(piece):
             self._store.fetch(name, to)
             return
@@ -284,10 +310,6 @@ class _Hashing:
 def _says_nothing(error: StorageError) -> bool:
     """Whether the storage failed without a word about the file: what is there may be intact."""
     return error.transient or isinstance(error, AccessError)
-
-
-def _name(shard: str, suffix: str) -> str:
-    return f"{SHARD_FOLDER}/{shard}.{suffix}"
 
 
 def _close_result(coming: Future[OpenFile]) -> None:

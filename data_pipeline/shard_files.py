@@ -6,14 +6,12 @@ import hashlib
 import io
 import itertools
 import os
-import resource
 import threading
 from abc import ABC, abstractmethod
-from collections import OrderedDict
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import BinaryIO, Generic, TypeVar
+from typing import TypeVar
 
 import crc32c
 import numpy as np
@@ -22,6 +20,7 @@ import numpy.typing as npt
 from .damage import HOLES_ADVICE, DamagedBlockError, OnDamage, Reason
 from .errors import DataError
 from .layout import SHARD_FOLDER, BlockLayout, index_entries
+from .open_files import OpenFile, RecentlyUsed, open_files_limit
 from .permutation import IntArray
 from .shard_table import ShardTable
 
@@ -29,83 +28,8 @@ _LOOKING = 8
 _NAMED = 5
 """Shards that a message names one by one."""
 
-Key = TypeVar("Key")
-Value = TypeVar("Value")
-
-
 Checksums = npt.NDArray[np.uint32]
-
-
-def open_files_limit() -> int:
-    """How many files one source keeps open: few where the process may have few (8 sources of 64 fit into 1024)."""
-    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return 256 if soft == resource.RLIM_INFINITY else max(16, min(256, soft // 16))
-
-
-class RecentlyUsed(Generic[Key, Value]):
-    """The ``limit`` values used last; ``drop`` is called with what falls out."""
-
-    def __init__(self, limit: int, drop: Callable[[Value], None] = lambda value: None) -> None:
-        self._limit, self._drop = limit, drop
-        self._kept: OrderedDict[Key, Value] = OrderedDict()
-        self._last: tuple[Key | None, Value | None] = None, None
-
-    def __contains__(self, key: Key) -> bool:
-        return key in self._kept
-
-    def get(self, key: Key) -> Value | None:
-        if key == self._last[0]:
-            return self._last[1]
-        value = self._kept.get(key)
-        if value is not None:
-            self._kept.move_to_end(key)
-            self._last = key, value
-        return value
-
-    def put(self, key: Key, value: Value) -> Value:
-        while len(self._kept) >= self._limit:
-            self._drop(self._kept.popitem(last=False)[1])
-        self._kept[key] = value
-        self._last = key, value
-        return value
-
-    def remove(self, key: Key) -> None:
-        if key in self._kept:
-            self._drop(self._kept.pop(key))
-        self._last = None, None
-
-    def clear(self) -> None:
-        self._last = None, None
-        while self._kept:
-            self._drop(self._kept.popitem()[1])
-
-
-class OpenFile:
-    """An open file that holds the bytes of a shard from byte ``start`` on."""
-
-    def __init__(self, handle: BinaryIO, start: int, where: str) -> None:
-        self.handle, self.start, self.where = handle, start, where
-        self.descriptor = handle.fileno()
-
-    def read(self, into: memoryview, offset: int) -> int:
-        """Fill ``into`` from byte ``offset`` of the shard on; returns how many bytes there were up to the file's end.
-
-        Raises:
-            OSError: the disk failed; names the file and the byte.
-        """
-        done = 0
-        while done < len(into):
-            try:
-                got = os.preadv(self.descriptor, [into[done:] if done else into], offset + done - self.start)
-            except OSError as error:
-                raise OSError(error.errno, f"{error.strerror} (byte {offset + done})", self.where) from error
-            if got == 0:
-                break
-            done += got
-        return done
-
-    def close(self) -> None:
-        self.handle.close()
+Found = TypeVar("Found", int, bool)
 
 
 class ShardFiles(ABC):
@@ -140,8 +64,8 @@ class ShardFiles(ABC):
         """Forget what is held of these blocks, so that it is fetched anew; False where that could change nothing."""
 
     @abstractmethod
-    def read_index(self, shard: int) -> bytes:
-        """The content of a shard's block index.
+    def read_index(self, shard: int, block: int) -> bytes:
+        """The content of a shard's block index, wanted for a block.
 
         Raises:
             FileNotFoundError: there is none.
@@ -151,38 +75,53 @@ class ShardFiles(ABC):
     def sizes(self, shards: IntArray) -> IntArray:
         """The bytes of each shard's file [n]; -1 where there is none."""
 
+    def have_index(self, shards: IntArray) -> npt.NDArray[np.bool_]:
+        """Where the block index is there [n], as far as that can be seen at once: where a look is a request to a server
+        it is the first read of a shard that asks for it."""
+        return np.ones(len(shards), np.bool_)
+
     def after_fork(self) -> None:
         """Called in a forked child: the parent's threads are gone, with the locks that they held."""
         self._checksums_lock = threading.Lock()
 
-    def check_sizes(self, rank: int, world: int, on_damage: OnDamage) -> list[str]:
-        """Hold each ``world``-th shard, from row ``rank`` on, against the manifest; returns those that do not fit.
+    def check_files(self, rank: int, world: int, on_damage: OnDamage) -> list[str]:
+        """Look for each ``world``-th shard, from row ``rank`` on; returns in words what is not as the manifest says.
 
         Raises:
-            DataError: some do not, and ``on_damage`` is ``"stop"``; names the first ones.
+            DataError: something is not, and ``on_damage`` is ``"stop"``; names the first ones.
         """
         mine = np.arange(rank, len(self.shards), world)
-        sizes, expected = self.sizes(mine), self.shards.bytes[mine]
-        wrong = np.flatnonzero(sizes != expected)
-        if on_damage == "stop" and len(wrong):
-            listed = [
-                f"shard {self.where(row)} "
-                + (
-                    f"has {size} bytes where the manifest says {self.shards.bytes[row]}"
-                    if size >= 0
-                    else f"is missing: the manifest lists it with {self.shards.tokens[row]} tokens"
-                )
-                for row, size in zip(mine[wrong[:_NAMED]].tolist(), sizes[wrong[:_NAMED]].tolist(), strict=True)
+        sizes = self.sizes(mine)
+        wrong = sizes != self.shards.bytes[mine]
+        bare = ~wrong & ~self.have_index(mine)
+        amiss = np.flatnonzero(wrong | bare)
+        if on_damage == "hole" or not len(amiss):
+            return [
+                self._amiss(row, size) for row, size in zip(mine[amiss].tolist(), sizes[amiss].tolist(), strict=True)
             ]
-            if (more := len(wrong) - len(listed)) > 0:
-                missing = int((sizes[wrong] < 0).sum())
-                listed.append(f"and {more} more (in all {missing} missing, {len(wrong) - missing} of another size)")
-            raise DataError(f"{'; '.join(listed)}. {self._advice} {HOLES_ADVICE}")
-        return [self.where(row) for row in mine[wrong].tolist()]
+        first = amiss[:_NAMED]
+        listed = [self._amiss(row, size) for row, size in zip(mine[first].tolist(), sizes[first].tolist(), strict=True)]
+        if (more := len(amiss) - len(listed)) > 0:
+            missing = int((sizes < 0).sum())
+            kinds = f"{missing} missing, {wrong.sum() - missing} of another size, {bare.sum()} without block index"
+            listed.append(f"and {more} more (in all {kinds})")
+        advice = f"{self._advice} {HOLES_ADVICE}" if wrong.any() else HOLES_ADVICE
+        raise DataError(f"{'; '.join(listed)}. {advice}")
 
-    def where(self, shard: int) -> str:
-        """The path or address of a shard."""
-        return f"{self.root}/{SHARD_FOLDER}/{self.shards.names[shard]}.tar"
+    def _amiss(self, shard: int, size: int) -> str:
+        """What is not right with a shard whose file has ``size`` bytes (-1: there is none)."""
+        if size < 0:
+            return (
+                f"shard {self.where(shard)} is missing: the manifest lists it with {self.shards.tokens[shard]} tokens"
+            )
+        if size != self.shards.bytes[shard]:
+            return f"shard {self.where(shard)} has {size} bytes where the manifest says {self.shards.bytes[shard]}"
+        advice = f"`pretrain-data verify --rebuild-sidecars {self.root}` writes it again from the shard"
+        return f"the block index {self.where(shard, 'idx')} is missing ({advice})"
+
+    def where(self, shard: int, suffix: str = "tar") -> str:
+        """The path or address of a shard, or of what lies beside it under another suffix."""
+        return f"{self.root}/{shard_file(self.shards.names[shard], suffix)}"
 
     def check(self, shard: int, block: int, content: memoryview) -> None:
         """Compare the CRC32C of a whole block with the recorded one.
@@ -226,16 +165,19 @@ class ShardFiles(ABC):
     def _advice(self) -> str:
         return f"Run `pretrain-data verify {self.root}` to see all damage, then restore what is wrong from a copy."
 
+    def _index_advice(self, shard: int) -> str:
+        """What to do about a block index that is missing or another one."""
+        return f"Run `pretrain-data verify --rebuild-sidecars {self.root}` to write it again from the shard."
+
     def close(self) -> None:
         """Close the open files; a later read opens them again."""
         self._checksums.clear()
 
     def _read_checksums(self, shard: int, block: int) -> Checksums:
-        path = self.where(shard).removesuffix(".tar") + ".idx"
-        advice = f"Run `pretrain-data verify --rebuild-sidecars {self.root}` to write it again from the shard."
+        path, advice = self.where(shard, "idx"), self._index_advice(shard)
         where = (self.shards.names[shard], block, self.layout.data_offset(block))
         try:
-            content = self.read_index(shard)
+            content = self.read_index(shard, block)
         except FileNotFoundError as error:
             raise DamagedBlockError(f"the block index {path} is missing. {advice}", *where, "index") from error
         if hashlib.sha256(content).digest() != self.shards.idx_sha256[shard].tobytes():
@@ -266,24 +208,33 @@ class LocalShards(ShardFiles):
     def again(self, shard: int, span: tuple[int, int] | None) -> bool:
         return False
 
-    def read_index(self, shard: int) -> bytes:
-        return Path(self.where(shard).removesuffix(".tar") + ".idx").read_bytes()
+    def read_index(self, shard: int, block: int) -> bytes:
+        return Path(self.where(shard, "idx")).read_bytes()
 
     def sizes(self, shards: IntArray) -> IntArray:
-        names = self.shards.names
-        folder = Path(self.root) / SHARD_FOLDER
+        return np.array(self._look(shards, "tar", _size), np.int64)
 
-        def measure(part: IntArray) -> list[int]:
-            return [_size(f"{folder}/{names[row]}.tar") for row in part.tolist()]
+    def have_index(self, shards: IntArray) -> npt.NDArray[np.bool_]:
+        return np.array(self._look(shards, "idx", _is_there), np.bool_)
+
+    def _look(self, shards: IntArray, suffix: str, look: Callable[[str], Found]) -> list[Found]:
+        names, folder = self.shards.names, f"{self.root}/{SHARD_FOLDER}"
+
+        def at(part: IntArray) -> list[Found]:
+            return [look(f"{folder}/{names[row]}.{suffix}") for row in part.tolist()]
 
         # threads for network file systems, where a look costs a round trip
-        parts = np.array_split(shards, _LOOKING)
         with ThreadPoolExecutor(_LOOKING) as pool:
-            return np.fromiter(itertools.chain.from_iterable(pool.map(measure, parts)), np.int64, len(shards))
+            return list(itertools.chain.from_iterable(pool.map(at, np.array_split(shards, _LOOKING))))
 
     def close(self) -> None:
         super().close()
         self._files.clear()
+
+
+def shard_file(shard: str, suffix: str) -> str:
+    """The name of a file of a shard in its data set."""
+    return f"{SHARD_FOLDER}/{shard}.{suffix}"
 
 
 def _size(path: str) -> int:
@@ -291,3 +242,7 @@ def _size(path: str) -> int:
         return os.stat(path).st_size
     except FileNotFoundError:
         return -1
+
+
+def _is_there(path: str) -> bool:
+    return os.access(path, os.F_OK)  # half the time of a `stat`

@@ -285,12 +285,12 @@ class Session:
             self._monitor.event({"event": "data_change", "step": state.step, "message": f"accepted: {change}"})
 
     def _tell_missing(self, data: RunData, state: TrainState) -> None:
-        """Say at the start which shards ``data.on_damage: hole`` lets be missing. Collective."""
+        """Say at the start what of the shards ``data.on_damage: hole`` lets be missing. Collective."""
         mine = [shard for source in (*data.sources, *data.heldout.values()) for shard in source.unusable]
         missing = sorted({shard for part in self._ranks.gather_objects(mine) for shard in part})
         if missing and self._monitor:
-            listed = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
-            told = f"missing or not of their size, so that their sequences will be holes: {listed}"
+            listed = "; ".join(missing[:3]) + (f"; and {len(missing) - 3} more" if len(missing) > 3 else "")
+            told = f"{listed}. What of it neither storage nor the node's cache holds will be holes"
             self._monitor.event({"event": "missing_shards", "step": state.step, "message": told})
 
     def _tell_kernel(self) -> None:

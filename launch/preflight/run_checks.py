@@ -67,8 +67,8 @@ def data(config: Config, request: Request, opened: list[RunData]) -> Iterator[Fi
         where, identity = f"data.sources.{name}: {config.data.sources[name].path}", source.manifest.identity[:12]
         yield Finding("data", "info", f"{where}, {source.sequences:,} sequences, identity {identity}.")
         if source.unusable:
-            missing = f"{len(source.unusable):,} shards are missing or not of their size, first {source.unusable[0]}"
-            yield Finding("data.holes", "warning", f"{where}: {missing}.", f"{RESTORE} Else they are holes.")
+            amiss = f"shards that are not as the manifest says: {len(source.unusable):,}, first: {source.unusable[0]}"
+            yield Finding("data.holes", "warning", f"{where}: {amiss}.", f"{RESTORE} What can't be read becomes holes.")
     damaged = _sampled(config, stream)
     stream.close()
     if damaged:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -98,6 +99,10 @@ CASES = {
     "missing": Case(os.remove, all_blocks("missing")),
     "duplicated": Case(lambda path: shutil.copy(other(path, 0), path), all_blocks("checksum")),
     "swapped": Case(lambda path: swap(path, other(path, 2)), all_blocks("checksum"), all_blocks("checksum")),
+    "no index": Case(lambda path: os.remove(path.with_suffix(".idx")), all_blocks("index")),
+    "foreign index": Case(
+        lambda path: shutil.copy(other(path, 0).with_suffix(".idx"), path.with_suffix(".idx")), all_blocks("index")
+    ),
 }
 PLACES = ("local", "http", "http windowed", "pipe")
 
@@ -195,7 +200,7 @@ def test_stop_names_the_shard_before_a_wrong_token_is_handed_out(name: str, benc
         run()
         assert len(handed_out) == len(undamaged)
     else:
-        with pytest.raises(DataError, match=r"00000[12]\.tar"):
+        with pytest.raises(DataError, match=r"00000[12]\.(tar|idx)"):
             run()
     for before, after in zip(undamaged, handed_out, strict=False):
         assert all(torch.equal(a.rows, b.rows) for a, b in zip(before.micro_batches, after.micro_batches, strict=True))
@@ -231,19 +236,53 @@ def test_an_evaluation_counts_its_damaged_sequences_and_masks_them(bench: Bench)
     assert [hole.position for hole in filled.damage] == [0], "rows that only fill up are no damage"
 
 
-def test_missing_shards_are_named_at_the_start(bench: Bench) -> None:
+def test_what_is_missing_is_named_at_the_start(bench: Bench) -> None:
     assert bench.source("hole").unusable == []
-    os.remove(shard_path(bench.folder, "000001"))
-    os.truncate(shard_path(bench.folder, "000002"), 5000)
+    for name, change in (("000001.tar", os.remove), ("000002.tar", lambda path: os.truncate(path, 5000))):
+        change(bench.folder / "shards" / name)
+    os.remove(bench.folder / "shards/000000.idx")
     if bench.root.startswith("pipe:"):  # a command can't say what there is
         assert bench.source("stop").unusable == []
         return
-    lost = [f"{bench.root}/shards/{name}.tar" for name in ("000001", "000002")]
+    tokens, size = bench.source("hole").shards.tokens[1], bench.source("hole").shards.bytes[2]
+    lost = [
+        f"shard {bench.root}/shards/000001.tar is missing: the manifest lists it with {tokens} tokens",
+        f"shard {bench.root}/shards/000002.tar has 5000 bytes where the manifest says {size}",
+    ]
+    if not bench.source("hole").remote:
+        mend = f"`pretrain-data verify --rebuild-sidecars {bench.root}` writes it again from the shard"
+        lost.insert(0, f"the block index {bench.root}/shards/000000.idx is missing ({mend})")
     assert bench.source("hole").unusable == lost
-    with pytest.raises(DataError, match=r"000001\.tar is missing.*000002\.tar has 5000 bytes where the .*=hole lets"):
+    with pytest.raises(DataError, match=rf"^{re.escape('; '.join(lost))}\. .* data.on_damage=hole lets"):
         bench.source("stop")
     halves = [
         TokenSource(bench.root, "web", "train", SEQ, storage=bench.storage, share=(rank, 2), on_damage="hole").unusable
         for rank in range(2)
     ]
-    assert sorted(halves) == [[shard] for shard in lost]
+    assert halves == [[told for told in lost if "000001" not in told], [lost[-2]]]
+
+
+def test_the_advice_about_a_block_index_fits_the_place_where_it_is_missing(bench: Bench) -> None:
+    source = bench.source("stop")
+    os.remove(shard_path(bench.folder, "000001").with_suffix(".idx"))
+    with pytest.raises(DataError, match=r"000001\.idx.* data.on_damage=hole lets") as raised:
+        source.read([BLOCKS * PER_BLOCK])
+    if source.remote:
+        told = r"`pretrain-data verify --rebuild-sidecars FOLDER`, where the data set is a folder or in a copy of it"
+    else:
+        told = rf"`pretrain-data verify --rebuild-sidecars {bench.folder}` to write it again from the shard"
+    assert told in str(raised.value)
+    assert raised.value.exit_code == (1 if bench.root.startswith("pipe:") else 2), "a command may do better next time"
+
+
+def test_many_missing_files_are_counted_and_the_first_named(tmp_path: Path) -> None:
+    content = {("web", "train"): [[5] * 10] * 12}
+    write_token_dataset(tmp_path, content, block_tokens=BLOCK, documents_per_shard=1)
+    for number in range(4):
+        os.remove(shard_path(tmp_path, f"{number:06d}"))
+        os.truncate(shard_path(tmp_path, f"{number + 4:06d}"), 100)
+        os.remove(shard_path(tmp_path, f"{number + 8:06d}").with_suffix(".idx"))
+    counts = r"and 7 more \(in all 4 missing, 4 of another size, 4 without block index\)\. Run `pretrain-data verify "
+    with pytest.raises(DataError, match=counts) as raised:
+        TokenSource(tmp_path, "web", "train", SEQ)
+    assert len(re.findall(r"is missing|has 100 bytes", str(raised.value))) == 5

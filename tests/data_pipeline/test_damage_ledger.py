@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 from data_pipeline.damage import Damage, DamagedBlockError, DamageLedger, read_ledger, told_by_block
@@ -48,6 +49,9 @@ def test_damage_is_told_once_a_block() -> None:
         "shard 000002 of source 'web', block 9 at byte 132736: checksum (10 sequences); "
         "shard 000002 of source 'web', block 4 at byte 132736: checksum (4 sequences) and 2 more blocks"
     )
+    assert told_by_block([hole(1), hole(1, 9)], most=1).endswith("(1 sequence) and 1 more block")
+    lost = [replace(hole(1), reason="index"), hole(2, 9)]
+    assert told_by_block(lost).endswith("`pretrain-data verify --rebuild-sidecars FOLDER` writes it again")
     assert told_by_block([hole(1)]) == "shard 000002 of source 'web', block 3 at byte 132736: checksum (1 sequence)"
 
 
