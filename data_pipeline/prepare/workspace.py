@@ -14,6 +14,7 @@ from typing import Any
 
 from ..errors import DataError, UserError
 from ..layout import MANIFEST_FILE, REJECTED_FOLDER, SHARD_FOLDER, SHARD_TABLE_FILE, TOKENIZER_FILE
+from ..sources.inputs import stamp_difference
 from .checked_files import DamagedFileError, publish_record, read_record
 from .claims import PATIENCE_SECONDS, Share, claim
 
@@ -120,6 +121,22 @@ class Workspace:
             return path
         return None
 
+    def withdraw(self, tokenizer: bool) -> None:
+        """Take back what a start was told that has made nothing, so that the next one may be told something else.
+
+        Args:
+            tokenizer: the start has put the tokenizer there, too. One that was trained stays, with what it is of.
+        """
+        if self.begun:
+            return
+        for record in ("plan", "versions"):
+            (self.work / f"{record}.json").unlink(missing_ok=True)
+        told = self.work / "tokenizer.json"
+        if tokenizer and told.exists() and read_record(told)["tokenizer"]["train"] is None:
+            self.tokenizer.unlink(missing_ok=True)
+        if not self.tokenizer.exists():
+            told.unlink(missing_ok=True)
+
     def agree(self, record: str, wanted: dict[str, Any], share: Share) -> None:
         """Publish ``wanted`` as ``.prepare/RECORD.json``, or check that the one of an earlier start equals it.
 
@@ -143,7 +160,8 @@ class Workspace:
 
 @contextmanager
 def open_workspace(folder: Path, share: Share | None = None) -> Iterator[Workspace]:
-    """Make and lock the data set folder for writing; when nobody else is there, leftovers of killed starts are removed.
+    """Make and lock the data set folder for writing; when nobody else is there, leftovers of killed starts are removed,
+    and after an error of the body what it was told, if nothing was made by then.
 
     Args:
         folder: the data set.
@@ -163,6 +181,7 @@ def open_workspace(folder: Path, share: Share | None = None) -> Iterator[Workspa
         for path in (*workspace.passing, folder / SHARD_FOLDER):
             path.mkdir(parents=True, exist_ok=True)
         lock = os.open(workspace.work / "lock", os.O_RDWR | os.O_CREAT, 0o644)
+        new_tokenizer = not workspace.tokenizer.exists()
     except OSError as error:
         raise UserError(
             f"output folder {folder} can't be written: {error.strerror} ({error.filename}). "
@@ -184,6 +203,10 @@ def open_workspace(folder: Path, share: Share | None = None) -> Iterator[Workspa
             )
         with claim(workspace.claims, str(share), share):
             yield workspace
+    except Exception:
+        if _locked(lock, fcntl.LOCK_EX, patience=0):
+            workspace.withdraw(new_tokenizer)
+        raise
     finally:
         os.close(lock)
 
@@ -201,7 +224,8 @@ def _locked(descriptor: int, kind: int, patience: float) -> bool:
             time.sleep(0.02)
 
 
-def _differences(old: Any, new: Any, key: str) -> Iterator[str]:
+def _differences(old: Any, new: Any, key: str, last: str = "") -> Iterator[str]:
+    """What differs below ``key``, the last name in which is ``last``."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(old.keys() | new.keys()):
             inner = f"{key}.{name}" if key else name
@@ -210,6 +234,6 @@ def _differences(old: Any, new: Any, key: str) -> Iterator[str]:
             elif name not in old:
                 yield f"{inner} is new ({new[name]!r})"
             else:
-                yield from _differences(old[name], new[name], inner)
+                yield from _differences(old[name], new[name], inner, name)
     elif old != new:
-        yield f"{key} was {old!r}, now it is {new!r}"
+        yield f"{key} {stamp_difference(last, old, new) or f'was {old!r}, now it is {new!r}'}"

@@ -6,10 +6,12 @@ import glob
 import io
 import os
 import re
+import shlex
 from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import BinaryIO, Final
+from datetime import UTC, datetime
+from typing import Any, BinaryIO, Final
 from urllib.parse import urlsplit, urlunsplit
 
 import braceexpand
@@ -35,6 +37,7 @@ _KINDS: Final = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".parquet": "parquet", ".tar": "webdataset", ".arrow": "datasets",
 }  # fmt: skip
 _OTHER_BACKSLASH: Final = re.compile(r"\\(?![{},])")
+_FILE_STAMP: Final = re.compile(r"(\d+) bytes, modified at (\d+) ns")
 _ADDRESS_OF_A_FILE: Final = re.compile(r"(?P<root>[^?#]*/)(?P<name>[^/?#%]+)")
 
 
@@ -124,6 +127,25 @@ def input_stamp(name: str, size: int) -> str:
         return f"{size} bytes" if size else "of unknown size"
     status = os.stat(name)
     return f"{status.st_size} bytes, modified at {status.st_mtime_ns} ns"
+
+
+def stamp_difference(name: str, was: Any, now: Any) -> str | None:
+    """In words what differs between two stamps of a file, and what can be done if only its time does; ``None`` if they
+    are no stamps of files."""
+    old, new = (_FILE_STAMP.fullmatch(stamp) if isinstance(stamp, str) else None for stamp in (was, now))
+    if old is None or new is None:
+        return None
+    if old[1] != new[1]:
+        return f"had {int(old[1]):,} bytes, now it has {int(new[1]):,}"
+    before, after = (divmod(int(stamp[2]), 1_000_000_000) for stamp in (old, new))
+    return (
+        f"still has {int(old[1]):,} bytes, but was modified at {_utc(*after)} and not at {_utc(*before)} (if it holds "
+        f"what it held, `touch -d @{before[0]}.{before[1]:09d} {shlex.quote(name)}` gives it its time back)"
+    )
+
+
+def _utc(seconds: int, nanoseconds: int) -> str:
+    return f"{datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{nanoseconds:09d} UTC"
 
 
 @contextmanager

@@ -217,7 +217,7 @@ def test_a_change_between_two_starts_is_named(plain: dict[str, Any], tmp_path: P
     path = tmp_path / "a.jsonl"
     before = path.read_bytes()
     path.write_bytes(before + b"\n")
-    with pytest.raises(UserError, match=rf"input\.first\..*a\.jsonl was '{len(before)} bytes, modified .*', now it is"):
+    with pytest.raises(UserError, match=rf"input\.first\..*a\.jsonl had {len(before):,} bytes, now it has"):
         run(plain)
     (tmp_path / "given.model").write_bytes(tiny_tokenizer(310).model)
     with pytest.raises(UserError, match=r"begun with something else: sha256 was '[0-9a-f]{64}', now it is"):

@@ -15,9 +15,11 @@ import pytest
 import data_pipeline.prepare.agreement
 import data_pipeline.prepare.parts
 from data_pipeline.errors import DataError, HeadraceError, UserError
-from data_pipeline.prepare import Share, merge, prepare, prepare_share
+from data_pipeline.prepare import PrepareSettings, Share, make_tokenizer, merge, prepare, prepare_share
 from data_pipeline.prepare.accounts import check_totals
 from data_pipeline.prepare.checked_files import read_record
+from data_pipeline.prepare.workspace import open_workspace
+from data_pipeline.testing import tiny_tokenizer
 from data_pipeline.verify import verify_dataset
 from tests.data_pipeline.prepared import build, hashes, make_texts, plain_settings, run, write_jsonl
 
@@ -35,6 +37,52 @@ def test_the_sources_can_not_change_places_on_the_way(plain: dict[str, Any]) -> 
     with pytest.raises(UserError, match=r"source_order was \['first', 'second'\], now it is \['second', 'first'\]"):
         prepare(turned)
     assert [source["documents"] for source in prepare(build(plain)).sources.values()] == [120, 120]
+
+
+def refused(settings: PrepareSettings, tasks: int, match: str) -> None:
+    """All of ``tasks`` tasks, or (0) a plain prepare, say what is wrong."""
+    for share in [Share(task, tasks) for task in range(tasks)] or [None]:
+        with pytest.raises(UserError, match=match):
+            prepare_share(settings, share) if share else prepare(settings)
+
+
+@pytest.mark.parametrize("tasks", [0, 2])
+def test_what_fails_before_anything_is_made_can_be_corrected(plain: dict[str, Any], tmp_path: Path, tasks: int) -> None:
+    """Nothing stays of what was wrong: neither settings nor a tokenizer that was only copied."""
+    wrong = {name: {**source, "text_field": "body"} for name, source in plain["sources"].items()}
+    refused(build(plain, sources=wrong), tasks, "has no field 'body'; its fields: text")
+    other = tmp_path / "other.model"
+    other.write_bytes(tiny_tokenizer(vocab_size=400).model)
+    made = run(plain, tokenizer={"path": str(other)} if not tasks else plain["tokenizer"])
+    assert sum(source["documents"] for source in made.sources.values()) == 240
+
+
+def test_what_fails_while_a_tokenizer_is_trained_can_be_corrected(plain: dict[str, Any]) -> None:
+    train = {"train": {"model_type": "bpe", "vocab_size": 330}}
+    wrong = {name: {**source, "text_field": "body"} for name, source in plain["sources"].items()}
+    refused(build(plain, sources=wrong, tokenizer=train), 0, "has no field 'body'")
+    run(plain, tokenizer=train)
+
+
+def test_what_was_made_binds(plain: dict[str, Any], tmp_path: Path) -> None:
+    """Parts, and a tokenizer that was there before or was trained."""
+    settings = build(plain)
+    make_tokenizer(settings)
+    tokenizer = (tmp_path / "set" / "tokenizer.model").read_bytes()
+    wrong = {name: {**source, "text_field": "body"} for name, source in plain["sources"].items()}
+    refused(build(plain, sources=wrong), 0, "has no field 'body'")
+    assert (tmp_path / "set" / "tokenizer.model").read_bytes() == tokenizer
+    refused(build(plain, sources={**plain["sources"], "second": wrong["second"]}), 0, "has no field 'body'")
+    refused(settings, 0, r"second\.text_field was 'body', now it is 'text'")
+
+
+def test_what_another_task_may_work_by_is_not_taken_back(plain: dict[str, Any], tmp_path: Path) -> None:
+    wrong = {name: {**source, "text_field": "body"} for name, source in plain["sources"].items()}
+    with open_workspace(tmp_path / "set", Share(1, 2)):
+        with pytest.raises(UserError, match="has no field 'body'"):
+            prepare_share(build(plain, sources=wrong), Share(0, 2))
+        with pytest.raises(UserError, match=r"text_field was 'body', now it is 'text'"):
+            prepare_share(build(plain), Share(0, 2))
 
 
 def test_the_order_of_the_sources_stands_in_the_manifest(plain: dict[str, Any]) -> None:
@@ -82,6 +130,31 @@ def test_a_file_that_changes_while_it_is_read_is_told(
     run(plain)
     run(plain, output=str(tmp_path / "other"))
     assert hashes(tmp_path / "set") == hashes(tmp_path / "other")
+
+
+def test_a_file_that_was_touched_can_be_put_back(plain: dict[str, Any], tmp_path: Path) -> None:
+    """The message says what differs, and holds the command that helps."""
+    path = (tmp_path / "second.jsonl").rename(tmp_path / "a second.jsonl")
+    sources = {**plain["sources"], "second": {**plain["sources"]["second"], "files": [str(path)]}}
+    size = path.stat().st_size
+    os.utime(path, ns=(0, 1_700_000_000_000_000_789))
+    prepare_share(build(plain, sources=sources), Share(0, 2))
+    path.touch()
+    moment = r"20\d\d-\d\d-\d\d \S+ UTC"
+    said = (
+        rf"jsonl still has {size:,} bytes, but was modified at {moment} and not at {moment} \(if it holds what it held"
+    )
+    with pytest.raises(UserError, match=said) as told:
+        run(plain, sources=sources)
+    command = str(told.value).split("`")[1]
+    assert command.startswith("touch -d @")
+    content = path.read_bytes()
+    path.write_bytes(content + b"\n")
+    with pytest.raises(UserError, match=rf"second\.jsonl had {size:,} bytes, now it has {size + 1:,}\. Give another"):
+        run(plain, sources=sources)
+    path.write_bytes(content)
+    subprocess.run(command, shell=True, check=True)
+    run(plain, sources=sources)
 
 
 def test_a_file_that_goes_away_while_it_is_read_is_told(
