@@ -9,8 +9,9 @@ from __future__ import annotations
 import os
 import sys
 from abc import ABC, abstractmethod
+from collections import deque
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from typing import Any, ClassVar, Literal
 
@@ -23,13 +24,15 @@ from .inputs import (
     DEFAULT_STORAGE,
     can_be_cut,
     find_inputs,
-    input_sizes,
+    has_checksum,
     input_stamp,
+    input_versions,
     is_remote,
     kind_of_name,
     shown_name,
 )
 from .records import RecordError
+from .unpacking import packing_of_name
 
 
 @dataclass(frozen=True)
@@ -175,24 +178,46 @@ class FileSource(Source):
         local = [name for name in self.input_files(storage) if not is_remote(name)]
         if empty := [name for name in local if not os.path.getsize(name)]:
             yield f"{len(empty):,} of its files are empty (0 bytes; the first: {empty[0]})"
+        zstd = [name for name in local if packing_of_name(name) == "zstd"]
+        if unchecked := [name for name in zstd if not has_checksum(name)]:
+            yield (
+                f"{len(unchecked):,} of its files are packed without a checksum (the first: {unchecked[0]}), so that a "
+                "turned bit in them can't be seen; the command `zstd` writes one, zstandard.ZstdCompressor only with "
+                "`write_checksum=True`"
+            )
 
     def stamp(self, storage: StorageSettings = DEFAULT_STORAGE) -> dict[str, Any]:
-        """Size and modification time of each file; the size of what is remote."""
-        return {encodable(name): input_stamp(name, size) for name, size in self._sizes(storage)}
+        """Size and modification time of each file; of what is remote the size, and tag or time as the server says."""
+        names = self.input_files(storage)
+        versions = input_versions(names, storage)
+        return {encodable(name): input_stamp(name, version) for name, version in zip(names, versions, strict=True)}
 
     def check_unchanged(self, part: Part, stamps: Mapping[str, Any]) -> None:
         for path in {span.path: None for span in part.spans if not is_remote(span.path)}:
             expected = stamps[encodable(path)]
-            found = input_stamp(path, 0) if os.path.exists(path) else "gone"
+            found = input_stamp(path) if os.path.exists(path) else "gone"
             if found != expected:
                 raise UserError(
                     f"{path} changed while it was read: it was {expected}, now it is {found}. Put it back as it was, "
                     "its time included, or prepare what it is now in another `output`."
                 )
 
+    def after_the_rest(self, record: Rejected, name: str, rest: Iterator[Any]) -> Rejected:
+        """``record``, at which the source may stop, with what is known of the file it is of. If that is packed, the
+        ``rest`` is read first: a turned bit can look like a bad record, and the archive's checksum comes last.
+
+        Raises:
+            DataError: the archive is damaged.
+        """
+        if self.on_bad_record == "drop" or packing_of_name(name) is None:
+            return record
+        deque(rest, maxlen=0)
+        whole = " The file was packed like that: its own checksum fits." if has_checksum(name) else ""
+        return replace(record, message=f"{record.message}{whole}")
+
     def _sizes(self, storage: StorageSettings) -> list[tuple[str, int]]:
         names = self.input_files(storage)
-        return list(zip(names, input_sizes(names, storage), strict=True))
+        return [(name, version.size) for name, version in zip(names, input_versions(names, storage), strict=True)]
 
 
 def encodable(name: str) -> str:

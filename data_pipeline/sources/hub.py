@@ -52,7 +52,7 @@ class DatasetsSource(Source):
         """The files behind the split: sizes of local ones, addresses (revision included) of remote ones."""
         builder = self._builder()
         files = (builder.config.data_files or {}).get(self.split, [])
-        stamps = {str(file): "remote" if is_remote(str(file)) else input_stamp(str(file), 0) for file in files}
+        stamps = {str(file): "remote" if is_remote(str(file)) else input_stamp(str(file)) for file in files}
         return {"shards": self._open().num_shards, "builder": builder.hash or "", **stamps}
 
     def _rows(self, rows: Any, shard: int) -> Iterator[Document | Rejected]:

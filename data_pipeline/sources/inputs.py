@@ -17,11 +17,13 @@ from urllib.parse import urlsplit, urlunsplit
 import braceexpand
 
 from ..errors import DataError, UserError
-from ..storage import StorageSettings, Store, open_input, open_store
+from ..storage import StorageSettings, open_input, open_store
+from ..storage.remote import RemoteStore, Version
 from ..storage.store import PIPE, scheme
 from .unpacking import (
     DAMAGE,
     SUFFIXES,
+    carries_checksum,
     foreign_packing,
     name_unpacked,
     packing_of_content,
@@ -83,34 +85,38 @@ def find_inputs(patterns: Sequence[str], owner: str, storage: StorageSettings) -
     return _each_once(sorted(found))
 
 
-def input_sizes(names: Sequence[str], storage: StorageSettings) -> list[int]:
-    """Bytes of each input as it is stored; 0 for a command, whose output has no size before it is read.
+def input_versions(names: Sequence[str], storage: StorageSettings) -> list[Version]:
+    """Size of each input as it is stored, and what else its server says of it; 0 bytes for a command, whose output has
+    no size before it is read.
 
     Raises:
         UserError: an address can't be opened with what is installed.
         StorageError: a remote file is missing, or the storage does not tell its size.
     """
-    stores: dict[str, Store] = {}
+    stores: dict[str, RemoteStore] = {}
     with ThreadPoolExecutor(storage.remote.parallel) as threads:
-        sizes: list[int | Future[int]] = []
+        versions: list[Version | Future[Version]] = []
         for name in names:
             if not is_remote(name):
-                sizes.append(os.path.getsize(name))
+                versions.append(Version(os.path.getsize(name)))
             elif name.startswith(PIPE):
-                sizes.append(0)
+                versions.append(Version(0))
             else:
                 # one store, so one pool of connections, for all files of a folder; an address that has more to it
                 # than folder and name (a query, escapes) is a store of its own
                 parts = _ADDRESS_OF_A_FILE.fullmatch(name)
                 root, file = (parts["root"], parts["name"]) if parts else (name, "")
-                store = stores[root] if root in stores else stores.setdefault(root, open_store(root, storage))
-                sizes.append(threads.submit(store.size, file))
-        asked = [size for size in sizes if not isinstance(size, int)]
+                if root not in stores:
+                    store = open_store(root, storage)
+                    assert isinstance(store, RemoteStore)  # all that are neither folders nor commands
+                    stores[root] = store
+                versions.append(threads.submit(stores[root].version, file))
+        asked = [version for version in versions if not isinstance(version, Version)]
         done = wait(asked, return_when=FIRST_EXCEPTION).done
-        if failures := [failure for size in asked if size in done and (failure := size.exception())]:
+        if failures := [failure for version in asked if version in done and (failure := version.exception())]:
             threads.shutdown(cancel_futures=True)  # or a server that is down would be asked for every file in turn
             raise failures[0]
-        return [size if isinstance(size, int) else size.result() for size in sizes]
+        return [version if isinstance(version, Version) else version.result() for version in versions]
 
 
 def shown_name(name: str) -> str:
@@ -121,17 +127,21 @@ def shown_name(name: str) -> str:
     return urlunsplit((parts.scheme, parts.netloc.rpartition("@")[2], parts.path, "", ""))
 
 
-def input_stamp(name: str, size: int) -> str:
-    """What shows that an input changed: size and time of a file, size of what is remote."""
-    if is_remote(name):
-        return f"{size} bytes" if size else "of unknown size"
+def input_stamp(name: str, version: Version | None = None) -> str:
+    """What shows that an input changed: size and time of a file; of what is remote the ``version``: its size, and its
+    tag or time if the server gives one."""
+    if version and is_remote(name):
+        known = version.tag or version.modified
+        if not version.size:
+            return "of unknown size"
+        return f"{version.size} bytes" + (f", version {known}" if known else "")
     status = os.stat(name)
     return f"{status.st_size} bytes, modified at {status.st_mtime_ns} ns"
 
 
 def stamp_difference(name: str, was: Any, now: Any) -> str | None:
-    """In words what differs between two stamps of a file, and what can be done if only its time does; ``None`` if they
-    are no stamps of files."""
+    """In words what differs between two stamps of a file of this machine, and what can be done if only its time does;
+    ``None`` if they are something else."""
     old, new = (_FILE_STAMP.fullmatch(stamp) if isinstance(stamp, str) else None for stamp in (was, now))
     if old is None or new is None:
         return None
@@ -186,6 +196,14 @@ def open_input_file(name: str, storage: StorageSettings, recognise: bool = False
         except OSError as error:
             place = f"input {shown_name(name)} can't be read to its end"
             raise DataError(f"{place}: {error.strerror or error}. Look after its disk.") from error
+
+
+def has_checksum(name: str) -> bool:
+    """Whether a file of this machine is, by its name, packed with a checksum of its content."""
+    if is_remote(name) or (packing := packing_of_name(name)) is None:
+        return False
+    with _open(name, DEFAULT_STORAGE) as stream:
+        return carries_checksum(packing, stream)
 
 
 def empty_input(name: str) -> DataError:

@@ -38,9 +38,10 @@ class JsonlSource(FileSource):
             name = shown_name(span.path)
             with open_input_file(span.path, storage) as handle:
                 blank: int | None = None
-                for offset, line in read_lines(handle, span.start, span.stop):
+                lines = read_lines(handle, span.start, span.stop)
+                for offset, line in lines:
                     if blank is not None:
-                        yield self._rejected(span, blank, b"", storage)
+                        yield self.after_the_rest(self._rejected(span, blank, b"", storage), span.path, lines)
                         blank = None
                     if offset >= span.stop:
                         break
@@ -48,7 +49,10 @@ class JsonlSource(FileSource):
                     if line.isspace():
                         blank = offset
                         continue
-                    yield self._document(name, offset, line) or self._rejected(span, offset, line, storage)
+                    if document := self._document(name, offset, line):
+                        yield document
+                    else:
+                        yield self.after_the_rest(self._rejected(span, offset, line, storage), span.path, lines)
 
     def _document(self, name: str, offset: int, line: bytes) -> Document | None:
         """The document of a line, or None where it holds none."""

@@ -51,8 +51,12 @@ class TextSource(FileSource):
         """Whole files (url: the path), or documents that begin in the byte ranges (url: path#byte=offset)."""
         for span in part.spans:
             if self.separator is not None:
-                for begin, content in _separated(span, self.separator.encode(), storage):
-                    yield self._document(span.path, begin, content, storage)
+                pieces = _separated(span, self.separator.encode(), storage)
+                for begin, content in pieces:
+                    document = self._document(span.path, begin, content, storage)
+                    if isinstance(document, Rejected):
+                        document = self.after_the_rest(document, span.path, pieces)
+                    yield document
                 continue
             with open_input_file(span.path, storage) as handle:
                 content = handle.read()

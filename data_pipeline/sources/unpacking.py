@@ -30,6 +30,9 @@ _FOREIGN: Final = {
 }
 """The first bytes of packings that are not read, none of them the beginning of a text, JSON or tar."""
 
+_SKIPPABLE: Final = b"\x2a\x4d\x18"
+"""Bytes 1 to 3 of a zstd frame that holds no content."""
+
 _BUFFER_BYTES: Final = 1 << 20
 _LARGEST_WINDOW: Final = 1 << 31
 """What `zstd --long=31`, the most there is, asks of a reader; memory is only taken for what a frame really says."""
@@ -54,7 +57,7 @@ def packing_of_content(head: bytes) -> Packing | None:
     """How a stream is packed, by its first bytes (gzip: RFC 1952; zstd: RFC 8878, skippable frames included)."""
     if head.startswith(b"\x1f\x8b"):
         return "gzip"
-    if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == b"\x2a\x4d\x18" and 0x50 <= head[0] <= 0x5F):
+    if head.startswith(b"\x28\xb5\x2f\xfd") or (head[1:4] == _SKIPPABLE and 0x50 <= head[0] <= 0x5F):
         return "zstd"
     return None
 
@@ -62,6 +65,17 @@ def packing_of_content(head: bytes) -> Packing | None:
 def foreign_packing(head: bytes) -> str | None:
     """The packing of a stream that begins with ``head`` (at least 6 bytes), if it is one that is not read here."""
     return next((name for start, name in _FOREIGN.items() if head.startswith(start)), None)
+
+
+def carries_checksum(packing: Packing, stream: BinaryIO) -> bool:
+    """Whether the beginning of a packed stream says that a checksum of its content follows, as it always does in gzip
+    (zstd: bit 2 of the first frame's descriptor, RFC 8878, 3.1.1.1.1). What is cut or damaged there says so, too: it is
+    told when it is read."""
+    if packing == "gzip":
+        return True
+    while (head := stream.read(8))[1:4] == _SKIPPABLE and len(head) == 8:
+        stream.seek(int.from_bytes(head[4:], "little"), io.SEEK_CUR)
+    return len(head) < 8 or bool(head[4] & 4)
 
 
 def unpacked(stream: BinaryIO, packing: Packing) -> BinaryIO:

@@ -65,8 +65,12 @@ class WebDatasetSource(FileSource):
         for span in part.spans:
             name = shown_name(span.path)
             with open_input_file(span.path, storage, recognise=True) as stream:
-                for sample in group_samples(walk_tar(stream, name), name, self._wanted, self.optional_fields):
-                    yield self._record(name, sample)
+                samples = group_samples(walk_tar(stream, name), name, self._wanted, self.optional_fields)
+                for sample in samples:
+                    record = self._record(name, sample)
+                    if isinstance(record, Rejected):
+                        record = self.after_the_rest(record, span.path, samples)
+                    yield record
 
     def _wanted(self, field: str, size: int) -> bool:
         if field == self.text_extension or (self.text_extension is None and field in _TEXT_FIELDS):

@@ -45,7 +45,7 @@ class HttpStore(RemoteStore):
         answer = self._client.ask("HEAD", name, None, until, {200, *_NO_HEAD_STATUSES})
         answer.drain_conn()
         if answer.status == 200 and (length := answer.headers.get("Content-Length")) is not None:
-            return Version(int(length), answer.headers.get("ETag"))
+            return _version_of(int(length), answer)
         # addresses signed for GET refuse HEAD; the answer about one byte tells the size, too
         answer = self._client.ask("GET", name, (0, 1), until, {200, 206, 416})
         answer.close()
@@ -54,7 +54,7 @@ class HttpStore(RemoteStore):
         length = found[found.re.groups] if found else answer.headers.get("Content-Length")
         if length is None or length == "*" or (answer.status != 200 and not found):
             raise StorageError(self.root, name, None, "the server does not tell the file's size", LENGTH_ADVICE)
-        return Version(int(length), answer.headers.get("ETag"))
+        return _version_of(int(length), answer)
 
     def _begin(self, name: str, until: float) -> tuple[bytes, Version]:
         length = self.settings.remote.range_bytes
@@ -108,7 +108,7 @@ class HttpStore(RemoteStore):
         found = _CONTENT_RANGE.fullmatch(said)
         if not found:
             raise TransientError(f"HTTP status 206 with Content-Range {said!r}")
-        version = None if found[3] == "*" else Version(int(found[3]), answer.headers.get("ETag"))
+        version = None if found[3] == "*" else _version_of(int(found[3]), answer)
         return int(found[1]), int(found[2]) + 1, version
 
     def _ends_early(self, name: str, start: int, stop: int, found: str) -> StorageError:
@@ -123,6 +123,10 @@ class HttpStore(RemoteStore):
             "Read whole files (`data.order: full`), or serve the files with byte ranges (nginx, Apache and every "
             "object store do).",
         )
+
+
+def _version_of(size: int, answer: Answer) -> Version:
+    return Version(size, answer.headers.get("ETag"), answer.headers.get("Last-Modified"))
 
 
 class _Whole:

@@ -17,10 +17,12 @@ COPY_ADVICE = "Restore the file from a copy, or, if it was replaced on purpose, 
 
 @dataclass(frozen=True)
 class Version:
-    """What identifies the content of a remote file: its size in bytes and, if the server gives one, its tag."""
+    """What identifies the content of a remote file: its size in bytes and, if the server gives one, its tag; or else
+    when it was modified, in the server's words."""
 
     size: int
     tag: str | None = None
+    modified: str | None = None
 
 
 class RemoteStore(Store):
@@ -47,8 +49,12 @@ class RemoteStore(Store):
         """One attempt at the first ``range_bytes`` of a file, or all of it if it has fewer."""
 
     def size(self, name: str) -> int:
+        return self.version(name).size
+
+    def version(self, name: str) -> Version:
+        """What the storage says of a file, without reading it; errors are those of :meth:`size`."""
         self._here()
-        return self._retried(name, 0, None, lambda until: self._version(self._checked(name), until)).size
+        return self._retried(name, 0, None, lambda until: self._version(self._checked(name), until))
 
     def read_range(self, name: str, start: int, stop: int) -> bytes:
         self._here()

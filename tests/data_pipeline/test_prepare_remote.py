@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from contextlib import ExitStack
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from typing import Any
 
 import pytest
 
 from data_pipeline.errors import UserError
-from data_pipeline.prepare import PrepareSettings, prepare
+from data_pipeline.prepare import PrepareSettings, Share, prepare, prepare_share
 from data_pipeline.settings import build_settings
 from data_pipeline.testing import tiny_tokenizer
 from tests.http_server import Faults, HttpServer
@@ -48,6 +54,37 @@ def test_the_same_shards_from_anywhere_and_no_token_kept(texts: Path, tmp_path: 
     manifest = (tmp_path / "served" / "manifest.json").read_text()
     assert "/{0..2}.jsonl" in manifest
     assert "hush" not in manifest
+
+
+class _WithoutTags(SimpleHTTPRequestHandler):
+    """Of the standard library: says when a file was modified."""
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("tags", [True, False], ids=["ETag", "Last-Modified"])
+def test_a_file_that_the_server_changed_between_two_starts_is_told(texts: Path, tmp_path: Path, tags: bool) -> None:
+    """Though it is as long as it was."""
+    folder = tmp_path / "served"
+    shutil.copytree(texts, folder)
+    with ExitStack() as stack:
+        if tags:
+            url = stack.enter_context(HttpServer(folder)).url
+        else:
+            server = ThreadingHTTPServer(("127.0.0.1", 0), partial(_WithoutTags, directory=str(folder)))
+            Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+            stack.callback(server.server_close)
+            stack.callback(server.shutdown)
+            url = f"http://127.0.0.1:{server.server_port}"
+        wanted = settings(texts, tmp_path / "set", f"{url}/{{0..2}}.jsonl")
+        prepare_share(wanted, Share(0, 3))
+        path = folder / "2.jsonl"
+        path.write_bytes(path.read_bytes().replace(b"document 2", b"dokument 2"))
+        os.utime(path, (1_000_000_000, 1_000_000_000))
+        said = rf"input\.web\.http://.*/2\.jsonl was '{path.stat().st_size} bytes, version .*', now it is '.*, version "
+        with pytest.raises(UserError, match=said):
+            prepare(wanted)
 
 
 def test_secure_refuses_commands(texts: Path, tmp_path: Path) -> None:

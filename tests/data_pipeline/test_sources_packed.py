@@ -6,15 +6,17 @@ import io
 import json
 import lzma
 import subprocess
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 import zstandard
+from pydantic import TypeAdapter
 
 from data_pipeline.errors import DataError
-from data_pipeline.sources import TextSource, WebDatasetSource
+from data_pipeline.sources import AnySource, TextSource, WebDatasetSource
 from tests.data_pipeline.read_sources import TEXTS, jsonl, read, texts
 
 if TYPE_CHECKING:
@@ -155,3 +157,76 @@ def test_a_disk_that_fails_while_reading_is_said_of_the_input(tmp_path: Path, mo
     monkeypatch.setattr("data_pipeline.sources.inputs.io.FileIO", Failing)
     with pytest.raises(DataError, match=r"input .*a\.jsonl can't be read to its end: Input/output error\. Look after"):
         read(jsonl(path, on_bad_record="drop"), 1 << 30)
+
+
+def tar_of(name: str, payload: bytes) -> bytes:
+    content = io.BytesIO()
+    with tarfile.open(fileobj=content, mode="w", format=tarfile.USTAR_FORMAT) as archive:
+        member = tarfile.TarInfo(name)
+        member.size = len(payload)
+        archive.addfile(member, io.BytesIO(payload))
+    return content.getvalue()
+
+
+def plain_gzip(content: bytes) -> bytes:
+    """As it is, so that a bit that turns in it turns in the content."""
+    return gzip.compress(content, compresslevel=0)
+
+
+def plain_zstd(content: bytes, checksum: bool = True) -> bytes:
+    packed = zstandard.ZstdCompressor(write_checksum=checksum).compress(content)
+    assert content in packed, "too long: it was compressed"
+    return packed
+
+
+SEPARATED = {"kind": "text", "separator": "--"}
+BAD_RECORDS = {
+    "a.jsonl.gz": ({"kind": "jsonl"}, b'{"text": "one"}\n{"text": "two"}\n', b'{"text": "one}\n', plain_gzip),
+    "a.jsonl.zst": ({"kind": "jsonl"}, b'{"text": "one"}\n', b'{"text" "one"}\n', plain_zstd),
+    "b.jsonl.gz": ({"kind": "jsonl"}, b'{"text": "one"}\nx\n{"text": "two"}\n', b"\n\n{}\n", plain_gzip),
+    "a.txt.gz": (SEPARATED, b"one\n--\ntwo\n--\n", b"one\n--\n\xff\n--\n", plain_gzip),
+    "a.tar.gz": ({"kind": "webdataset"}, tar_of("a.json", b'{"text": "one"}'), tar_of("a.json", b"{"), plain_gzip),
+}
+
+
+@pytest.mark.parametrize("name", BAD_RECORDS)
+def test_a_turned_bit_in_a_packed_file_is_no_bad_record(tmp_path: Path, name: str) -> None:
+    """The checksum at the end decides whose fault a record is that can't be read."""
+    settings, content, bad, pack = BAD_RECORDS[name]
+    path = tmp_path / name
+    source = TypeAdapter(AnySource).validate_python({**settings, "domain": "d", "files": (str(path),)})
+    whole, found = pack(content), 0
+    text = whole.index(b"one")
+    for place in range(max(text - 10, whole.index(content[:3])), text + 5):
+        for bit in (1, 128):
+            path.write_bytes(whole[:place] + bytes([whole[place] ^ bit]) + whole[place + 1 :])
+            with pytest.raises(DataError) as told:
+                read(source, 1 << 20)
+            assert "drop" not in str(told.value), (place, bit)
+            found += "CRC check failed" in str(told.value) or "checksum" in str(told.value)
+    assert found >= 10
+    path.write_bytes(pack(bad))
+    with pytest.raises(
+        DataError, match=r"The file was packed like that: its own checksum fits\. Or set `on_bad_record: d"
+    ):
+        read(source, 1 << 20)
+
+
+def test_zstd_without_a_checksum_is_told_and_no_proof(tmp_path: Path) -> None:
+    whole, unchecked = tmp_path / "a.jsonl.zst", tmp_path / "b.jsonl.zst"
+    whole.write_bytes(SKIPPABLE + plain_zstd(b'{"text": "one"}\n'))
+    (tmp_path / "c.jsonl.zst").write_bytes(b"(\xb5/")  # cut off: no doubt, but an error
+    assert list(jsonl(whole, tmp_path / "c.jsonl.zst").doubts()) == []
+    unchecked.write_bytes(SKIPPABLE + plain_zstd(b'{"text": one"}\n', checksum=False))
+    (doubt,) = jsonl(whole, unchecked).doubts()
+    assert doubt.startswith(
+        f"1 of its files are packed without a checksum (the first: {unchecked}), so that a turned bit"
+    )
+    with pytest.raises(DataError, match=r"Mend or remove the record\. Or set"):
+        read(jsonl(unchecked), 1)
+
+
+def test_what_follows_a_dropped_record_of_a_packed_file_is_read(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(gzip.compress(b'{"text": "one"}\nx\n{"text": "two"}\n'))
+    assert texts(read(jsonl(path, on_bad_record="drop"), 1)) == ["one", "(not JSON)", "two"]
