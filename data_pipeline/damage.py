@@ -31,21 +31,23 @@ class DamagedBlockError(DataError):
     """A block can't be read or is not what was written.
 
     Attributes:
+        problem: what, where and how to mend it, without what lets a run go on.
         shard: name of the shard.
         block: which of its blocks.
         offset: bytes from the start of the shard to the block's first token.
         reason: see :data:`Reason`.
     """
 
-    def __init__(self, message: str, shard: str, block: int, offset: int, reason: Reason) -> None:
-        super().__init__(message)
+    def __init__(self, problem: str, shard: str, block: int, offset: int, reason: Reason) -> None:
+        super().__init__(problem)
+        self.problem = problem
         self.shard, self.block, self.offset, self.reason = shard, block, offset, reason
 
     def __str__(self) -> str:
-        return f"{self.args[0]} {HOLES_ADVICE}"
+        return f"{self.problem} {HOLES_ADVICE}"
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.args[0], self.shard, self.block, self.offset, self.reason)
+        return type(self), (self.problem, self.shard, self.block, self.offset, self.reason)
 
 
 HOLES_ADVICE = (

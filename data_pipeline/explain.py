@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import bisect
-import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -14,7 +13,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from .arrow import parquet_table
 from .damage import Reason, holes_of_run
 from .errors import DataError, UserError
 from .history import Stretch, read_history
@@ -22,25 +20,13 @@ from .layout import SHARD_FOLDER, TOKENIZER_FILE
 from .manifest import Shard
 from .order import Order
 from .reader import TokenSource
+from .shard_reading import TABLE_ADVICE, DamagedTableError, documents_of
 from .storage import MissingFileError, StorageSettings, open_store
 from .stream import open_stream
 from .tokenizer import Tokenizer
 
 _TABLES_TOLD = 3
 """Damaged document tables that an error tells of one by one."""
-
-_TABLE_ADVICE = "A table of documents can't be rebuilt from its shard: restore it from a copy."
-
-
-class DamagedTableError(DataError):
-    """The document table of a shard is missing or is not the one that was written. ``problem``: what is wrong where."""
-
-    def __init__(self, problem: str) -> None:
-        super().__init__(f"{problem}. {_TABLE_ADVICE}")
-        self.problem = problem
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return type(self), (self.problem,)
 
 
 @dataclass(frozen=True)
@@ -112,7 +98,7 @@ def explain(run: Path, step: int, rank: int | None, row: int | None, with_text: 
         told = "; ".join(list(lost)[:_TABLES_TOLD])
         more = f" and {len(lost) - _TABLES_TOLD} more" if len(lost) > _TABLES_TOLD else ""
         which = f"{lost.total()} row{'s' if lost.total() > 1 else ''} of step {step}"
-        raise DataError(f"the documents of {which} are not known: {told}{more}. {_TABLE_ADVICE}")
+        raise DataError(f"the documents of {which} are not known: {told}{more}. {TABLE_ADVICE}")
 
 
 def describe(row: ExplainedRow) -> str:
@@ -225,18 +211,7 @@ def _table(root: str, shard: str, sha256: str, settings: str) -> Any:
         content = store.read(name)
     except MissingFileError as error:
         raise DamagedTableError(f"the document table {store.root}/{name} is missing") from error
-    if (found := hashlib.sha256(content).hexdigest()) != sha256:
-        raise DamagedTableError(
-            f"the document table {store.root}/{name} is not the one that was written: its SHA-256 is {found[:12]}, "
-            f"the manifest says {sha256[:12]}"
-        )
-    try:
-        return parquet_table(content)
-    except pa.ArrowException as error:
-        raise DataError(
-            f"the document table {store.root}/{name} is as it was written and can't be read: {error}. Install the "
-            "pyarrow that it was written with, or a later one."
-        ) from error
+    return documents_of(content, f"{store.root}/{name}", sha256)
 
 
 def read_table(root: str, shard: Shard, settings: StorageSettings) -> Any:

@@ -192,10 +192,9 @@ def _shortened(text: str) -> str:
 def _decoded(
     folder: Path, manifest: Manifest, shard: Shard, rows: list[int], tokenizer: Tokenizer
 ) -> list[dict[str, Any]]:
-    tokens = read_tokens(folder, manifest, shard)
     found: list[dict[str, Any]] = []
     for row in read_documents(folder, shard).take(rows).to_pylist():
-        ids = tokens[row["start"] : row["start"] + row["length"] - 1]
+        ids = read_tokens(folder, manifest, shard, row["start"], row["start"] + row["length"] - 1)
         about = {"split": shard.split, "shard": shard.name, "tokens": row["length"], "text": tokenizer.decode(ids)}
         found.append({"domain": row["domain"], "id": row["id"], "url": row["url"], **about})
     return found

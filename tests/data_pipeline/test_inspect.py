@@ -87,3 +87,55 @@ def test_long_names_keep_their_column(tmp_path: Path, manifest: Manifest) -> Non
     kept = lines.index(next(line for line in lines if line.endswith("  kept")))
     assert {len(line) for line in lines[7:11]} == {len(lines[7])}
     assert {line.rindex("  ") for line in lines[kept : kept + 4]} == {lines[kept].rindex("  ")}
+
+
+def test_what_is_read_is_checked(tmp_path: Path) -> None:
+    """A turned bit, a foreign index or table: an error with file, block and remedy, not a wrong number or text."""
+    documents = [[20 + i] * 9 for i in range(6)]
+    manifest = write_token_dataset(tmp_path, {("a", "train"): documents}, block_tokens=4, documents_per_shard=3)
+    archive, index = tmp_path / "shards/000001.tar", tmp_path / "shards/000001.idx"
+    table = tmp_path / "shards/000001.docs.parquet"
+
+    def samples() -> object:
+        return sample_documents(tmp_path, manifest, 6)
+
+    def entropy() -> object:
+        return unigram_entropy(tmp_path, manifest)
+
+    offset = manifest.layout.data_offset(5)
+    block = (
+        offset,
+        rf"shard {archive}, block 5 at byte offset {offset} is damaged: .*`pretrain-data verify {tmp_path}`",
+    )
+    rebuild = rf"the block index {index} .*`pretrain-data verify --rebuild-sidecars {tmp_path}` to write it again"
+    restore = rf"the document table {table} is not the one that was written: .*restore it from a copy\."
+    cases = [
+        (archive, *block, (samples, entropy)),
+        (index, 140, rebuild, (samples, entropy)),
+        (table, 9, restore, (samples,)),
+    ]
+    for path, at, message, readings in cases:
+        good = path.read_bytes()
+        path.write_bytes(good[:at] + bytes([good[at] ^ 1]) + good[at + 1 :])
+        for reading in readings:
+            with pytest.raises(DataError, match=message) as raised:
+                reading()
+            assert "on_damage" not in str(raised.value), "that is a setting of runs"
+        path.unlink()
+        for reading in readings:
+            with pytest.raises(DataError, match=str(path)):
+                reading()
+        path.write_bytes(good)
+    assert len(sample_documents(tmp_path, manifest, 6)) == 6
+
+
+def test_only_the_blocks_of_a_sample_are_read(tmp_path: Path) -> None:
+    manifest = write_token_dataset(tmp_path, {("a", "train"): [[20 + i] * 9 for i in range(6)]}, block_tokens=4)
+    path = tmp_path / "shards/000000.tar"
+    good = sample_documents(tmp_path, manifest, 3)
+    content = bytearray(path.read_bytes())
+    content[manifest.layout.data_offset(3)] ^= 1  # tokens 12 to 15: of the second document, which is no sample
+    path.write_bytes(content)
+    assert sample_documents(tmp_path, manifest, 3) == good
+    with pytest.raises(DataError, match="block 3 at byte"):
+        sample_documents(tmp_path, manifest, 6)
