@@ -116,7 +116,8 @@ def verify(
     else:
         for name in rebuilt:
             print(f"rebuilt the block index of shard {name}")
-        print(f"{dataset}: {f'{len(damage)} problems' if damage else 'every byte is as written'}")
+        problems = f"{len(damage)} problem{'s' if len(damage) > 1 else ''}"
+        print(f"{dataset}: {problems if damage else 'every byte is as written'}")
     for item in damage:
         print(f"damaged: {item}", file=sys.stderr)
     if damage:

@@ -56,8 +56,8 @@ def test_verify_ends_with_2_and_names_the_damage(prepared: Path) -> None:
         path.write_bytes(good)
     assert done.returncode == 2
     assert "damaged: shards/000000.tar, block 0, byte 640: CRC32C does not fit\n" in done.stderr
-    assert f"{prepared}: 2 problems" in done.stdout
-    assert [item["offset"] for item in report["damage"]] == [640, None]
+    assert done.stdout.endswith(f"{prepared}: 1 problem\n")
+    assert [item["offset"] for item in report["damage"]] == [640]
 
 
 def test_verify_rebuilds_an_index(prepared: Path) -> None:
