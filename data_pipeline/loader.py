@@ -217,6 +217,14 @@ class EvaluationLoader:
             batch = make_batch(rows, self._source.eos_id, source_ids, sample_ids, indices)
             yield batch.pin_memory() if self._pin_memory else batch
 
+    def nothing(self) -> Batch:
+        """A batch of holes, for a rank that can't read its own while the others go on with theirs."""
+        holes = np.full(len(self._offsets), HOLE)
+        dtype = self._source.manifest.layout.token_dtype
+        rows = np.full((len(holes), self._source.seq_len + 1), self._source.eos_id, dtype)
+        batch = make_batch(rows, self._source.eos_id, np.full(len(holes), self._source_id), holes, holes)
+        return batch.pin_memory() if self._pin_memory else batch
+
     def _fetch_ahead(self, number: int) -> int:
         """Begin to fetch for the batches from ``number`` on; returns the first one for which it was not begun."""
         while number < len(self):

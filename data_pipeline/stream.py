@@ -68,7 +68,7 @@ class StreamSettings(StorageSettings):
     """Of the ``windowed`` order; ``null`` takes the defaults."""
     on_damage: Literal["stop", "hole"] = "stop"
     """``hole``: a damaged block's sequences become holes at their positions: masked, counted, listed in the run's
-    damage/, bounded by ``max_hole_fraction``. ``stop``: an error."""
+    damage/, bounded by ``max_hole_fraction``. ``stop``: an error, after saving."""
 
     @model_validator(mode="after")
     def _check_mixture(self) -> StreamSettings:

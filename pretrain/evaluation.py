@@ -7,7 +7,7 @@ the softmax of the logits would give, which that run does not train. Perplexity 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -19,6 +19,7 @@ from .distributed import Distributed
 from .monitor import MetricValue
 from .objective import LossSettings
 from .objective.cross_entropy import sequence_cross_entropy
+from .unreadable import UNREADABLE, agree_on_reading
 
 NAME = "heldout"
 
@@ -79,10 +80,14 @@ def evaluate(
 
     Returns:
         one Score a source, the same on every rank.
+
+    Raises:
+        UnreadableDataError: a rank could not read all of its share; on every rank.
     """
     measures = loss.measures() if loss else {}
     sums = torch.zeros(len(heldout), 4 + len(measures), dtype=torch.float64, device=ranks.device)
     lengths = piece_bytes.to(ranks.device)
+    failures: list[Exception] = []
     with torch.no_grad():  # ZeRO-3 keeps gathered parameters, which inference_mode would spoil for training
         for number, source in enumerate(heldout):
             loader = EvaluationLoader(
@@ -93,7 +98,7 @@ def evaluate(
                 sequences=sequences,
                 on_damage=source.on_damage,
             )
-            for batch in loader:
+            for batch in _batches(loader, failures):
                 batch = batch.to(ranks.device)
                 logits = forward(batch)
                 nats = sequence_cross_entropy(logits, batch.labels, batch.loss_mask).double().sum()
@@ -103,10 +108,25 @@ def evaluate(
                     values = measure(logits, batch.labels).masked_fill(~batch.loss_mask, 0.0)
                     sums[number, column] += values.double().sum()
             sums[number, 3] = len(loader.damage)
+    agree_on_reading(ranks, failures[0] if failures else None)
     return [
         Score(nats, int(labels), int(text), int(holes), dict(zip(measures, own, strict=True)))
         for nats, labels, text, holes, *own in ranks.all_reduce(sums).tolist()
     ]
+
+
+def _batches(loader: EvaluationLoader, failures: list[Exception]) -> Iterator[Batch]:
+    """As many batches as every other rank has, also where this one can't read: from there on holes, and ``failures``
+    has the reason; nothing more is read then."""
+    left = len(loader)
+    try:
+        for batch in loader if not failures else ():
+            left -= 1
+            yield batch
+    except UNREADABLE as error:
+        failures.append(error)
+    for _ in range(left):
+        yield loader.nothing()
 
 
 def evaluation_metrics(names: Sequence[str], scores: Sequence[Score]) -> dict[str, MetricValue]:

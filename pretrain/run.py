@@ -51,6 +51,7 @@ from .state import (
 )
 from .terminal import outlive_output
 from .train import StoppedError, TooManyHolesError, Trainer
+from .unreadable import UnreadableDataError
 
 
 def restarts() -> int:
@@ -63,7 +64,16 @@ START_TIMEOUT_SECONDS = 300
 """For the ranks to find each other when the configuration, which holds the real one, could not be read."""
 
 
-TOGETHER = (AgreedError, CheckpointError, NonFiniteError, RollbackError, SpikeError, StoppedError, TooManyHolesError)
+TOGETHER = (
+    AgreedError,
+    CheckpointError,
+    NonFiniteError,
+    RollbackError,
+    SpikeError,
+    StoppedError,
+    TooManyHolesError,
+    UnreadableDataError,
+)
 """Errors that all ranks raise at the same place, so that they can still wait for each other."""
 
 

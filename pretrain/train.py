@@ -38,6 +38,7 @@ from .stability import Past
 from .state import TrainState, checkpoint_state, end_position
 from .step_metrics import name_dropped
 from .stragglers import Stragglers
+from .unreadable import UNREADABLE, UnreadableDataError, agree_on_reading
 
 
 class TooManyHolesError(UserError):
@@ -103,9 +104,17 @@ class Trainer:
             SpikeError: more losses were too high than ``stability`` allows.
             RollbackError: the run goes on from its newest checkpoint.
             CheckpointError: a checkpoint could not be written.
-            DataError: a block of data is damaged, and ``data.on_damage`` is ``stop``.
+            UnreadableDataError: a rank can't read its data (a block is damaged, and ``data.on_damage`` is ``stop``; a
+                server can't be reached), for the next step or an evaluation; after saving.
             TooManyHolesError: there are more holes than ``data.max_hole_fraction`` allows; after saving.
         """
+        try:
+            self._train(stop)
+        except (UnreadableDataError, TooManyHolesError) as error:
+            error.args = (f"{error}{self._save_before_end()}",)
+            raise
+
+    def _train(self, stop: StopRequest) -> None:
         config, total, steps = self.config, self.config.total_steps, self._steps
         if self._due(config.evaluation.every_steps) and self.state.step and not self.state.evaluated:
             self.evaluate()  # the attempt before was stopped between the step and its evaluation
@@ -114,9 +123,10 @@ class Trainer:
                 if self.guard:
                     self.guard.begin_step(self.state.step + 1)
                 started = time.perf_counter()
-                step = loader.next_step_unless(stop.overdue)
+                step, failure = self._read(loader, stop)
                 holes = steps.begin(step, self.state)
                 if step is None or holes is None:
+                    agree_on_reading(self.ranks, failure)
                     self._stop_before_step(stop)
                 if holes:
                     self._bound_holes(holes, step)
@@ -158,6 +168,28 @@ class Trainer:
                 if signals:
                     raise StoppedError(signals, self.state.step)
 
+    def _read(self, loader: StepLoader, stop: StopRequest) -> tuple[Step | None, Exception | None]:
+        """The next step; None where this rank is asked to stop while it waits, or with why the step can't be read."""
+        try:
+            return loader.next_step_unless(stop.overdue), None
+        except UNREADABLE as error:
+            return None, error
+
+    def _save_before_end(self) -> str:
+        """The run ends before its next step: save the steps since the newest checkpoint; what became of them, to be
+        told beside the reason. Collective."""
+        if self.guard:
+            self.guard.pause()
+        saved, step = self._saved_step, self.state.step
+        if step == saved:
+            return ""
+        try:
+            self.save()
+            self.finish_save()
+        except HeadraceError as error:  # all ranks have it; the disk must not hide the reason
+            return f" The steps after step {saved} are lost, for they could not be saved: {error}"
+        return f" What was done before is saved at step {step}; the same command goes on from there."
+
     def _stop_before_step(self, stop: StopRequest) -> NoReturn:
         """A rank was asked to stop and its data does not come: save what is done. Collective."""
         flags = self.ranks.gather_objects(stop.flags)
@@ -196,12 +228,10 @@ class Trainer:
         return math.floor(Fraction(str(self.config.data.max_hole_fraction)) * sequences)
 
     def _bound_holes(self, holes: int, step: Step) -> None:
-        """Stop, with everything before saved, when the step would go beyond the bound. Collective."""
+        """Stop when the step would go beyond the bound. Collective."""
         if self.state.holes + holes <= self._most_holes:
             return
         found = [damage for of_rank in self.ranks.gather_objects(step.damage) for damage in of_rank]
-        if self.state.step != self._saved_step:
-            self.save()
         raise TooManyHolesError(
             f"step {self.state.step + 1} has {holes} damaged sequences, and {self.state.holes} were missing before: "
             f"more than data.max_hole_fraction = {self.config.data.max_hole_fraction} of the run's sequences allows "
@@ -223,20 +253,26 @@ class Trainer:
         return every is not None and (self.state.step % every == 0 or self.state.step == self.config.total_steps)
 
     def evaluate(self) -> None:
-        """Score the held-out split and log it."""
+        """Score the held-out split and log it.
+
+        Raises:
+            UnreadableDataError: some of it can't be read; the evaluation is still due.
+        """
         started = time.perf_counter()
         self.engine.evaluating(True)
-        with Watchdog(list(self.data.heldout.items()), self.config.data.watchdog_seconds, self._tell_wait):
-            scores = evaluate(
-                self.engine.forward,
-                list(self.data.heldout.values()),
-                torch.from_numpy(self.data.tokenizer.piece_bytes),
-                self.config.training.micro_batch,
-                self.config.evaluation.sequences,
-                self.ranks,
-                self.config.objective.loss,
-            )
-        self.engine.evaluating(False)
+        try:
+            with Watchdog(list(self.data.heldout.items()), self.config.data.watchdog_seconds, self._tell_wait):
+                scores = evaluate(
+                    self.engine.forward,
+                    list(self.data.heldout.values()),
+                    torch.from_numpy(self.data.tokenizer.piece_bytes),
+                    self.config.training.micro_batch,
+                    self.config.evaluation.sequences,
+                    self.ranks,
+                    self.config.objective.loss,
+                )
+        finally:
+            self.engine.evaluating(False)
         self.state = replace(self.state, evaluated=True)
         if self.monitor:
             fields = evaluation_metrics(list(self.data.heldout), scores)

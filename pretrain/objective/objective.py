@@ -118,12 +118,12 @@ class Objective:
 
         Args:
             step: the step.
-            micro_batches: ``None``: this rank has no data and wants to stop.
+            micro_batches: ``None``: this rank has no data and wants to stop, or can't read it.
             previous: ``loss_range`` of the step before; ``None``: there is none.
             frequencies: ``routing.frequencies`` of the step before; ``None``: there is none.
 
         Returns:
-            how many of the step's sequences are missing, over all ranks; ``None`` if a rank wants to stop instead.
+            how many of the step's sequences are missing, over all ranks; ``None`` if a rank has no data.
         """
         if micro_batches is None:
             self._ranks.all_reduce(torch.tensor([0, 0, 0, 1], device=self._ranks.device))

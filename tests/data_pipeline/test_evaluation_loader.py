@@ -56,6 +56,15 @@ def test_an_evaluation_can_be_repeated(source: TokenSource) -> None:
     assert first == second
 
 
+def test_a_batch_of_nothing_is_as_one_that_only_fills_up(source: TokenSource) -> None:
+    loader = EvaluationLoader(source, rank=3, world_size=4, micro_batch=2, sequences=1, source_id=5)
+    (batch,) = loader
+    nothing = loader.nothing()
+    assert not nothing.loss_mask.any()
+    for name in ("rows", "loss_mask", "source_ids", "sample_ids", "run_positions"):
+        assert torch.equal(getattr(nothing, name), getattr(batch, name)), name
+
+
 def test_an_evaluation_of_nothing_is_refused(source: TokenSource) -> None:
     with pytest.raises(UserError, match="an evaluation of 0 sequences measures nothing"):
         EvaluationLoader(source, rank=0, world_size=1, micro_batch=4, sequences=0)

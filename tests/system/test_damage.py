@@ -13,7 +13,7 @@ from data_pipeline.explain import explain
 from data_pipeline.manifest import read_manifest
 from data_pipeline.stream import open_stream
 from pretrain.config import load_config
-from pretrain.monitor import read_metrics
+from pretrain.monitor import read_attempts, read_metrics
 from pretrain.report import write_report
 
 from .runs import Runs
@@ -94,13 +94,16 @@ def test_damage_stops_a_run_or_bounds_its_holes(damaged: Runs) -> None:
     assert "CRC32C" in stopped.stderr
     assert "pretrain-data verify" in stopped.stderr
     assert "data.on_damage=hole lets a run go on without the damaged blocks" in stopped.stderr
+    assert stopped.stderr.count("CRC32C is") == 1, "one rank tells it for all"
+    ended = read_attempts(damaged.run_folder("stop"))[-1]
+    assert (ended.reason, ended.exit_code, ended.last_step) == ("user_error", 2, first - 1)
 
     bounded = damaged.config("bounded", data={**damaged_data(damaged), "on_damage": "hole"})
-    ended = damaged.train(bounded)
-    assert f"step {first} has " in ended.stderr
-    assert "data.max_hole_fraction = 0.001 of the run's sequences allows (0)" in ended.stderr
+    too_many = damaged.train(bounded)
+    assert f"step {first} has " in too_many.stderr
+    assert "data.max_hole_fraction = 0.001 of the run's sequences allows (0)" in too_many.stderr
     if first > 1:
-        assert f"saved {damaged.run_folder('bounded')}/checkpoints/step_{first - 1:09d}" in ended.stdout
+        assert f"saved {damaged.run_folder('bounded')}/checkpoints/step_{first - 1:09d}" in too_many.stdout
     allowed = damaged.train(bounded, "data.max_hole_fraction=1.0")
     assert allowed.returncode == 0, allowed.stderr
     assert f"resumes from {damaged.run_folder('bounded')}/checkpoints/step_{first - 1:09d}" in allowed.stdout
