@@ -9,8 +9,8 @@ import unicodedata
 from pathlib import Path
 from typing import Any
 
-from ..errors import UserError
-from ..files import publish_bytes
+from ..errors import DataError, UserError
+from ..files import publish_bytes, sha256_file
 from ..storage import impatient
 from ..tokenizer import Tokenizer
 from .checked_files import read_record
@@ -118,7 +118,7 @@ def obtain_tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: St
             if not workspace.tokenizer.exists():
                 publish_bytes(workspace.tokenizer, tokenizer.model)
                 return tokenizer
-            return Tokenizer.load(workspace.tokenizer)
+            return _stored_tokenizer(workspace)
         assert settings.tokenizer.train is not None
         wanted |= {
             "sources": settings.agreed["sources"],
@@ -130,7 +130,7 @@ def obtain_tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: St
         }
         workspace.agree("tokenizer", wanted, share)
         if workspace.tokenizer.exists():
-            return Tokenizer.load(workspace.tokenizer)
+            return _stored_tokenizer(workspace)
         tokenizer = train_tokenizer(
             settings.tokenizer.train,
             settings.sources,
@@ -140,6 +140,21 @@ def obtain_tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: St
         )
         publish_bytes(workspace.tokenizer, tokenizer.model)
         return tokenizer
+
+
+def _stored_tokenizer(workspace: Workspace) -> Tokenizer:
+    """The tokenizer of the data set folder, which must be the one that its parts were begun with, if some were.
+
+    Raises:
+        DataError: it is another one.
+    """
+    plan = workspace.work / "plan.json"
+    if plan.exists() and sha256_file(workspace.tokenizer) != read_record(plan)["tokenizer"]:
+        raise DataError(
+            f"{workspace.tokenizer} was damaged or replaced: it is not the tokenizer that the data set was begun with. "
+            "Put that one back, or delete the folder and prepare again."
+        )
+    return Tokenizer.load(workspace.tokenizer)
 
 
 def _evaluation_texts(settings: PrepareSettings) -> dict[str, Any]:

@@ -215,6 +215,24 @@ def test_a_complete_set_without_a_record_of_what_was_asked_for(
     assert verify_dataset(folder, 1) == []
 
 
+@pytest.mark.parametrize("moment", ["after tokenise", "done"])
+def test_a_tokenizer_that_is_not_the_one_it_was(
+    plain: dict[str, Any], moments: dict[str, Path], tmp_path: Path, moment: str
+) -> None:
+    folder = tmp_path / "set"
+    shutil.copytree(moments[moment], folder)
+    path = folder / "tokenizer.model"
+    content = path.read_bytes()
+    for place in (0, 0.1, 0.5, 0.9):
+        turn_a_bit(path, place)
+        with pytest.raises(
+            DataError, match=rf"{path} was damaged or replaced: .* Put that one back, or delete the fol"
+        ):
+            prepare(build(plain, output=str(folder)))
+        path.write_bytes(content)
+    prepare(build(plain, output=str(folder)))
+
+
 @pytest.mark.parametrize("name", ["000001.tar", "000001.idx", "000001.docs.parquet", "000000.parquet"])
 def test_a_bit_that_turns_in_a_finished_shard_is_found_by_verify(
     plain: dict[str, Any], moments: dict[str, Path], tmp_path: Path, name: str
