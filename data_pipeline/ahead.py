@@ -55,6 +55,10 @@ class Ahead(Generic[Made]):
             self._changed.notify_all()
         self._thread.join(_PATIENCE_SECONDS)
 
+    def is_running(self) -> bool:
+        """Whether the thread may still make something: it was not closed, or is stuck."""
+        return self._thread.is_alive()
+
     def _run(self) -> None:
         try:
             while self._wait_for_room():

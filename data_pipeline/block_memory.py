@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -37,12 +37,23 @@ class BlockMemory:
         self._limit = limit
         self._room = np.empty((0, 1), np.uint8)
         self._used = np.zeros(0, np.bool_)
+        self.may_be_written: Callable[[], bool] = _never
+        """Asked before the memory is lent again: whether a thread of the last borrower still runs; it may be stuck in a
+        read that goes on later."""
 
     def lend(self, sources: Sequence[TokenSource]) -> list[KeptBlocks | None]:
         """The part of each source; all is forgotten that was kept before. ``None`` where there is no room for a block.
 
         Parts that were lent before must not be used any more.
+
+        Raises:
+            RuntimeError: they may still be.
         """
+        if self.may_be_written():
+            raise RuntimeError(
+                "this BlockMemory is still in use: the loader that it was lent to is not closed, or its thread is stuck in "
+                "a read. Close that loader, or give another BlockMemory."
+            )
         layouts = [source.manifest.layout for source in sources]
         counts = [int(source.shards.blocks.sum()) for source in sources]
         place = -(-max(layout.block_bytes for layout in layouts) // _LINE) * _LINE
@@ -124,3 +135,7 @@ class KeptBlocks:
     def keep(self, places: IntArray, blocks: IntArray) -> None:
         """What the places [n] were filled with are these blocks [n], checked."""
         self._numbers[places] = blocks + self._first
+
+
+def _never() -> bool:
+    return False

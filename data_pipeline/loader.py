@@ -52,6 +52,7 @@ class StepLoader:
         memory: keeps blocks of the sources; not for two loaders at once. None: one of its own.
 
     Raises:
+        RuntimeError: another loader still uses ``memory``.
         UserError: a batch can't be divided so, or the sources do not fit the order or one another.
     """
 
@@ -87,7 +88,8 @@ class StepLoader:
             end_step=end_step,
         )
         upcoming = Upcoming(schedule, order, sources)
-        self._reader = StepReader(upcoming, order, sources, BlockMemory() if memory is None else memory, on_damage)
+        memory = BlockMemory() if memory is None else memory
+        self._reader = StepReader(upcoming, order, sources, memory, on_damage)
         self._make = self._make_pinned if pin_memory else self._reader.next_step
         self.position = start_position
         """Where the next step begins."""
@@ -98,6 +100,8 @@ class StepLoader:
         if watchdog_seconds is not None:
             self._watchdog = Watchdog(list(zip(names, sources, strict=True)), watchdog_seconds, on_wait)
         self._ahead = Ahead(self._make, prefetch) if prefetch else None
+        if self._ahead:
+            memory.may_be_written = self._ahead.is_running
 
     def next_step(self) -> Step:
         """The next step.

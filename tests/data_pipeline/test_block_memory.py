@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from data_pipeline import step_reader
+from data_pipeline import ahead, step_reader
 from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.block_memory import BlockMemory
 from data_pipeline.errors import DataError
@@ -22,7 +23,7 @@ from data_pipeline.layout import shard_path
 from data_pipeline.loader import StepLoader
 from data_pipeline.order import Order, OrderSource
 from data_pipeline.reader import TokenSource
-from data_pipeline.shard_files import OpenFile, ShardFiles
+from data_pipeline.shard_files import LocalShards, OpenFile, ShardFiles
 from data_pipeline.step_reader import Step
 from data_pipeline.testing import write_token_dataset
 from data_pipeline.windowed import Windows
@@ -188,6 +189,31 @@ def test_memory_that_is_lent_again_is_the_same_memory_and_empty(folders: list[Pa
     with loader_of(order_of(again), again, memory=memory) as loader:
         assert [rows_of(step) for step in loader] == tokens_of(order_of(again), sources_of(folders[:1]), 120)
     assert memory._room is room
+
+
+def test_memory_in_which_a_stuck_thread_may_write_is_not_lent(copied: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ahead, "_PATIENCE_SECONDS", 0.05)
+    memory, sources = BlockMemory(), [TokenSource(copied, "web", "train", SEQ)]
+    order, reading, answers = order_of(sources), threading.Event(), threading.Event()
+
+    def stuck(files: LocalShards, *place: Any) -> OpenFile:
+        reading.set()
+        answers.wait(60)
+        return opened(files, *place)
+
+    opened = LocalShards.open
+    monkeypatch.setattr(LocalShards, "open", stuck)
+    loader = loader_of(order, sources, memory=memory, prefetch=2)
+    reading.wait(60)
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match=r"still in use: .* not closed, or .* stuck .* give another BlockMemory"):
+            loader_of(order, sources, memory=memory)
+        loader.close()
+    answers.set()
+    while loader._ahead and loader._ahead.is_running():
+        time.sleep(0.01)
+    with loader_of(order, sources, memory=memory) as again:
+        assert [rows_of(step) for step in again] == tokens_of(order, sources, 120)
 
 
 @pytest.mark.usefixtures("either_kernel")
