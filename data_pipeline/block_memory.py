@@ -51,8 +51,8 @@ class BlockMemory:
         """
         if self.may_be_written():
             raise RuntimeError(
-                "this BlockMemory is still in use: the loader that it was lent to is not closed, or its thread is stuck in "
-                "a read. Close that loader, or give another BlockMemory."
+                "this BlockMemory is still in use: the loader it was lent to is not closed, or its thread is stuck "
+                "in a read. Close that loader, or give another BlockMemory."
             )
         layouts = [source.manifest.layout for source in sources]
         counts = [int(source.shards.blocks.sum()) for source in sources]

@@ -11,7 +11,7 @@ from typing import Any, BinaryIO, NamedTuple
 import crc32c
 import numpy as np
 
-from .damage import HOLES_ADVICE, OnDamage, Reason
+from .damage import HOLES_ADVICE, DamagedBlockError, OnDamage, Reason
 from .errors import DataError
 from .layout import BlockLayout
 from .open_files import OpenFile, RecentlyUsed, open_files_limit
@@ -50,7 +50,7 @@ class RemoteShards(ShardFiles):
         self._cache = NodeCache(store.settings.cache)
         self._files: RecentlyUsed[Piece, OpenFile] = RecentlyUsed(open_files_limit(), OpenFile.close)
         self._coming: dict[Piece, Future[OpenFile]] = {}
-        self._lost: dict[Piece, StorageError] = {}
+        self._lost: dict[Piece, StorageError | DamagedBlockError] = {}
         self._fetched_again: set[Piece] = set()
         self._as_found: set[Piece] = set()
         self._pool: ThreadPoolExecutor | None = None
@@ -75,7 +75,12 @@ class RemoteShards(ShardFiles):
                 raise self._with_a_way_out(error, shard, block, self._advice) from error
             self._lost[piece] = error
             reason: Reason = "missing" if isinstance(error, MissingFileError) or error.transient else "short"
-            raise self.damage(shard, block, reason, f"block {block}, can't be read: {error.reason}") from error
+            where = f"block {block} at byte offset {self.layout.data_offset(block)}"
+            raise self.damage(shard, block, reason, f"{where}, can't be read: {error.reason}") from error
+        except DamagedBlockError as error:
+            if piece in self._fetched_again:
+                self._lost[piece] = error
+            raise
 
     def again(self, shard: int, span: tuple[int, int] | None) -> bool:
         piece = self.piece(shard, span)
@@ -153,7 +158,7 @@ class RemoteShards(ShardFiles):
         """``error``; where it is of a command, with ``advice`` for a file that is not there: no command can say so."""
         if self._store.ranges:
             return error
-        reason = f"{error.reason} (wanted for block {block}, at byte offset {self.layout.data_offset(block)})"
+        reason = f"{error.reason} (wanted for block {block} at byte offset {self.layout.data_offset(block)})"
         told = f"{error.advice} If the file is not there: {advice} {HOLES_ADVICE}"
         return StorageError(error.root, error.name, error.start, reason, told, transient=error.transient)
 
@@ -229,10 +234,30 @@ class RemoteShards(ShardFiles):
             self._store.fetch(name, hashing, int(self.shards.bytes[shard]))  # type: ignore[arg-type]  # only appends
             if hashing.sha256.digest() == expected:
                 return
-        raise DataError(
-            f"shard {self.where(shard)} is damaged: its SHA-256 is {hashing.sha256.hexdigest()}, the manifest says "
-            f"{expected.hex()}, and fetching it again gave no other. Restore it from a copy."
-        )
+        with self._counting:
+            self._fetched_again.add(piece)
+        raise self._damage_in(shard, to)
+
+    def _damage_in(self, shard: int, whole: BinaryIO) -> DamagedBlockError:
+        """What is wrong first with a ``whole`` shard that has its size and not its SHA-256."""
+        layout, name = self.layout, self.shards.names[shard]
+        expected = self.checksums(shard, 0)
+        outside: tuple[int, int] | None = None
+        whole.seek(0)
+        for block in range(len(expected)):
+            head = layout.member_head(name, block)
+            member = whole.read(layout.member_stride)
+            data = member[len(head) : len(head) + layout.block_bytes]
+            if (found := crc32c.crc32c(data)) != expected[block]:
+                return self.wrong_checksum(shard, block, found, int(expected[block]))
+            written = head + data + layout.member_tail()
+            if outside is None and member != written:
+                at = next(at for at, (one, other) in enumerate(zip(member, written, strict=True)) if one != other)
+                outside = block, block * layout.member_stride + at
+        block, offset = outside or (len(expected) - 1, len(expected) * layout.member_stride)
+        where = f"block {block}: a tar header, padding or the end of the archive, from byte offset {offset} on"
+        told = f"{where}, is not as written, though all tokens are: the SHA-256 is not the one that the manifest says"
+        return self.damage(shard, block, "checksum", told)
 
     def _fill_window(self, piece: Piece, to: BinaryIO) -> None:
         self._count()

@@ -200,7 +200,8 @@ class LocalShards(ShardFiles):
             try:
                 file = OpenFile(io.FileIO(path), 0, path)
             except FileNotFoundError as error:
-                what = f"which the manifest lists with {self.shards.tokens[shard]} tokens, is missing"
+                wanted = f"wanted for block {block} at byte offset {self.layout.data_offset(block)}"
+                what = f"which the manifest lists with {self.shards.tokens[shard]} tokens, is missing ({wanted})"
                 raise self.damage(shard, block, "missing", what) from error
             self._files.put(shard, file)
         return file

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from data_pipeline.batch_plan import BatchPlan
-from data_pipeline.damage import Damage
+from data_pipeline.damage import HOLES_ADVICE, Damage
 from data_pipeline.errors import DataError
 from data_pipeline.layout import BlockLayout, shard_path
 from data_pipeline.loader import EvaluationLoader, Step, StepLoader
@@ -184,11 +184,38 @@ def test_holes_keep_their_positions_and_nothing_else_changes(name: str, bench: B
     assert holes == len(lost) * PER_BLOCK
 
 
+PLACED = r"shard {root}.*/00000[12]\.tar, block \d+ at byte offset \d+ is damaged: its CRC32C is .* was recorded"
+CUT = r"shard {root}/shards/000001\.tar has \d+ bytes where the manifest says \d+\."
+CUT_OUTPUT = (
+    r"shard {root} with shards/000001\.tar, block \d+ at byte offset \d+, can't be read: the command ended well after "
+    r"\d+ bytes, but the file has \d+\."
+)
+INDEX = r"the block index {root}.*/000001\.idx is (missing|not the one the manifest names)"
+STOPS = {
+    "header": r"shard {root}.*/000001\.tar, block 5: a tar header, .* from byte offset 5268 on, is not as written",
+    **dict.fromkeys(("payload", "look-ahead", "zeroed", "duplicated", "swapped"), PLACED),
+    **{name: CUT for name in CASES if name.startswith("cut")},
+    "missing": r"shard {root}/shards/000001\.tar is missing: the manifest lists it with 1536 tokens\.",
+    "no index": INDEX,
+    "foreign index": INDEX,
+}
+COMMAND_STOPS = {
+    **{name: CUT_OUTPUT for name in CASES if name.startswith("cut")},
+    "missing": r"{root} with shards/000001\.tar: the command ended .*No such file .* \(wanted for block \d+ at "
+    r"byte offset \d+\)\..* If the file is not there: Look what the command {root} does, and restore there",
+    "no index": r"{root} with shards/000001\.idx: the command ended .*No such file .* \(wanted for block \d+ at "
+    r"byte offset \d+\)\..* If the file is not there: Write shards/000001\.idx again",
+}
+"""What a command can't know."""
+
+
 @pytest.mark.parametrize("name", list(CASES))
-def test_stop_names_the_shard_before_a_wrong_token_is_handed_out(name: str, bench: Bench, whole: Path) -> None:
+def test_stop_says_what_is_wrong_before_a_wrong_token_is_handed_out(name: str, bench: Bench, whole: Path) -> None:
+    """Shard, block and byte, cause, what to do, and that `hole` would go on, wherever the shard lies."""
     case = CASES[name]
     undamaged = list(bench.steps(TokenSource(whole, "web", "train", SEQ), "stop"))
     case.damage(shard_path(bench.folder, "000001"))
+    piped = bench.root.startswith("pipe:")
     harmless = name == "header" and (bench.windowed or not bench.source("hole").remote)
     handed_out: list[Step] = []
 
@@ -200,8 +227,15 @@ def test_stop_names_the_shard_before_a_wrong_token_is_handed_out(name: str, benc
         run()
         assert len(handed_out) == len(undamaged)
     else:
-        with pytest.raises(DataError, match=r"00000[12]\.(tar|idx)"):
+        with pytest.raises(DataError) as raised:
             run()
+        message = str(raised.value)
+        expected = (STOPS | COMMAND_STOPS if piped else STOPS)[name].replace("{root}", re.escape(bench.root))
+        assert re.match(expected, message), message
+        assert re.search(
+            r"restore there what is wrong|then restore what is wrong from a copy|--rebuild-sidecars", message
+        )
+        assert message.endswith(HOLES_ADVICE)
     for before, after in zip(undamaged, handed_out, strict=False):
         assert all(torch.equal(a.rows, b.rows) for a, b in zip(before.micro_batches, after.micro_batches, strict=True))
 

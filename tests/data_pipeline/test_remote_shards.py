@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from data_pipeline.damage import DamagedBlockError, OnDamage
 from data_pipeline.layout import shard_path
 from data_pipeline.manifest import read_manifest
 from data_pipeline.remote_shards import RemoteShards
@@ -39,11 +40,11 @@ def server(folder: Path) -> Iterator[HttpServer]:
         yield running
 
 
-def pieces_of(folder: Path, server: HttpServer, tmp_path: Path) -> RemoteShards:
+def pieces_of(folder: Path, server: HttpServer, tmp_path: Path, on_damage: OnDamage = "hole") -> RemoteShards:
     remote = RemoteSettings(parallel=1, first_backoff_seconds=0.001, longest_backoff_seconds=0.01)
     storage = StorageSettings(cache=CacheSettings(folder=str(tmp_path / "cache")), remote=remote)
     manifest = read_manifest(folder)
-    return RemoteShards(open_store(server.url, storage), manifest.shards, manifest.layout, "hole")
+    return RemoteShards(open_store(server.url, storage), manifest.shards, manifest.layout, on_damage)
 
 
 @pytest.mark.parametrize("span", [(0, 8), None])
@@ -78,3 +79,21 @@ def test_pieces_that_nobody_opens_hold_nothing_up(folder: Path, server: HttpServ
         pieces.open(0, first, (first, first + 4))
     assert server.gets.total() == asked
     pieces.close()
+
+
+@pytest.mark.parametrize("span", [(0, 8), None])
+def test_under_stop_what_stays_damaged_is_not_fetched_for_each_of_its_blocks(
+    folder: Path, server: HttpServer, tmp_path: Path, span: tuple[int, int] | None
+) -> None:
+    pieces = pieces_of(folder, server, tmp_path, "stop")
+    asked: list[int] = []
+    for block in (0, 1, 5, 6):
+        for _ in range(2):
+            with pytest.raises(DamagedBlockError, match=rf"block {DAMAGED} at byte offset .* is damaged: its CRC32C"):
+                pieces.open(0, block, span)
+            if not pieces.again(0, span):
+                break
+        asked.append(server.gets.total())
+    assert asked[0] > 1, "damage is looked at once more, for it may come from the network"
+    assert asked[-1] == asked[0]
+    pieces.open(1, 0, span)
