@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data_pipeline.prepare import checked_files
 from data_pipeline.prepare.checked_files import publish_rows
 from data_pipeline.prepare.runs import DROP_DTYPE, Documents, Run, write_run
 from tests.data_pipeline.prepared import make_texts, plain_settings, run
@@ -51,16 +52,28 @@ def large_run(tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("deduplicated", [False, True])
-def test_a_shard_costs_what_it_holds_not_what_the_run_holds(large_run: Path, deduplicated: bool) -> None:
+def test_a_shard_costs_what_it_holds_not_what_the_run_holds(
+    large_run: Path, deduplicated: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The run's first 50,000 documents are another split's; of all the rest every other one is a duplicate."""
     first, last = 50_000, 200_000
     run = Run(str(large_run), first, last, deduplicated)
     keys = np.ascontiguousarray(run.table().rows(first, last)["key"])
     stays = np.arange(first, last) % 2 == 1 if deduplicated else np.ones(last - first, bool)
+    checked: list[int] = []
+    block_sum = checked_files._block_sum
+
+    def counted(content: memoryview, seed: int, block: int) -> int:
+        checked.append(len(content))
+        return block_sum(content, seed, block)
+
+    monkeypatch.setattr(checked_files, "_block_sum", counted)
     for k in (2_600, 3_117, 9_999):
         low, high = (k << 64) // 10_000, ((k + 1) << 64) // 10_000
         tracemalloc.start()
+        checked.clear()
         found = run.read(low, high, np.dtype("<u2"))
+        assert sum(checked) < 60_000, "more was checked than is taken, and its neighbours"
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
         assert found is not None
