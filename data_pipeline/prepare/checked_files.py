@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import io
 import json
+import mmap
 import re
 import struct
 from bisect import bisect_left
@@ -94,10 +95,10 @@ class CheckedRows:
             end, blocks = _HEAD.size + rows * row_bytes, -(-rows // self._per_block)
             if (size := handle.seek(0, io.SEEK_END)) != end + blocks * SUM.itemsize:
                 raise DamagedFileError(path, f"has {size:,} bytes, not as many as were written")
-            content = np.memmap(handle, np.uint8, "r").view(np.ndarray)
-        self._rows: npt.NDArray[Any] = np.ndarray((rows,), dtype, content.data, _HEAD.size)
-        self._sums: npt.NDArray[np.uint32] = np.ndarray((blocks,), SUM, content.data, end)
-        self._content = content.data[_HEAD.size : end]
+            content = memoryview(mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ))
+        self._rows: npt.NDArray[Any] = np.ndarray((rows,), dtype, content, _HEAD.size)
+        self._sums: npt.NDArray[np.uint32] = np.ndarray((blocks,), SUM, content, end)
+        self._content = content[_HEAD.size : end]
         self._block_bytes = self._per_block * row_bytes
 
     def __len__(self) -> int:
