@@ -173,8 +173,14 @@ class Order:
             raise ValueError(f"source {self.sources[source].name!r} has {size} sequences, none of number {strange[0]}")
 
 
-def difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
-    """What differs between two :meth:`Order.identity` values, in words; empty when they give the same order."""
+def difference(saved: Mapping[str, Any], current: Mapping[str, Any], position: int | None = None) -> str:
+    """What differs between two :meth:`Order.identity` values, in words; empty when they give the same order.
+
+    With a ``position``: the same order before it. A phase that begins there or later changes nothing of what comes
+    before, in either mode: positions are counted from the start of their phase, draws over the phases before it.
+    """
+    if position is not None:
+        saved, current = _before(position, saved), _before(position, current)
     changes = [
         f"{words} was {saved[key]} and is now {current[key]}"
         for key, words in (
@@ -200,6 +206,11 @@ def difference(saved: Mapping[str, Any], current: Mapping[str, Any]) -> str:
             changes.append(f"the sources stood in the order {', '.join(before)} and now stand in {', '.join(now)}")
         changes += _phase_changes(saved, current)
     return "; ".join(changes)
+
+
+def _before(position: int, identity: Mapping[str, Any]) -> dict[str, Any]:
+    phases = [phase for phase in identity["phases"] if phase["start"] < max(position, 1)]
+    return {**identity, "phases": phases}
 
 
 def _phase_changes(saved: Mapping[str, Any], current: Mapping[str, Any]) -> list[str]:

@@ -14,14 +14,13 @@ from data_pipeline.errors import HeadraceError
 from data_pipeline.explain import Reading
 
 from .agreement import together
-from .checkpoint import complete_checkpoints, read_state, step_of
+from .checkpoint import read_state, step_of
 from .config import Config
 from .data import RunData, stretch_of_run
 from .distributed import Distributed
 from .engine import Engine
 from .monitor import MetricValue, Monitor
 from .objective import Objective
-from .run_folder import CHECKPOINTS
 from .stability import Incident, Past, without_checkpoint
 from .stability.rollbacks import Rollback, record_rollback
 from .stability.suspects import Suspect, name_samples, suspicious
@@ -52,8 +51,8 @@ class Incidents:
     engine: Engine
     monitor: Monitor | None
     """On rank 0."""
-    finish_save: Callable[[], object]
-    """Waits until no checkpoint is being written. Collective."""
+    newest_checkpoint: Callable[[], Path | None]
+    """The one that the run would go back to, when none is being written. Collective."""
 
     def meet(
         self, incident: Incident, past: Past, objective: Objective, step: Step, state: TrainState, holes: int
@@ -70,7 +69,7 @@ class Incidents:
         broken = non_finite_weights(self.engine, self.ranks) if incident.kind == "non_finite" else ""
         if broken and incident.action == "skip":
             incident = replace(incident, action="stop", bound=f"its weights are not finite any more: {broken}")
-        origin = self._newest() if incident.action == "rollback" else None
+        origin = self.newest_checkpoint() if incident.action == "rollback" else None
         if incident.action == "rollback" and origin is None:
             incident = without_checkpoint(self.config.stability, past, incident)
         if incident.action == "rollback" and origin is not None:
@@ -115,14 +114,6 @@ class Incidents:
         except (HeadraceError, OSError):
             return []  # their table can't be read just now: the position names them too
         return [part.id for part in row.documents]
-
-    def _newest(self) -> Path | None:
-        """The run's newest complete checkpoint."""
-        self.finish_save()
-        folder = self.config.run_folder / CHECKPOINTS
-        found = together(self.ranks, lambda: complete_checkpoints(folder)[-1:] if self.ranks.rank == 0 else [])
-        newest: list[Path] = self.ranks.broadcast_object(found)
-        return newest[0] if newest else None
 
     def _go_back(self, incident: Incident, origin: Path, step: Step, state: TrainState, told: str) -> None:
         steps, first = self.config.stability.drop_steps, step_of(origin)

@@ -19,6 +19,9 @@ from .objective import LossRange, StepStatistics
 from .run_folder import plain, versions
 from .stability.rollbacks import Range, ahead, merged, read_rollbacks
 
+PLACES = {"run.name", "run.folder", "resume"}
+"""Settings that say where a run lies, and from where it goes on, not what it is."""
+
 FORMAT = 5
 """5: what decisions on later steps hang on (``skips``, ``losses``), ``skipped``, and ``left_out``."""
 
@@ -119,7 +122,7 @@ def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) 
         _model(config, data),
         "Give its settings back, or choose another run.name",
     )
-    change = _accepted_change(path, config, saved["data"], data.identity, saved["position"])
+    change = _accepted_change(path, config, saved, data.identity)
     _same_precision(path, saved["topology"]["precision"], config.training.precision)
     state = TrainState(**{name: saved[name] for name in TrainState.__dataclass_fields__})
     loss_range = LossRange(**saved["loss_range"]) if saved["loss_range"] else None
@@ -153,8 +156,10 @@ def rewound_state(path: Path, config: Config, data: RunData) -> TrainState:
         DataError: ``state.json`` can't be read.
     """
     saved = read_state(path)
-    others = [{key: value for key, value in side.items() if key != "order"} for side in (saved["data"], data.identity)]
-    if changed := difference(saved["data"]["order"], data.identity["order"]) or _differences(*others):
+    sides = (saved["data"], data.identity)
+    others = [{key: value for key, value in side.items() if key != "order"} for side in sides]
+    orders = [side["order"] for side in sides]
+    if changed := difference(orders[0], orders[1], saved["position"]) or _differences(*others):
         raise UserError(
             f"training.rewind: {path} stands at position {saved['position']} of other data than this run's ({changed})."
             " Give that run's data settings, or rewind=false."
@@ -173,7 +178,7 @@ def rewound_state(path: Path, config: Config, data: RunData) -> TrainState:
 def config_changes(path: Path, config: Config) -> list[str]:
     """The settings of the run that differ from those a checkpoint was saved with, as ``key: old -> new``."""
     there, here = (_flat(content) for content in (read_state(path)["config"], plain(config)))
-    keys = sorted(key for key in there.keys() | here.keys() if not key.startswith(("run.", "resume")))
+    keys = sorted((there.keys() | here.keys()) - PLACES)
     return [f"{key}: {there.get(key)!r} -> {here.get(key)!r}" for key in keys if there.get(key) != here.get(key)]
 
 
@@ -311,10 +316,19 @@ def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) and len(value) == 64 else repr(value)
 
 
-def _accepted_change(path: Path, config: Config, there: dict[str, Any], here: dict[str, Any], position: int) -> str:
-    """How the data differs from the checkpoint's, where that is accepted; "" where it does not."""
+def _accepted_change(path: Path, config: Config, saved: dict[str, Any], here: dict[str, Any]) -> str:
+    """How the data, or its order up to the checkpoint's position, differs, where that is accepted; "" if it does not.
+
+    What phases of the mixture that begin later hold may change freely, as may ranges that are skipped later.
+    """
+    there, given = saved["data"], config.data.accept_change
     others = [{key: value for key, value in side.items() if key != "order"} for side in (there, here)]
-    order, data = difference(there["order"], here["order"]), _differences(others[0], others[1])
+    order, data = difference(there["order"], here["order"], saved["position"]), _differences(others[0], others[1])
+    if not order and not data and given not in (None, saved["config"]["data"].get("accept_change")):
+        raise UserError(
+            f"data.accept_change = {given!r} is the code of no change that {path} waits for: the data and its order "
+            "up to there are the checkpoint's. Take it away."
+        )
     if not order and not data:
         return ""
     again = "counted from position 0 on, so that sequences that were read may come again, and others never"
@@ -322,11 +336,11 @@ def _accepted_change(path: Path, config: Config, there: dict[str, Any], here: di
     what += [f"the data differs ({data})"] if data else []
     # begins with a letter, or one code in 300 would be a number on the command line, and no string
     code = "c" + hashlib.sha256(json.dumps([there, here], sort_keys=True).encode()).hexdigest()[:11]
-    if config.data.accept_change == code:
+    if given == code:
         return "; ".join(what)
     raise UserError(
         f"{path} can't be resumed: {'; '.join(what)}. Give the data settings back, or choose another run.name. Other "
-        f"weights from here on, nothing read twice, are one more phase: `data.phases` with `start: {position}`, the "
-        "sources' own weights as they were. If the run is to go on with the other data all the same, give "
-        f"data.accept_change={code}: the run records it."
+        "weights from here on, nothing read twice, are one more phase, which is not refused: `data.phases` with "
+        f"`start: {saved['position']}`, the sources' own weights and earlier phases as they were. To go on with the "
+        f"other data all the same, give data.accept_change={code}: the run records it."
     )

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from fractions import Fraction
 from functools import cached_property
+from pathlib import Path
 from typing import NoReturn
 
 import torch
@@ -92,7 +93,7 @@ class Trainer:
         self._progress = Progress(config, self.data, ranks, engine, self.monitor) if self.monitor else None
         alone = config.engine.zero_stage < 3 and config.engine.expert_parallel == 1
         self._stragglers = Stragglers(config.resilience, ranks, alone)
-        self._incidents = Incidents(config, self.data, ranks, engine, self.monitor, self.finish_save)
+        self._incidents = Incidents(config, self.data, ranks, engine, self.monitor, self._newest_checkpoint)
 
     def train(self, stop: StopRequest) -> None:
         """Train to the configured end.
@@ -298,6 +299,10 @@ class Trainer:
         self._saved_step = self.state.step
         if not self.config.checkpoint.asynchronous:
             self.finish_save()
+
+    def _newest_checkpoint(self) -> Path | None:
+        self.finish_save()
+        return self.store.newest()
 
     def finish_save(self) -> None:
         """Wait for the save that goes on, if there is one. Collective."""

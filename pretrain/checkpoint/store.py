@@ -29,6 +29,7 @@ import torch
 
 from data_pipeline.errors import DataError, HeadraceError, UserError
 from data_pipeline.files import fsync_folder, publish, publish_json
+from pretrain.agreement import together
 from pretrain.config import CheckpointSettings
 from pretrain.distributed import Distributed
 from pretrain.engine import Engine
@@ -265,6 +266,26 @@ class CheckpointStore:
             self._ranks.barrier()
             return fetched[0], found
         return intact, found
+
+    def newest(self) -> Path | None:
+        """The newest complete checkpoint, as :meth:`find` would take it; one that only the second place has is fetched.
+
+        Hashes are not read of one that lies in the run folder.
+
+        Raises:
+            DataError: as :meth:`find`.
+        """
+        looked = together(self._ranks, lambda: self._look() if self._ranks.rank == 0 else (None, None))
+        here, there = self._ranks.broadcast_object(looked)
+        if there is not None and (here is None or there > here.name):
+            return self.find()[0]
+        return here
+
+    def _look(self) -> tuple[Path | None, str | None]:
+        """The newest complete checkpoint in the run folder, and the name of that in the second place, if it answers."""
+        here = complete_checkpoints(self._folder)
+        names = (attempt_copy(self._second.complete)[0] or []) if self._second else []
+        return here[-1] if here else None, names[-1] if names else None
 
     def _fetch_newer(self, intact: Path | None, found: list[str]) -> tuple[Path, list[FileRecord]] | None:
         """Bring the newest checkpoint of the second place that is newer than ``intact`` into a draft in the first.

@@ -69,7 +69,7 @@ def ahead(rollbacks: tuple[Rollback, ...], position: int) -> tuple[Rollback, ...
     """Those whose ranges a run that stands at ``position`` has still before it, beginning there at the earliest.
 
     It stands within a range where the checkpoint that it goes on from was not known when the run decided to go back:
-    the run folder had lost it, and the second place had not.
+    the run folder had lost it, and the second place, which had not, did not answer then.
     """
     return tuple(
         rollback.model_copy(update={"start": max(rollback.start, position)})

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.mixture import Phase
-from data_pipeline.order import Located, Mode, Order, OrderSource
+from data_pipeline.order import Located, Mode, Order, OrderSource, difference
 from data_pipeline.permutation import LARGEST, IntArray
 from data_pipeline.windows import Windows
 
@@ -257,3 +257,16 @@ def test_batches_from_a_sorted_corpus_are_as_mixed_as_independent_draws_or_bette
         batch, batches = sorted_corpus_spread(order, 256, 256, start)
         assert one[0] <= batch <= one[1]
         assert eight[0] <= batches <= eight[1]
+
+
+@modes
+@pytest.mark.parametrize("start", [1, 1000, 1003, 70_000, 100_001])
+def test_a_phase_changes_nothing_before_it(mode: Mode, windows: Windows | None, start: int) -> None:
+    kept = [phase for phase in PHASES if phase.start < start]
+    later = [Phase(start, {"code": 1, "docs": 5, "one": 1}), Phase(start + 9, {"code": 0, "docs": 1, "one": 0})]
+    one, other = Order(3, SOURCES, PHASES, mode, windows), Order(3, SOURCES, [*kept, *later], mode, windows)
+    first = max(0, start - 3000)
+    located = [order.locate(first, start - first) for order in (one, other)]
+    assert all(np.array_equal(here, there) for here, there in zip(*located, strict=True))
+    assert difference(one.identity(), other.identity(), start) == ""
+    assert difference(one.identity(), other.identity(), start + 1) != ""

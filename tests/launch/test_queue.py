@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import tenacity
 
-from launch import sweep
+from launch import queue, sweep
 from launch.queue import JOBS_FILE, Queued, SlurmError, in_the_queue, queued, remember, remembered
 
 
@@ -65,3 +65,12 @@ def test_a_half_written_line_of_jobs_neither_hurts_the_reader_nor_the_next_line(
     assert remembered(tmp_path) == ["7"]
     remember(tmp_path, "8", [])
     assert remembered(tmp_path) == ["7", "8"]
+
+
+def test_the_first_line_of_jobs_is_only_appended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Another that submits at once may have begun the file by then, which must not be written over."""
+    written: list[Path] = []
+    monkeypatch.setattr(queue.lines, "publish_bytes", lambda path, content: written.append(path))
+    remember(tmp_path, "7", [])
+    assert not written
+    assert remembered(tmp_path) == ["7"]

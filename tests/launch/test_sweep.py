@@ -15,7 +15,7 @@ from launch.preflight import Request, cluster
 from launch.slurm import node_range
 from launch.sweep_settings import load_sweep
 from pretrain.model import count_parameters
-from pretrain.monitor import AttemptsLog
+from pretrain.monitor import AttemptsLog, Reason
 from tests.system.runs import Runs
 
 from .runs_of_tests import write_steps
@@ -109,8 +109,10 @@ def pretend(monkeypatch: pytest.MonkeyPatch, failing: str = "") -> list[str]:
         write_steps(folder, 20)
         log, bad = AttemptsLog(folder), folder.name == failing
         number = log.start(hosts=["h"], world_size=1, versions={}, first_step=1, resumed_from=None)
-        reason, code = ("non_finite", 1) if bad else ("done", 0)
-        log.stop(number, last_step=20, reason=reason, exit_code=code, message="loss nan" if bad else "")  # type: ignore[arg-type]
+        reason: Reason = "non_finite" if bad else "done"
+        code = int(bad)
+        message = "loss nan" if bad else ""
+        log.stop(number, last_step=20, reason=reason, exit_code=code, message=message)
         return type("Done", (), {"returncode": code})
 
     monkeypatch.setattr(sweeps.subprocess, "run", run)

@@ -17,6 +17,7 @@ from data_pipeline.errors import DataError, UserError
 from pretrain.__main__ import app
 from pretrain.export.export import export_checkpoint
 from pretrain.export.layouts import LAYOUTS, choose_layout
+from pretrain.export.names import LayoutName
 from pretrain.export.read import FolderWeights
 from pretrain.initial_weights import CheckpointWeights, open_weights
 from pretrain.model import ModelSettings
@@ -142,12 +143,13 @@ def test_a_layout_that_is_asked_for_is_taken_or_refused(root: Path, tmp_path: Pa
     assert export_checkpoint(checkpoint(root, "plain"), tmp_path / "out", layout="mixtral").bytes
     dense = ModelSettings(hidden_size=32, layers=2, heads=4, intermediate_size=48)
     assert [choose_layout(dense), choose_layout(dense, "mistral")] == ["llama", "mistral"]
-    for layout, reason in (
+    refused: tuple[tuple[LayoutName, str], ...] = (
         ("qwen3_moe", "qwen3_moe: model.qk_norm is false, there it is true"),
         ("llama", "llama: model.experts is given, and it has none"),
-    ):
+    )
+    for layout, reason in refused:
         with pytest.raises(UserError) as refusal:
-            export_checkpoint(checkpoint(root, "plain"), tmp_path / "other", layout=layout)  # type: ignore[arg-type]
+            export_checkpoint(checkpoint(root, "plain"), tmp_path / "other", layout=layout)
         assert str(refusal.value).startswith("the model can't be exported in the layout that was asked for. " + reason)
     with pytest.raises(UserError, match=r"mixtral: model.experts is null, and it has them"):
         choose_layout(dense, "mixtral")

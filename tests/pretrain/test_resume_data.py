@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -17,7 +18,7 @@ from pretrain.check import check_run
 from pretrain.config import Config
 from pretrain.data import open_data
 from pretrain.distributed import Distributed
-from pretrain.state import TrainState, checkpoint_end, checkpoint_state, end_position, resume_state
+from pretrain.state import TrainState, checkpoint_end, checkpoint_state, config_changes, end_position, resume_state
 
 from .steps import tiny_config
 
@@ -63,7 +64,7 @@ def resume(path: Path, settings: Config) -> TrainState:
     [
         ({"run": {"name": "x", "seed": 8}}, "the seed was 7 and is now 8"),
         ({"data": {"order": "windowed"}}, "the order's mode was full and is now windowed"),
-        ({"data": {"phases": [{"start": 20, "weights": {"a": 1, "b": 3}}]}}, "the mixture's phases started at"),
+        ({"data": {"phases": [{"start": 15, "weights": {"a": 1, "b": 3}}]}}, "the mixture's phases started at"),
         ({"data": {"seq_len": 32}}, "seq_len: 16 in the checkpoint, 32 now"),
     ],
 )
@@ -104,6 +105,38 @@ def test_another_data_set_is_refused_and_a_code_holds_for_one_change_only(
     again = resume(tmp_path / "next", config(tmp_path / "other9"))
     assert again.data_changes == state.data_changes, "the record goes on, and nothing is accepted twice"
     assert resume(checkpoint, config(folder)).data_changes == ()
+
+
+def test_phases_may_change_only_ahead(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, checkpoint = saved
+
+    def phased(*phases: tuple[int, int]) -> Config:
+        return config(folder, data={"phases": [{"start": start, "weights": {"a": 1, "b": b}} for start, b in phases]})
+
+    save(tmp_path / "phased", phased((9, 2), (16, 3), (20, 5)))
+    for ahead in (phased((9, 2)), phased((9, 2), (17, 1)), phased((9, 2), (16, 3), (20, 6))):
+        assert resume(tmp_path / "phased", ahead).data_changes == ()
+        located = [open_data(each).order.locate(0, 16) for each in (phased((9, 2), (16, 3), (20, 5)), ahead)]
+        assert all(np.array_equal(one, other) for one, other in zip(*located, strict=True))
+    assert resume(checkpoint, phased((16, 3))).position == 16
+    for before in (phased((9, 3), (16, 3)), phased((8, 2)), phased((9, 2), (15, 2)), config(folder)):
+        with pytest.raises(UserError, match="the order of the data differs"):
+            resume(tmp_path / "phased", before)
+
+
+def test_a_code_of_no_change_is_refused(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, checkpoint = saved
+    with pytest.raises(UserError, match=r"data.accept_change = 'bogus' is the code of no change that .* Take it away"):
+        resume(checkpoint, config(folder, data={"accept_change": "bogus"}))
+    used = config(folder, data={"accept_change": "c0"})
+    save(tmp_path / "used", used)
+    assert resume(tmp_path / "used", used).data_changes == (), "it was accepted before this checkpoint"
+
+
+def test_what_is_another_setting_now_is_listed(saved: tuple[Path, Path], tmp_path: Path) -> None:
+    folder, checkpoint = saved
+    other = config(folder, run={"name": "other", "seed": 8}, data={"prefetch": 1})
+    assert config_changes(checkpoint, other) == ["data.prefetch: 4 -> 1", "run.seed: 7 -> 8"]
 
 
 def test_skipped_ranges_may_change_only_ahead(saved: tuple[Path, Path], tmp_path: Path) -> None:

@@ -4,22 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
+import yaml
 
 from data_pipeline.errors import UserError
+from data_pipeline.history import read_history
+from data_pipeline.when_seen import when_seen
 from pretrain.check import check_run
+from pretrain.checkpoint import complete_checkpoints
 from pretrain.config import load_config
-from pretrain.monitor import MetricsLog, read_metrics
+from pretrain.monitor import MetricsLog, read_attempts, read_metrics
 from pretrain.run_folder import plain, set_aside, write_config
 from pretrain.state import TrainState, end_position
+from tests.ranks import run_on_ranks
 
 from .runs import Runs, environment
+from .sessions import Ended, kept, meet, read, train_here
 
 
 def train(*arguments: str, **extra: str) -> subprocess.CompletedProcess[str]:
@@ -146,3 +154,32 @@ def test_a_lost_rank_ends_the_run_after_the_configured_time(runs: Runs) -> None:
 def test_groups_of_one_are_refused(runs: Runs) -> None:
     with pytest.raises(UserError, match=r"strategy = 'linupper' .* training.micro_batch x ranks = 1"):
         check_run(load_config(runs.config("run"), ["training.micro_batch=1"]), 1)
+
+
+def train_with_a_phase_from_step_5_on(plain_config: Path, phased: Path) -> list[Ended]:
+    ranks = meet()
+    ended = [train_here(ranks, plain_config)]
+    for checkpoint in complete_checkpoints(load_config(plain_config).run_folder / "checkpoints")[1:]:
+        shutil.rmtree(checkpoint)
+    return [*ended, train_here(ranks, phased), train_here(ranks, phased, "run.name=straight")]
+
+
+def test_a_later_phase_of_the_mixture_may_be_added(runs: Runs) -> None:
+    """From the position of the checkpoint of step 4 on, and another in the midst of step 6."""
+    phases = [{"start": 32, "weights": {"a": 1, "b": 3}}, {"start": 45, "weights": {"a": 0, "b": 1}}]
+    sections: dict[str, Any] = {"training": {"steps": 8}, "evaluation": {"every_steps": 8}}
+    before = runs.config("run", **sections)
+    phased = before.with_stem("phased")
+    phased.write_text(yaml.safe_dump({"extends": before.name, "data": {"phases": phases}}))
+    (ended,) = run_on_ranks(train_with_a_phase_from_step_5_on, 1, before, phased)
+    assert [each.code for each in ended] == [0, 0, 0], ended
+    resumed, straight = runs.run_folder("run"), runs.run_folder("straight")
+    assert read_attempts(resumed)[1].first_step == 5
+    assert kept(resumed) == kept(straight)
+    assert runs.metrics("run") == runs.metrics("straight")
+    rows = read(resumed, 8)
+    assert rows == read(straight, 8)
+    assert {row.source for step in rows[6:] for row in step} == {"b"}
+    assert len(read_history(resumed).stretches) == 2, "the change is recorded from the step on from which it holds"
+    document = rows[7][0].documents[0].id
+    assert when_seen(resumed, document) == when_seen(straight, document)

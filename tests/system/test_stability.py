@@ -13,6 +13,7 @@ import torch
 from pretrain.engine.weights import load_weights
 from pretrain.monitor import read_attempts, read_metrics
 from pretrain.report import write_report
+from pretrain.stability.rollbacks import read_rollbacks
 from tests.marks import campaign
 
 from .runs import Runs
@@ -149,9 +150,11 @@ def test_going_back_takes_the_second_place_where_it_has_a_newer_checkpoint(runs:
     config = runs.config("run", **{**settings(1, "rollback"), **second})
     done = runs.train(config, fault=f"spike:{SPIKE},lose:3", ranks=1)
     assert done.returncode == 0, done.stderr
-    assert "The run goes back to step_000000008 and leaves out the positions 64 to 103" in done.stderr
+    assert "The run goes back to step_000000012 and leaves out the positions 96 to 103" in done.stderr
     first, again = read_attempts(runs.run_folder("run"))
     assert (first.reason, again.first_step, again.reason) == ("rolled_back", 13, "done")
+    (rollback,) = read_rollbacks(runs.run_folder("run"))
+    assert (rollback.resumed_step, rollback.start, rollback.stop) == (12, 96, 104)
     (told,) = (line["message"] for line in runs.metrics("run") if line.get("event") == "rollback")
     assert told.endswith("The run went back to step 12 and leaves out the positions 96 to 103")
     steps = [line for line in runs.metrics("run") if "objective" in line]

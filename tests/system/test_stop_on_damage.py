@@ -3,49 +3,31 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
 
-from data_pipeline.explain import explain
 from data_pipeline.manifest import read_manifest
 from data_pipeline.stream import open_stream
-from pretrain.checkpoint import complete_checkpoints
 from pretrain.config import load_config
 from pretrain.monitor import read_attempts
 from tests.marks import campaign
 from tests.ranks import run_on_ranks
 
 from .runs import Runs
+from .sessions import Ended, kept, meet, read, train_here
 
 STEPS, BATCH, MICRO_BATCH = 9, 8, 2
 Place = tuple[Path, int]
 """A shard, and a byte of it."""
 
 
-def train_over_damage(config: Path, places: list[Place]) -> list[tuple[int, str, list[str]]]:
+def train_over_damage(config: Path, places: list[Place]) -> list[Ended]:
     """The run, stopped by damage at each place in turn, which is then mended, to its end; and one without damage.
 
-    Returns the exit code of each, why it ended, and the checkpoints that there were then. On every rank.
+    The same on every rank.
     """
-    from pretrain import run
-    from pretrain.signals import StopRequest
-
-    run.lock_run_folder = lambda folder: 0  # the same process starts the run again
-    ranks = run.start(60)
-
-    def train(*overrides: str) -> tuple[int, str, list[str]]:
-        settings, session, why = load_config(config, overrides), run.Session(ranks), ""
-        try:
-            session.run(settings, StopRequest())
-            code = session.end("done", 0)
-        except run.UnreadableDataError as error:
-            why, code = str(error), session.end("user_error", error.exit_code, error)
-        ranks.barrier()
-        return code, why, [path.name for path in complete_checkpoints(settings.run_folder / "checkpoints")]
+    ranks, ended = meet(), []
 
     def turn_a_bit(shard: Path, byte: int) -> None:
         if ranks.rank == 0:
@@ -54,12 +36,11 @@ def train_over_damage(config: Path, places: list[Place]) -> list[tuple[int, str,
             shard.write_bytes(content)
         ranks.barrier()
 
-    ended = []
     for place in places:
         turn_a_bit(*place)
-        ended.append(train())
+        ended.append(train_here(ranks, config))
         turn_a_bit(*place)
-    return [*ended, train(), train("run.name=straight")]
+    return [*ended, train_here(ranks, config), train_here(ranks, config, "run.name=straight")]
 
 
 def met_by_rank_1(config: Path, step: int) -> Place:
@@ -108,43 +89,23 @@ def test_steps_before_damage_are_saved_and_the_mended_run_is_the_straight_one(
     places = [met_by_rank_1(config, 1), place(data, "heldout", 1), met_by_rank_1(config, 7)]
     told = run_on_ranks(train_over_damage, 2, config, places)
     assert told[0] == told[1], "the ranks agree on how the run ends"
-    first, heldout, seventh, done, straight = told[0]
+    *stopped, done, straight = told[0]
     names = [f"step_{step:09d}" for step in (4, 5, 6, 8, 9)]
-    for (code, why, saved), (shard, _), there in zip((first, heldout, seventh), places, (0, 2, 3), strict=True):
-        assert code == 2
-        assert why.startswith("rank 1 on ")
-        assert f"{shard}" in why
-        assert "CRC32C" in why
-        assert "rank 0 on" not in why
-        assert saved == names[:there]
-        assert ("is saved at step" in why) == (there > 0)
-    assert done == (0, "", names)
-    assert straight[:2] == (0, "")
+    for ended, (shard, _), there in zip(stopped, places, (0, 2, 3), strict=True):
+        assert ended.code == 2
+        assert ended.why.startswith("rank 1 on ")
+        assert f"{shard}" in ended.why
+        assert "CRC32C" in ended.why
+        assert "rank 0 on" not in ended.why
+        assert ended.checkpoints == names[:there]
+        assert ("is saved at step" in ended.why) == (there > 0)
+    assert done == Ended(0, "", names)
+    assert straight.code == 0
     attempts = read_attempts(own.run_folder("run"))
     assert [(each.reason, each.exit_code, each.last_step) for each in attempts] == [
         ("user_error", 2, 0), ("user_error", 2, 5), ("user_error", 2, 6), ("done", 0, STEPS)
     ]  # fmt: skip
-    assert [each.message for each in attempts[:3]] == [why for _, why, _ in (first, heldout, seventh)]
+    assert [each.message for each in attempts[:3]] == [ended.why for ended in stopped]
     assert kept(own.run_folder("run")) == kept(own.run_folder("straight"))
     assert own.metrics("run") == own.metrics("straight")
-    assert read(own.run_folder("run")) == read(own.run_folder("straight"))
-
-
-def kept(run: Path) -> dict[str, list[bytes]]:
-    """The tensors of the last checkpoint, in the order of each file; not its bytes, which hang on the process too."""
-    folder = complete_checkpoints(run / "checkpoints")[-1]
-    files = sorted(folder.rglob("*.pt"))
-    assert len(files) >= 3, "weights with optimizer, and random states of two ranks"
-    return {str(file.relative_to(folder)): [*values(torch.load(file, weights_only=False))] for file in files}
-
-
-def values(content: Any) -> Iterator[bytes]:
-    if isinstance(content, torch.Tensor):
-        yield content.contiguous().flatten().view(torch.uint8).numpy().tobytes()
-    elif isinstance(content, dict | list | tuple):
-        for item in content.values() if isinstance(content, dict) else content:
-            yield from values(item)
-
-
-def read(run: Path) -> list[Any]:
-    return [list(explain(run, step, None, None, False)) for step in range(1, STEPS + 1)]
+    assert read(own.run_folder("run"), STEPS) == read(own.run_folder("straight"), STEPS)
