@@ -19,6 +19,10 @@ from .checked_files import DamagedFileError, publish_record, read_record
 from .claims import PATIENCE_SECONDS, Share, claim
 
 
+class BegunOtherwiseError(UserError):
+    """An earlier start was told something else."""
+
+
 @dataclass(frozen=True)
 class Workspace:
     """Paths inside one data set folder. ``.prepare`` holds everything that is not the data set itself."""
@@ -141,7 +145,7 @@ class Workspace:
         """Publish ``wanted`` as ``.prepare/RECORD.json``, or check that the one of an earlier start equals it.
 
         Raises:
-            UserError: names what differs.
+            BegunOtherwiseError: names what differs.
             DamagedFileError: the record is not as it was written, or it is missing and work was done by it.
         """
         path = self.work / f"{record}.json"
@@ -152,7 +156,7 @@ class Workspace:
         differences = list(_differences(read_record(path), json.loads(json.dumps(wanted)), ""))
         if differences:
             more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-            raise UserError(
+            raise BegunOtherwiseError(
                 f"{self.folder} was begun with something else: {'; '.join(differences[:3])}{more}. Give another "
                 "`output` folder, delete this one, or change that back."
             )
@@ -203,6 +207,8 @@ def open_workspace(folder: Path, share: Share | None = None) -> Iterator[Workspa
             )
         with claim(workspace.claims, str(share), share):
             yield workspace
+    except BegunOtherwiseError:  # by a start that was killed, and whose processes may still be at work
+        raise
     except Exception:
         if _locked(lock, fcntl.LOCK_EX, patience=0):
             workspace.withdraw(new_tokenizer)

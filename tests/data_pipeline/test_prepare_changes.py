@@ -76,6 +76,16 @@ def test_what_was_made_binds(plain: dict[str, Any], tmp_path: Path) -> None:
     refused(settings, 0, r"second\.text_field was 'body', now it is 'text'")
 
 
+def test_what_a_killed_start_was_told_binds_though_it_made_nothing(plain: dict[str, Any], tmp_path: Path) -> None:
+    """Its processes may still be at work."""
+    prepare_share(build(plain), Share(0, 2))
+    for path in (tmp_path / "set" / ".prepare" / "parts").iterdir():
+        path.unlink()
+    for _ in range(2):
+        refused(build(plain, seed=8), 0, r"settings\.seed was 0, now it is 8")
+    run(plain)
+
+
 def test_what_another_task_may_work_by_is_not_taken_back(plain: dict[str, Any], tmp_path: Path) -> None:
     wrong = {name: {**source, "text_field": "body"} for name, source in plain["sources"].items()}
     with open_workspace(tmp_path / "set", Share(1, 2)):
