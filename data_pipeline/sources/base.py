@@ -29,10 +29,10 @@ from .inputs import (
     input_versions,
     is_remote,
     kind_of_name,
+    packing_of_input,
     shown_name,
 )
 from .records import RecordError
-from .unpacking import packing_of_name
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ class FileSource(Source):
         local = [name for name in self.input_files(storage) if not is_remote(name)]
         if empty := [name for name in local if not os.path.getsize(name)]:
             yield f"{len(empty):,} of its files are empty (0 bytes; the first: {empty[0]})"
-        zstd = [name for name in local if packing_of_name(name) == "zstd"]
+        zstd = [name for name in local if packing_of_input(name) == "zstd"]
         if unchecked := [name for name in zstd if not has_checksum(name)]:
             yield (
                 f"{len(unchecked):,} of its files are packed without a checksum (the first: {unchecked[0]}), so that a "
@@ -209,7 +209,7 @@ class FileSource(Source):
         Raises:
             DataError: the archive is damaged.
         """
-        if self.on_bad_record == "drop" or packing_of_name(name) is None:
+        if self.on_bad_record == "drop" or packing_of_input(name) is None:
             return record
         deque(rest, maxlen=0)
         whole = " The file was packed like that: its own checksum fits." if has_checksum(name) else ""

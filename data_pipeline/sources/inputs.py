@@ -23,6 +23,7 @@ from ..storage.store import PIPE, scheme
 from .unpacking import (
     DAMAGE,
     SUFFIXES,
+    Packing,
     carries_checksum,
     foreign_packing,
     name_unpacked,
@@ -171,7 +172,7 @@ def open_input_file(name: str, storage: StorageSettings, recognise: bool = False
         DataError: (also inside the block) what is packed is cut short or damaged, or can't be read to its end.
     """
     with _open(name, storage) as stream:
-        packing = None if name.startswith(PIPE) else packing_of_name(name)  # `pipe:zcat a.gz` prints no gzip
+        packing = packing_of_input(name)
         head = stream.peek(_HEAD_BYTES)[:_HEAD_BYTES]
         found = packing_of_content(head)
         if not head and (packing or recognise or name.startswith(PIPE)):
@@ -198,10 +199,16 @@ def open_input_file(name: str, storage: StorageSettings, recognise: bool = False
             raise DataError(f"{place}: {error.strerror or error}. Look after its disk.") from error
 
 
+def packing_of_input(name: str) -> Packing | None:
+    """How an input is packed, by its name; that of a command says nothing of what it prints (`pipe:zcat a.gz`)."""
+    return None if name.startswith(PIPE) else packing_of_name(name)
+
+
 def has_checksum(name: str) -> bool:
-    """Whether a file of this machine is, by its name, packed with a checksum of its content."""
-    if is_remote(name) or (packing := packing_of_name(name)) is None:
-        return False
+    """Whether an input is surely packed with a checksum; of what is remote only the name is looked at."""
+    packing = packing_of_input(name)
+    if packing is None or is_remote(name):
+        return packing == "gzip"
     with _open(name, DEFAULT_STORAGE) as stream:
         return carries_checksum(packing, stream)
 

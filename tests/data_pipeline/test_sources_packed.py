@@ -18,6 +18,7 @@ from pydantic import TypeAdapter
 from data_pipeline.errors import DataError
 from data_pipeline.sources import AnySource, TextSource, WebDatasetSource
 from tests.data_pipeline.read_sources import TEXTS, jsonl, read, texts
+from tests.http_server import HttpServer
 
 if TYPE_CHECKING:
     from typing_extensions import Buffer
@@ -224,6 +225,22 @@ def test_zstd_without_a_checksum_is_told_and_no_proof(tmp_path: Path) -> None:
     )
     with pytest.raises(DataError, match=r"Mend or remove the record\. Or set"):
         read(jsonl(unchecked), 1)
+
+
+def test_remote_packed_files_are_read_to_their_end_and_commands_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl.gz"
+    whole = plain_gzip(b'{"text": "one"}\nx\n' + b'{"text": "two"}\n' * 9)
+    path.write_bytes(whole)
+    with HttpServer(tmp_path) as server:
+        remote = jsonl(Path("x")).model_copy(update={"files": (f"{server.url}/a.jsonl.gz",)})
+        with pytest.raises(DataError, match=r"a\.jsonl\.gz, byte 16: not valid JSON .* its own checksum fits\. Or set"):
+            read(remote, 1)
+        path.write_bytes(whole.replace(b"two", b"tvo", 1))
+        with pytest.raises(DataError, match=r"a\.jsonl\.gz: damaged after \d+ unpacked bytes \(CRC check failed"):
+            read(remote, 1)
+    command = jsonl(Path("x")).model_copy(update={"files": (f"pipe:zcat {path} 2>/dev/null; true {path}",)})
+    with pytest.raises(DataError, match=r"byte 16: not valid JSON .* Mend or remove the record\. Or set"):
+        read(command, 1)
 
 
 def test_what_follows_a_dropped_record_of_a_packed_file_is_read(tmp_path: Path) -> None:
