@@ -140,7 +140,7 @@ def evaluation_metrics(names: Sequence[str], scores: Sequence[Score]) -> dict[st
     )
     fields: dict[str, MetricValue] = {"evaluation": NAME, "tokens": whole.labels, **whole.fields()}
     if whole.holes:
-        fields["holes"] = whole.holes
+        fields["heldout_holes"] = whole.holes
     for name, score in zip(names, scores, strict=True):
         fields |= {f"domain_{key}/{name}": value for key, value in score.fields().items()}
     return fields

@@ -282,7 +282,7 @@ class Session:
         if origin is not None and state.holes and self._folder.resolve() not in origin.resolve().parents:
             inherit_ledger(self._folder / DAMAGE_FOLDER, origin.parent.parent / DAMAGE_FOLDER, state.position)
             told = f"holes of the run that {origin} is of"
-            self._monitor.event({"event": "damage", "step": state.step, "message": told, "holes": state.holes})
+            self._monitor.event({"event": "damage", "step": state.step, "message": told, "new_holes": state.holes})
         for rollback in ahead(read_rollbacks(self._folder), state.position):
             told = (
                 f"{rollback.kind.replace('_', ' ')} at step {rollback.step}: {rollback.message}. The run went back to "

@@ -247,7 +247,7 @@ class Trainer:
         found = [damage for of_rank in self.ranks.gather_objects(step.damage) for damage in of_rank]
         if self.monitor:
             for place, holes in Counter(damage.place for damage in found).items():
-                self.monitor.event({"event": "damage", "step": self.state.step, "message": place, "holes": holes})
+                self.monitor.event({"event": "damage", "step": self.state.step, "message": place, "new_holes": holes})
 
     def _due(self, every: int | None) -> bool:
         """At multiples of ``every`` and at the end of the run."""

@@ -10,10 +10,12 @@ step           ``position`` (sequences consumed), ``tokens`` (tokens consumed), 
                absent when the peak is unknown), ``skipped`` and ``holes`` (optimizer steps skipped, sequences missing;
                both since the run began), ``domain_loss/NAME`` (as ``loss``), ``weights/...`` and whatever else a method
                counts
-evaluation     ``evaluation`` (the set's name), ``position``, ``tokens`` (evaluated), ``loss`` (nats), ``perplexity``,
-               ``bits_per_byte``, and the same by domain: ``domain_loss/NAME``, ``domain_perplexity/NAME``, ...; of a
-               loss that is no likelihood ``loss`` (its own), ``accuracy``, ``reciprocal_rank``, ``softmax_loss`` (nats)
-event          ``event`` (its kind), ``message`` and anything that helps to explain it
+evaluation     ``evaluation`` (the set's name), ``position``, ``tokens`` (evaluated), ``heldout_holes`` (damaged
+               sequences, left out of it; absent: none), ``loss`` (nats), ``perplexity``, ``bits_per_byte``, and these
+               by domain: ``domain_loss/NAME``, ``domain_perplexity/NAME``, ...; of a loss that is no likelihood its own
+               ``loss``, ``accuracy``, ``reciprocal_rank``, ``softmax_loss`` (nats)
+event          ``event`` (its kind), ``message`` and anything that helps to explain it; ``damage`` has ``new_holes``
+               (sequences that its step lost to one block): those of all lines sum to ``holes``
 =============  ======================================================================================================
 
 Sample weights are logged relative to uniform, that is multiplied by the size of the group over which they are
@@ -61,6 +63,9 @@ WEIGHT_BINS: tuple[float, ...] = tuple(2.0 ** ((2 * k + 1) / 8) for k in range(-
 
 _TOLD_AT_STARTS = ("data_change", "rollback")
 """Events that every start from a checkpoint tells of which they are to come next."""
+
+_OLDER_NAMES = (("event", "holes", "new_holes"), ("evaluation", "holes", "heldout_holes"))
+"""Of lines with the first key: what was written by versions that used one name for three counts, and its name now."""
 
 _LEADING = ("event", "evaluation", "step", "position", "tokens", "loss", "objective", "learning_rate", "grad_norm")
 
@@ -130,10 +135,17 @@ class MetricsLog:
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The lines of ``folder/metrics.jsonl`` in order; a half-written last line is left out, no file is no lines.
 
+    Names that older versions wrote are given as they are now.
+
     Raises:
         UserError: any other line is damaged (the message has its number).
     """
-    return lines.read(folder / METRICS_FILE).objects
+    found = lines.read(folder / METRICS_FILE).objects
+    for line in found:
+        for kind, old, new in _OLDER_NAMES:
+            if kind in line and old in line:
+                line[new] = line.pop(old)
+    return found
 
 
 def _is_told_again(line: dict[str, Any], evaluated: bool) -> bool:

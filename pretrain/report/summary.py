@@ -135,7 +135,7 @@ def heldout_rows(run: Run) -> list[list[Cell]]:
                 _figure(line.get(pattern.format(kind)), digits)
                 for kind, digits in (("loss", 4), ("perplexity", 2), ("bits_per_byte", 4))
             ]
-            left_out = f", {line['holes']} damaged sequences left out" if line.get("holes") else ""
+            left_out = f", {line['heldout_holes']} damaged sequences left out" if line.get("heldout_holes") else ""
             rows.append([Cell(f"{name}, step {line['step']:,}{left_out}"), Cell(domain), *figures, best])
     return rows
 
@@ -224,7 +224,7 @@ def incidents(run: Run) -> list[Incident]:
         message, first = str(line.get("message") or ""), line["step"]
         details = [message] if message else []
         key: Any = number
-        if line["event"] == "damage" and message and isinstance(holes := rest.pop("holes", None), int):
+        if line["event"] == "damage" and message and isinstance(holes := rest.pop("new_holes", None), int):
             block = _BLOCK.fullmatch(message)
             key = (block["shard"], block["reason"]) if block else (message, "")
             damage = met.setdefault(key, _Damage(first))

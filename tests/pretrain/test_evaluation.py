@@ -150,6 +150,9 @@ def test_the_whole_is_over_all_labels_together() -> None:
     assert fields["bits_per_byte"] == pytest.approx(32 / math.log(2) / 53)
     assert (fields["domain_loss/a"], fields["domain_loss/b"]) == (3.0, 1.0)
     assert fields["domain_perplexity/b"] == pytest.approx(math.e)
+    assert "heldout_holes" not in fields
+    damaged = evaluation_metrics(["a", "b"], [Score(30.0, 10, 50, holes=2), Score(2.0, 2, 3, holes=1)])
+    assert damaged["heldout_holes"] == 3
     assert fields["domain_bits_per_byte/a"] == pytest.approx(30 / math.log(2) / 50)
 
 

@@ -134,6 +134,16 @@ def test_a_damaged_line_in_the_middle_is_refused_with_its_number(tmp_path: Path,
     assert path.read_bytes() == before
 
 
+def test_counts_of_holes_have_a_name_each_also_in_what_older_versions_wrote(tmp_path: Path) -> None:
+    log = MetricsLog(tmp_path, 0)
+    for line in ({"loss": 1.0}, {"event": "damage"}, {"evaluation": "heldout"}):
+        log.write({"step": 1, "holes": 3, **line})
+    step, event, evaluation = read_metrics(tmp_path)
+    assert (step["holes"], event["new_holes"], evaluation["heldout_holes"]) == (3, 3, 3)
+    assert "holes" not in {*event, *evaluation}
+    assert evaluation_line({**evaluation, "loss": 3.2}).endswith("3 damaged sequences left out")
+
+
 def test_lines_without_a_step_are_refused(tmp_path: Path) -> None:
     log = MetricsLog(tmp_path, 0)
     with pytest.raises(ValueError, match="whole-numbered 'step', got None"):

@@ -372,13 +372,18 @@ def test_damage_is_listed_once_a_shard(tmp_path: Path) -> None:
     places = [f"shard 00000{shard} of source 'web', block {block} at byte 640: checksum" for shard, block in BLOCKS]
     places.append("shard 000000 of source 'web', block 9 at byte 700: missing")
     lines = [
-        {"event": "damage", "step": 10 * step + number, "message": place, "holes": step, "time": 1e9 + step}
+        {"event": "damage", "step": 10 * step + number, "message": place, "new_holes": step, "time": 1e9 + step}
         for step in (1, 2, 3)
         for number, place in enumerate(places)
     ]
-    once = {"event": "damage", "step": 12, "message": "holes of the run that /a is of", "holes": 1200}
+    once = {
+        "event": "damage",
+        "step": 12,
+        "message": "holes of the run that /a is of",
+        "holes": 1200,
+    }  # of an older version
     other = {"event": "data_change", "step": 25, "message": "accepted: seed"}
-    single = {"event": "damage", "step": 29, "message": places[0].replace("web", "books"), "holes": 1}
+    single = {"event": "damage", "step": 29, "message": places[0].replace("web", "books"), "new_holes": 1}
     folder = write_lines(
         tmp_path / "run", *sorted([*lines, once, other, single], key=lambda line: int(str(line["step"])))
     )

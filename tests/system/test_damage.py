@@ -69,10 +69,10 @@ def test_holes_are_counted_alike_everywhere_also_after_a_kill(damaged: Runs) -> 
     explained = [row for step in range(1, STEPS + 1) for row in explain(folder, step, None, None, True)]
     assert sorted(row.position for row in explained if row.hole) == expected
     assert sorted(row.position for row in explained if not row.documents) == expected
-    assert sum(line["holes"] for line in events) == len(expected)
+    assert sum(line["new_holes"] for line in events) == len(expected)
     assert {line["step"] for line in events} == {position // BATCH + 1 for position in expected}
     assert all(re.search(r"block \d+ at byte .*: checksum", line["message"]) for line in events)
-    told = re.findall(r"step \d+: damage: .* holes=(\d+)", done.stdout)
+    told = re.findall(r"step \d+: damage: .* new_holes=(\d+)", done.stdout)
     assert sum(map(int, told)) == len(expected)
     page = write_report(folder).read_text()
     assert re.search(rf"skipped / holes.*?0 / {len(expected)}\b", page, re.DOTALL)
@@ -139,7 +139,7 @@ def test_a_run_that_begins_with_anothers_state_has_its_holes(damaged: Runs) -> N
     lines = read_metrics(folder)
     assert [hole.damage.position for hole in read_ledger(folder / "damage")] == expected
     assert [line["holes"] for line in lines if "loss" in line and "evaluation" not in line][-1] == len(expected)
-    assert sum(line["holes"] for line in lines if line.get("event") == "damage") == len(expected)
+    assert sum(line["new_holes"] for line in lines if line.get("event") == "damage") == len(expected)
 
 
 def holes_of(folder: Path) -> list[tuple[int, int, Damage]]:
