@@ -37,6 +37,15 @@ class DataError(UserError):
     """Stored data does not hold what its manifest or checksum says."""
 
 
+_ENDINGS: list[Callable[[], None]] = []
+
+
+def at_the_end(ending: Callable[[], None]) -> Callable[[], None]:
+    """Have ``ending`` called when a command ends, however it does, before the interpreter waits for threads."""
+    _ENDINGS.append(ending)
+    return ending
+
+
 def run_command(app: Callable[[], object]) -> int:
     """Run ``app`` and translate the errors meant for people into one paragraph on stderr and an exit code.
 
@@ -51,4 +60,7 @@ def run_command(app: Callable[[], object]) -> int:
     except HeadraceError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return error.exit_code
+    finally:
+        for ending in _ENDINGS:
+            ending()
     return result if isinstance(result, int) else EXIT_DONE

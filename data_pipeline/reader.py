@@ -27,6 +27,9 @@ if TYPE_CHECKING:
     from .remote_shards import RemoteShards
 
 
+_LOOK_SECONDS = 0.1
+
+
 class Place(NamedTuple):
     """Where a sequence lies: the shard, the block in it, and its first token counted from the shard's start."""
 
@@ -220,9 +223,14 @@ class TokenSource:
         return 0 if isinstance(self._files, LocalShards) else self._files.fetched
 
     def close(self) -> None:
-        """Close the open shards; a later read opens them again."""
-        with self._lock:
+        """Close the open shards, and give up what is being fetched; a later read opens them again."""
+        self._files.abandon()
+        while not self._lock.acquire(timeout=_LOOK_SECONDS):
+            self._files.abandon()  # a read that goes from one file to the next holds the lock
+        try:
             self._files.close()
+        finally:
+            self._lock.release()
 
     def __enter__(self) -> TokenSource:
         return self

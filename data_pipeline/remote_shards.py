@@ -123,7 +123,14 @@ class RemoteShards(ShardFiles):
         if not self._store.ranges:
             return self.shards.bytes[shards]  # a command's output has no size but that of all of it
         with ThreadPoolExecutor(self._store.settings.remote.parallel) as pool:
-            return np.fromiter(pool.map(self._size, shards.tolist()), np.int64, len(shards))
+            try:
+                return np.fromiter(pool.map(self._size, shards.tolist()), np.int64, len(shards))
+            except BaseException:
+                self.abandon()  # the pool waits for what its threads ask for
+                raise
+
+    def abandon(self) -> None:
+        self._store.abandon()
 
     def read_index(self, shard: int, block: int) -> bytes:
         expected = self.shards.idx_sha256[shard].tobytes()

@@ -80,6 +80,10 @@ class ShardFiles(ABC):
         it is the first read of a shard that asks for it."""
         return np.ones(len(shards), np.bool_)
 
+    @abstractmethod
+    def abandon(self) -> None:
+        """Nobody waits any more for what is being fetched; what does wait gets an error. Threads may call it."""
+
     def after_fork(self) -> None:
         """Called in a forked child: the parent's threads are gone, with the locks that they held."""
         self._checksums_lock = threading.Lock()
@@ -208,6 +212,9 @@ class LocalShards(ShardFiles):
 
     def again(self, shard: int, span: tuple[int, int] | None) -> bool:
         return False
+
+    def abandon(self) -> None:
+        """Nothing is fetched."""
 
     def read_index(self, shard: int, block: int) -> bytes:
         return Path(self.where(shard, "idx")).read_bytes()

@@ -16,6 +16,7 @@ from urllib3.exceptions import HTTPError
 from .errors import AccessError, StorageError, TransientError
 from .http_client import PIECE, Answer, HttpClient, describe, read_body
 from .remote import COPY_ADVICE, RemoteStore, Version
+from .retries import Deadline
 from .settings import StorageSettings
 
 _CONTENT_RANGE = re.compile(r"bytes (\d+)-(\d+)/(\d+|\*)")
@@ -41,7 +42,7 @@ class HttpStore(RemoteStore):
         self._client = HttpClient(self._address, self.settings.remote)
         self._answered_ranges, self._ignored_ranges = False, 0
 
-    def _version(self, name: str, until: float) -> Version:
+    def _version(self, name: str, until: Deadline) -> Version:
         answer = self._client.ask("HEAD", name, None, until, {200, *_NO_HEAD_STATUSES})
         answer.drain_conn()
         if answer.status == 200 and (length := answer.headers.get("Content-Length")) is not None:
@@ -56,7 +57,7 @@ class HttpStore(RemoteStore):
             raise StorageError(self.root, name, None, "the server does not tell the file's size", LENGTH_ADVICE)
         return _version_of(int(length), answer)
 
-    def _begin(self, name: str, until: float) -> tuple[bytes, Version]:
+    def _begin(self, name: str, until: Deadline) -> tuple[bytes, Version]:
         length = self.settings.remote.range_bytes
         with closing(self._client.ask("GET", name, (0, length), until, {200, 206, 416})) as answer:
             if answer.status == 200:
@@ -73,7 +74,7 @@ class HttpStore(RemoteStore):
             raise TransientError(f"HTTP status 416 for the beginning of a file of {version.size} bytes")
         return b"", version
 
-    def _get(self, name: str, start: int, stop: int, until: float) -> tuple[bytes, Version | None]:
+    def _get(self, name: str, start: int, stop: int, until: Deadline) -> tuple[bytes, Version | None]:
         with closing(self._client.ask("GET", name, (start, stop), until, {200, 206, 416})) as answer:
             if answer.status == 416:
                 raise self._ends_early(name, start, stop, "HTTP status 416")
@@ -139,7 +140,7 @@ class _Whole:
         self._known: tuple[str | None, ...] | None = None
         self.done = 0
 
-    def next(self, until: float) -> bytes:
+    def next(self, until: Deadline) -> bytes:
         """The next piece, empty at the end; one attempt."""
         if self._answer is None:
             self._answer, skip = self._open(until), self.done
@@ -158,7 +159,7 @@ class _Whole:
         self.done += len(content)
         return content
 
-    def _open(self, until: float) -> Answer:
+    def _open(self, until: Deadline) -> Answer:
         answer = self._client.ask("GET", self._name, None, until, {200})
         headers = answer.headers
         if "Content-Length" not in headers and headers.get("Transfer-Encoding", "").lower() != "chunked":

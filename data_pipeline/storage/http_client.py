@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 import urllib.request
 from collections.abc import Set
 from urllib.parse import quote, unquote, urlsplit, urlunsplit
@@ -12,6 +11,7 @@ from urllib3.exceptions import HTTPError, LocationValueError, MaxRetryError, Res
 
 from ..errors import UserError
 from .errors import AccessError, MissingFileError, TransientError
+from .retries import Deadline
 from .settings import RemoteSettings
 
 Answer = urllib3.BaseHTTPResponse
@@ -52,12 +52,12 @@ class HttpClient:
         else:
             self._pool = urllib3.PoolManager(maxsize=connections, retries=_REDIRECTS_ONLY)
 
-    def ask(self, method: str, name: str, wanted: tuple[int, int] | None, until: float, accept: Set[int]) -> Answer:
+    def ask(self, method: str, name: str, wanted: tuple[int, int] | None, until: Deadline, accept: Set[int]) -> Answer:
         """One request for the file ``name``; the body is still to be read.
 
         Args:
             method: GET or HEAD. name: the file. wanted: start and stop (exclusive) of a byte range, or None.
-            until: the time (``time.monotonic()``) beyond which not to wait. accept: the statuses to return.
+            until: how long to wait. accept: the statuses to return.
 
         Raises:
             TransientError: no answer, or one that asks to come back later or is a web page.
@@ -67,7 +67,7 @@ class HttpClient:
         headers = dict(self._headers)
         if wanted:
             headers["Range"] = f"bytes={wanted[0]}-{wanted[1] - 1}"
-        patience = min(self._timeout, max(until - time.monotonic(), 0.001))
+        patience = min(self._timeout, max(until.left(), 0.001))
         try:
             answer = self._pool.request(
                 method,
@@ -116,7 +116,7 @@ def describe(error: Exception) -> str:
     return first if isinstance(first, str) and first else str(error)
 
 
-def read_body(answer: Answer, length: int, until: float) -> bytes:
+def read_body(answer: Answer, length: int, until: Deadline) -> bytes:
     """The body of ``answer``, which must have exactly ``length`` bytes and arrive before ``until``.
 
     Raises:
@@ -132,7 +132,7 @@ def read_body(answer: Answer, length: int, until: float) -> bytes:
         while done <= length and (piece := answer.read(min(PIECE, length - done + 1))):
             pieces.append(piece)
             done += len(piece)
-            if time.monotonic() > until:
+            if until.passed():
                 raise TransientError(f"only {done} of {length} bytes came in time")
     except HTTPError as error:
         raise TransientError(f"the transfer broke off after {done} of {length} bytes ({describe(error)})") from error

@@ -12,6 +12,7 @@ from ..settings import nearest
 from .errors import AccessError, MissingFileError, StorageError, TransientError
 from .http_client import ACCESS_ADVICE
 from .remote import COPY_ADVICE, RemoteStore, Version
+from .retries import Deadline
 from .settings import StorageSettings
 from .store import scheme
 
@@ -73,13 +74,13 @@ class ObjectStore(RemoteStore):
                 self._system.retries = 1  # attempts of s3fs, above those of botocore
         return self._system
 
-    def _version(self, name: str, until: float) -> Version:
+    def _version(self, name: str, until: Deadline) -> Version:
         info = self._call(name, None, "info", {})
         if info.get("type") == "directory" or info.get("size") is None:
             raise MissingFileError(self.root, name, None, "there is no such file, but a folder", ACCESS_ADVICE)
         return Version(int(info["size"]), info.get("ETag") or info.get("etag"))
 
-    def _get(self, name: str, start: int, stop: int, until: float) -> tuple[bytes, Version | None]:
+    def _get(self, name: str, start: int, stop: int, until: Deadline) -> tuple[bytes, Version | None]:
         try:
             content: bytes = self._call(name, start, "cat_file", {"start": start, "end": stop})
         except TransientError:
@@ -90,12 +91,12 @@ class ObjectStore(RemoteStore):
             raise TransientError(f"{len(content)} bytes came where {stop - start} were asked for")
         return content, None
 
-    def _begin(self, name: str, until: float) -> tuple[bytes, Version]:
+    def _begin(self, name: str, until: Deadline) -> tuple[bytes, Version]:
         version = self._version(name, until)
         length = min(version.size, self.settings.remote.range_bytes)
         return self._get(name, 0, length, until)[0] if length else b"", version
 
-    def _check_stop(self, name: str, start: int, stop: int, until: float) -> None:
+    def _check_stop(self, name: str, start: int, stop: int, until: Deadline) -> None:
         size = self._version(name, until).size
         if size < stop:
             reason = f"the file ends before byte {stop} (it has {size} bytes)"

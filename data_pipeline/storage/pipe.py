@@ -13,17 +13,21 @@ import shutil
 import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Generator, Iterator
 from contextlib import closing
+from threading import Event
 from typing import IO, BinaryIO
 
 from ..errors import UserError
 from .errors import StorageError, TransientError
+from .retries import Deadline
 from .settings import StorageSettings
 from .store import PIPE, Store
 
 _PIECE = 2**20
 _STDERR_TAIL = 400
+_LOOK_SECONDS = 0.5
 
 
 class PipeStore(Store):
@@ -69,7 +73,7 @@ class PipeStore(Store):
         delivered = hashlib.sha256()
         done = 0
 
-        def attempt(until: float) -> None:
+        def attempt(until: Deadline) -> None:
             nonlocal done
             with closing(self._run(name)) as pieces:
                 for content in self._skipped(name, pieces, done, delivered.digest()):
@@ -84,7 +88,7 @@ class PipeStore(Store):
     def _run(self, name: str) -> Generator[bytes, None, None]:
         # replaced, not formatted: commands are full of other braces
         command = self._command.replace("{}", shlex.quote(self._checked(name)))
-        return command_output(command, self.settings.remote.deadline_seconds)
+        return command_output(command, self.settings.remote.deadline_seconds, self._retried.abandoned)
 
     def _skipped(self, name: str, pieces: Iterator[bytes], skip: int, digest: bytes) -> Iterator[bytes]:
         """``pieces`` without their first ``skip`` bytes, which must have this SHA-256."""
@@ -131,11 +135,17 @@ def refuse_if_secure(url: str, settings: StorageSettings) -> None:
         )
 
 
-def command_output(command: str, silence_seconds: float) -> Generator[bytes, None, None]:
+def command_output(
+    command: str, silence_seconds: float, abandoned: Event | None = None
+) -> Generator[bytes, None, None]:
     """What a shell command prints, piece by piece. Closing the iterator kills the command and all it started.
 
+    Args:
+        command: for the shell. silence_seconds: how long it may print nothing.
+        abandoned: ends it early when it is set.
+
     Raises:
-        TransientError: after all bytes: the command ended with an error, or printed nothing for ``silence_seconds``.
+        TransientError: after all bytes: the command ended with an error, or printed nothing for so long.
     """
     bash = shutil.which("bash")
     shell = [bash, "-o", "pipefail", "-c", command] if bash else ["/bin/sh", "-c", command]
@@ -146,7 +156,7 @@ def command_output(command: str, silence_seconds: float) -> Generator[bytes, Non
         )
         assert process.stdout is not None
         try:
-            yield from _pieces(process.stdout.fileno(), silence_seconds)
+            yield from _pieces(process.stdout.fileno(), silence_seconds, abandoned or Event())
             try:
                 status = process.wait(silence_seconds)
             except subprocess.TimeoutExpired:
@@ -161,12 +171,16 @@ def command_output(command: str, silence_seconds: float) -> Generator[bytes, Non
             _kill(process)
 
 
-def _pieces(descriptor: int, silence_seconds: float) -> Iterator[bytes]:
+def _pieces(descriptor: int, silence_seconds: float, abandoned: Event) -> Iterator[bytes]:
     poll = select.poll()
     poll.register(descriptor, select.POLLIN | select.POLLHUP)
     while True:
-        if not poll.poll(silence_seconds * 1000):
-            raise TransientError(f"the command printed nothing for {silence_seconds:g} s")
+        silent_until = time.monotonic() + silence_seconds
+        while not poll.poll(1000 * min(_LOOK_SECONDS, silence_seconds)):
+            if abandoned.is_set():
+                raise TransientError("nobody waits for what the command prints any more")
+            if time.monotonic() >= silent_until:
+                raise TransientError(f"the command printed nothing for {silence_seconds:g} s")
         content = os.read(descriptor, _PIECE)
         if not content:
             return

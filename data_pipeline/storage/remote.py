@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from threading import Event
 
 from .errors import StorageError
+from .retries import Deadline
 from .store import Store
 
 COPY_ADVICE = "Restore the file from a copy, or, if it was replaced on purpose, start again with the new one."
@@ -33,11 +34,11 @@ class RemoteStore(Store):
         self._threads = ThreadPoolExecutor(self.settings.remote.parallel, "headrace-storage")
 
     @abstractmethod
-    def _version(self, name: str, until: float) -> Version:
+    def _version(self, name: str, until: Deadline) -> Version:
         """One attempt to learn a file's size."""
 
     @abstractmethod
-    def _get(self, name: str, start: int, stop: int, until: float) -> tuple[bytes, Version | None]:
+    def _get(self, name: str, start: int, stop: int, until: Deadline) -> tuple[bytes, Version | None]:
         """One attempt at exactly the bytes ``start`` to ``stop``, and the version they are of if the answer says so.
 
         Raises:
@@ -45,7 +46,7 @@ class RemoteStore(Store):
         """
 
     @abstractmethod
-    def _begin(self, name: str, until: float) -> tuple[bytes, Version]:
+    def _begin(self, name: str, until: Deadline) -> tuple[bytes, Version]:
         """One attempt at the first ``range_bytes`` of a file, or all of it if it has fewer."""
 
     def size(self, name: str) -> int:
@@ -95,7 +96,7 @@ class RemoteStore(Store):
             raise StorageError(self.root, name, min(found, wanted), reason, COPY_ADVICE)
 
     def _exact(self, name: str, start: int, stop: int, version: Version | None, abandoned: Event) -> bytes:
-        def attempt(until: float) -> tuple[bytes, Version | None]:
+        def attempt(until: Deadline) -> tuple[bytes, Version | None]:
             # else the repetitions of a range that nobody waits for would hold up the end of the process
             if abandoned.is_set():
                 raise StorageError(self.root, name, start, "nobody waits for it any more", COPY_ADVICE)

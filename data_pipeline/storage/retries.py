@@ -10,11 +10,15 @@ import logging
 import random
 import threading
 import time
+import weakref
 from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Event
 from typing import TypeVar
 
 import tenacity
 
+from ..errors import at_the_end
 from .errors import StorageError, TransientError
 from .settings import RemoteSettings
 
@@ -23,8 +27,27 @@ Result = TypeVar("Result")
 _LOG_EVERY_SECONDS = 60.0
 
 
+@dataclass(frozen=True)
+class Deadline:
+    """How long an attempt may go on: to a time (``time.monotonic()``), as long as somebody waits for it."""
+
+    at: float
+    abandoned: Event
+
+    def left(self) -> float:
+        """Seconds; below 0 when it is over."""
+        return self.at - time.monotonic()
+
+    def passed(self) -> bool:
+        return self.abandoned.is_set() or self.left() < 0
+
+
 class Retries:
-    """Repeats attempts on one root. Threads may share it."""
+    """Repeats attempts on one root. Threads may share it.
+
+    Attributes:
+        abandoned: set when nobody waits any more for what is being read now.
+    """
 
     def __init__(self, root: str, settings: RemoteSettings) -> None:
         self.root, self.settings = root, settings
@@ -33,25 +56,35 @@ class Retries:
         self._lock = threading.Lock()
         # tenacity's own jitter draws from the global generator, whose state a checkpoint keeps: a retry would change it
         self._random = random.Random()
+        self.abandoned = Event()
+        _ALIVE.add(self)
 
-    def __call__(self, name: str, start: int, stop: int | None, attempt: Callable[[float], Result]) -> Result:
+    def abandon(self, for_ever: bool = False) -> None:
+        """End the waits between attempts, and what an attempt waits for as soon as it looks."""
+        before = self.abandoned
+        if not for_ever:
+            self.abandoned = Event()
+        before.set()
+
+    def __call__(self, name: str, start: int, stop: int | None, attempt: Callable[[Deadline], Result]) -> Result:
         """The result of ``attempt``, repeated as long as it raises :class:`TransientError`.
 
         Args:
             name: the file. start, stop: the bytes asked for, for the log (``stop`` ``None``: to the end).
-            attempt: called with the time (``time.monotonic()``) beyond which it must not go on.
+            attempt: called with the time beyond which it must not go on.
 
         Raises:
-            StorageError: the attempts or the time are used up; names the last cause.
+            StorageError: the attempts or the time are used up; names the last cause. Or nobody waits any more.
         """
-        began = time.monotonic()
-        until = began + self.settings.deadline_seconds
+        began, abandoned = time.monotonic(), self.abandoned
+        until = Deadline(began + self.settings.deadline_seconds, abandoned)
         # built per call: a Retrying keeps the state of the call that runs
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(TransientError),
             stop=tenacity.stop_after_attempt(self.settings.attempts)
             | tenacity.stop_before_delay(self.settings.deadline_seconds),
             wait=self._wait,
+            sleep=tenacity.sleep_using_event(abandoned),
             before_sleep=lambda state: self._note(name, start, stop, state),
             reraise=True,
         )
@@ -59,6 +92,9 @@ class Retries:
 
         def counted() -> Result:
             nonlocal tries
+            if abandoned.is_set():
+                advice = "What it was read for has ended."
+                raise StorageError(self.root, name, start, "nobody waits for it any more", advice, transient=True)
             tries += 1
             return attempt(until)
 
@@ -105,3 +141,13 @@ class Retries:
             count,
             _LOG_EVERY_SECONDS,
         )
+
+
+_ALIVE: weakref.WeakSet[Retries] = weakref.WeakSet()
+
+
+@at_the_end
+def _abandon_all() -> None:
+    """The interpreter waits for the threads that read ahead: not until the deadlines of a server that is gone."""
+    for retries in list(_ALIVE):
+        retries.abandon(for_ever=True)

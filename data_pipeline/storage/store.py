@@ -56,6 +56,12 @@ class Store(ABC):
         self._here()
         return self._retried.count
 
+    def abandon(self) -> None:
+        """Nobody waits any more for what threads of this process are reading here: those reads end soon, with a
+        :class:`StorageError`. Later ones are as ever."""
+        self._here()
+        self._retried.abandon()
+
     def read(self, name: str) -> bytes:
         """A whole small file.
 

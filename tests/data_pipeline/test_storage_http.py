@@ -29,7 +29,7 @@ from data_pipeline.storage import (
     open_store,
 )
 from data_pipeline.storage import retries as retries_module
-from data_pipeline.storage.retries import Retries
+from data_pipeline.storage.retries import Deadline, Retries
 from tests.http_server import Faults, HttpServer
 
 PIECE = 50_000
@@ -410,7 +410,7 @@ class TestRetries:
         retries = Retries("root", RemoteSettings(first_backoff_seconds=0.0, longest_backoff_seconds=0.2))
         calls: list[float] = []
 
-        def attempt(until: float) -> None:
+        def attempt(until: Deadline) -> None:
             calls.append(time.monotonic())
             if len(calls) == 1:
                 raise retries_module.TransientError("busy", retry_after=0.1)
