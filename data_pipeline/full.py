@@ -31,6 +31,17 @@ class FullEpochs:
         keys = epoch_keys(self._seed, _PURPOSE, self._names, np.full(len(epoch), source), epoch)
         return epoch * size + invert(sequence, size, keys)
 
+    def reads(self, source: int, sequence: IntArray, first: int, stop: int) -> int:
+        """How many of the draws ``first .. stop - 1`` of one source hold one of the sequences [k]."""
+        size = int(self._sizes[source])
+
+        def drawn(epoch: int) -> int:
+            draws = self.draw_of(source, sequence, np.full(len(sequence), epoch))
+            return int(((draws >= first) & (draws < stop)).sum())
+
+        begin, end = first // size, stop // size
+        return drawn(begin) if begin == end else drawn(begin) + (end - begin - 1) * len(sequence) + drawn(end)
+
 
 class Full:
     """Position -> (source, epoch, sequence) and back.
@@ -62,6 +73,11 @@ class Full:
     def needed(self, end: int) -> IntArray:
         """How many sequences of each source the positions ``[0, end)`` draw; int64 [S]."""
         return self._mixture.needed(end)
+
+    def reads(self, source: int, sequence: IntArray, start: int, end: int) -> int:
+        """How many of the positions ``start .. end - 1`` hold one of a source's sequences [k]."""
+        first, stop = (int(self.needed(position)[source]) for position in (start, end))
+        return self._epochs.reads(source, sequence, first, stop)
 
     def repeats_at(self, source: int, epochs: int, end: int) -> int | None:
         """The first position below ``end`` that reads the source for more than ``epochs`` epochs; None: none does."""

@@ -123,6 +123,18 @@ class Order:
         """How many sequences of each source the positions ``[0, end)`` draw, repeats counted; int64 [S]."""
         return self._positions.needed(end)
 
+    def reads(self, source: int, sequences: npt.ArrayLike, start: int, end: int) -> int:
+        """How many of the positions ``start .. end - 1`` hold one of these sequences [k] of a source, each given once.
+
+        Costs by the sequence and the epoch, not by the position.
+
+        Raises:
+            ValueError: the source has no such sequence.
+        """
+        indices = np.asarray(sequences, np.int64)
+        self._check_sequences(source, indices)
+        return self._positions.reads(source, indices, start, end)
+
     def check_epochs(self, end: int, max_epochs: Mapping[str, int | None]) -> None:
         """Refuse a run over the positions ``[0, end)`` that repeats a source more often than it may (None: no limit).
 

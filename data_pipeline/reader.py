@@ -120,6 +120,27 @@ class TokenSource:
         """The number of tokens, the filling of the last blocks left out."""
         return int(self.shards.tokens.sum())
 
+    def missing_shards(self, share: tuple[int, int] | None = None) -> IntArray:
+        """Rows of the shards that have no file, in a share (rank, ranks) of them, by default this process's own.
+
+        None where the storage is remote: each of its shards would have to be asked for.
+        """
+        rank, world = share or self._arguments["share"]
+        rows = np.arange(rank, len(self.shards), world)
+        return rows[:0] if self.remote else rows[self._files.sizes(rows) < 0]
+
+    def sequences_of(self, shard: int) -> IntArray:
+        """The sequences that lie in a shard, by its row in ``shards``; int64 [k]."""
+        return np.arange(self._starts[shard], self._ends[shard])
+
+    def check_every_file(self) -> list[str]:
+        """As :attr:`unusable`, of all shards, where they are local.
+
+        Raises:
+            DataError: some are not as the manifest says, and ``on_damage`` is ``stop``.
+        """
+        return self.unusable if self.remote else self._files.check_files(0, 1, self.on_damage)
+
     @property
     def reading(self) -> tuple[int, int] | None:
         """(row of the shard, block) that a read is at; a new tuple for each, for a watchdog to look at."""

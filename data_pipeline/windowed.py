@@ -74,6 +74,17 @@ class Windowed:
         every = np.arange(len(self._sizes))
         return self._mixture.all_draws(np.full(len(every), end), every)
 
+    def reads(self, source: int, sequence: IntArray, start: int, end: int) -> int:
+        """How many of the positions ``start .. end - 1`` hold one of a source's sequences [k]."""
+        first, stop = (int(self.needed(position)[source]) for position in (start, end))
+        if not self._cut[source]:
+            return self._uncut.reads(source, sequence, first, stop)
+        size, found = int(self._sizes[source]), 0
+        for epoch in range(max(0, first // size - 1), stop // size + 2):  # strata are a few draws apart
+            positions = self.position_of(source, sequence, np.full(len(sequence), epoch))
+            found += int(((positions >= start) & (positions < end)).sum())
+        return found
+
     def repeats_at(self, source: int, epochs: int, end: int) -> int | None:
         """The first position below ``end`` that reads a part of the source for more than ``epochs`` epochs."""
         if not self._cut[source]:

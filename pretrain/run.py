@@ -8,8 +8,11 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import NoReturn
+
+import numpy as np
 
 from data_pipeline import kernel
 from data_pipeline.damage import DAMAGE_FOLDER, DamageLedger, inherit_ledger
@@ -36,6 +39,7 @@ from .engine import Engine
 from .hangs import HangError, HangGuard
 from .incidents import NonFiniteError, RollbackError, SpikeError
 from .initial_weights import Weights
+from .missing import look_for_missing, told
 from .monitor import AttemptsLog, Monitor, Reason, read_attempts
 from .run_folder import CHECKPOINTS, HANGS, lock_run_folder, open_run_folder, set_aside, versions, write_config
 from .signals import StopRequest
@@ -43,6 +47,7 @@ from .stability.rollbacks import ahead, read_rollbacks
 from .state import (
     TrainState,
     config_changes,
+    end_position,
     group_change,
     leaving_out,
     left_out,
@@ -185,7 +190,7 @@ class Session:
         state = replace(state, left_out=skipped)
         hosts = ranks.gather_objects(socket.gethostname())
         together(ranks, lambda: self._begin(given, config, data, attempts, state, origin, beginning, hosts, damage))
-        self._tell_missing(data, state)
+        self._tell_missing(config, data, state)
         if engine is None:
             self._tell_kernel()
         # rank 0's look decides: on a network file system another rank may not see the folder yet
@@ -294,14 +299,26 @@ class Session:
         for change in state.data_changes[len(read_state(origin)["data_changes"]) if origin else 0 :]:
             self._monitor.event({"event": "data_change", "step": state.step, "message": f"accepted: {change}"})
 
-    def _tell_missing(self, data: RunData, state: TrainState) -> None:
-        """Say at the start what of the shards ``data.on_damage: hole`` lets be missing. Collective."""
+    def _tell_missing(self, config: Config, data: RunData, state: TrainState) -> None:
+        """Say at the start what of the shards ``data.on_damage: hole`` lets be missing. Collective.
+
+        Raises:
+            AgreedError: the run would lose more by it than ``data.max_hole_fraction`` allows.
+        """
         mine = [shard for source in (*data.sources, *data.heldout.values()) for shard in source.unusable]
         missing = sorted({shard for part in self._ranks.gather_objects(mine) for shard in part})
-        if missing and self._monitor:
+        if not missing:
+            return
+        gone = [source.missing_shards() if source.unusable else np.empty(0, np.int64) for source in data.sources]
+        shards = [np.sort(np.concatenate(parts)) for parts in zip(*self._ranks.gather_objects(gone), strict=True)]
+        place = (state.holes, state.position, end_position(config, state))
+        look = partial(look_for_missing, config, data, shards, *place)
+        found = together(self._ranks, lambda: look() if self._ranks.rank == 0 else None)
+        if found and self._monitor:
             listed = "; ".join(missing[:3]) + (f"; and {len(missing) - 3} more" if len(missing) > 3 else "")
-            told = f"{listed}. What of it neither storage nor the node's cache holds will be holes"
-            self._monitor.event({"event": "missing_shards", "step": state.step, "message": told})
+            counted = f"{told(found)}. " if found.shards else ""
+            message = f"{listed}. {counted}What of it neither storage nor the node's cache holds will be holes"
+            self._monitor.event({"event": "missing_shards", "step": state.step, "message": message})
 
     def _tell_kernel(self) -> None:
         """Say at the start what makes the batches, and on which hosts it is the slow way. Collective."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import socket
 import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from fractions import Fraction
 from functools import cached_property
 from pathlib import Path
 from typing import NoReturn
@@ -29,6 +27,7 @@ from .engine import Engine
 from .evaluation import evaluate, evaluation_metrics
 from .hangs import HangGuard
 from .incidents import Incidents, NonFiniteError, non_finite_weights
+from .missing import allowed_holes
 from .monitor import Monitor
 from .objective import Objective, StepStatistics
 from .optimizer import learning_rate
@@ -225,8 +224,7 @@ class Trainer:
     @cached_property
     def _most_holes(self) -> int:
         """How many holes the run may have to its end."""
-        sequences = self.config.batch_plan.sequences_before(end_position(self.config, self.state))
-        return math.floor(Fraction(str(self.config.data.max_hole_fraction)) * sequences)
+        return allowed_holes(self.config, end_position(self.config, self.state))
 
     def _bound_holes(self, holes: int, step: Step) -> None:
         """Stop when the step would go beyond the bound. Collective."""

@@ -270,3 +270,16 @@ def test_a_phase_changes_nothing_before_it(mode: Mode, windows: Windows | None, 
     assert all(np.array_equal(here, there) for here, there in zip(*located, strict=True))
     assert difference(one.identity(), other.identity(), start) == ""
     assert difference(one.identity(), other.identity(), start + 1) != ""
+
+
+@modes
+@pytest.mark.parametrize("weight", [3.0, 40.0])
+def test_reads_are_counted_as_one_by_one(mode: Mode, windows: Windows | None, weight: float) -> None:
+    """Of a part of a source over its first, whole and last epochs, and over phases."""
+    order = Order(3, [OrderSource("code", 3000, weight), *SOURCES[1:]], PHASES[:1], mode, windows)
+    located = order.locate(0, 12_000)
+    for source, sequences in ((0, np.arange(100, 900)), (0, np.arange(2990, 3000)), (1, np.array([2, 5]))):
+        read = (located.source == source) & np.isin(located.sequence, sequences)
+        for start, end in ((0, 12_000), (700, 701), (0, 0), (1, 2500), (5000, 11_111), (2999, 9001)):
+            assert order.reads(source, sequences, start, end) == read[start:end].sum()
+    assert order.reads(0, np.empty(0, np.int64), 0, 12_000) == 0
