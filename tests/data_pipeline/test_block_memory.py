@@ -168,6 +168,38 @@ def test_without_room_blocks_are_checked_once_and_their_sequences_read_singly(
     assert counts["rows"] > 0
 
 
+@pytest.mark.usefixtures("either_kernel")
+def test_what_a_step_needed_makes_room_for_what_the_next_one_needs(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One place and windows of about a block: the sequences of a block come one after the other, and take one read."""
+    monkeypatch.setattr(step_reader, "_BYTES_AT_ONCE", 1)
+    counts = reads_of(monkeypatch)
+    (source,) = sources_of(folders[:1])
+    order = Order(5, [OrderSource("code", source.sequences)], mode="windowed", windows=Windows(1, 4))
+    one = {"micro_batch": 1, "plan": BatchPlan(1), "end_step": source.sequences, "memory": BlockMemory(PLACE[64])}
+    with loader_of(order, [source], **one) as loader:
+        list(loader)
+    assert counts["blocks"] == int(source.shards.blocks.sum())
+    assert counts["rows"] < source.sequences // 4, "read again, one by one"
+
+
+@pytest.mark.usefixtures("either_kernel")
+def test_a_block_that_was_found_damaged_stays_so_though_it_is_mended(copied: Path) -> None:
+    """Else the holes of a run would hang on when it was read, and by whom."""
+    path, source = shard_path(copied, "000000"), TokenSource(copied, "web", "train", SEQ)
+    good = path.read_bytes()
+    overwrite(path, source.manifest.layout.data_offset(1))
+    memory = BlockMemory()
+    (kept,) = memory.lend([source])
+    assert list(read_kept(source, memory, kept, [5])[1]) == [0]
+    path.write_bytes(good)
+    rows, damage = read_kept(source, memory, kept, [0, 5, 9])
+    assert list(damage) == [1]
+    assert (rows[1] == source.eos_id).all()
+    assert list(read_kept(source, memory, None, [5])[1]) == [0]
+
+
 def test_memory_is_bounded_and_no_larger_than_the_sources(folders: list[Path]) -> None:
     sources = sources_of(folders)
     blocks = sum(int(source.shards.blocks.sum()) for source in sources)

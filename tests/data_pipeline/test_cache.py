@@ -70,6 +70,19 @@ class TestEntries:
 
         assert read(made(tmp_path), "key", fill, 7) == b"content"
 
+    def test_it_is_on_the_disk_before_it_has_its_name(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        cache, flush = made(tmp_path), os.fsync
+        flushed: list[tuple[str, bytes, bool]] = []
+
+        def watched(descriptor: int) -> None:
+            flush(descriptor)
+            path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+            flushed.append((path.name, path.read_bytes(), "key" in entries(cache)))
+
+        monkeypatch.setattr(os, "fsync", watched)
+        assert read(cache, "key", writes(b"content"), 30) == b"content"
+        assert flushed == [("key.part", b"content", False)]
+
     def test_a_fill_that_fails_leaves_nothing(self, tmp_path: Path) -> None:
         def fill(to: BinaryIO) -> None:
             to.write(b"half")

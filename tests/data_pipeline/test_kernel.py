@@ -99,6 +99,29 @@ def test_the_ends_of_many_batches_do_not_run_into_each_other(kernels: dict[str, 
         assert all(ends.tolist() == list(range(16)) for ends in found), name
 
 
+def test_ends_are_not_written_behind_their_memory(kernels: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing but EOS: the last row of the last batch that finds room has one end more than tokens, for a moment."""
+    empty, behind = np.empty, []
+
+    def guarded(count: int, dtype: Any) -> np.ndarray:
+        room = empty(count + 16, dtype)
+        room[count:] = 77
+        behind.append(room[count:])
+        return room[:count]
+
+    tokens = np.full((40, 9), EOS, np.uint16)
+    rooms = [Room((2, 9)) for _ in range(20)]
+    for name in NATIVE:
+        with monkeypatch.context() as patched:
+            patched.setattr(kernel.np, "empty", guarded)
+            patched.setattr(kernel.np, "empty_like", lambda ends: guarded(len(ends), ends.dtype))
+            fill = kernels[name].widen(Rows.of(tokens), EOS, np.arange(40), 2)
+            for number, room in enumerate(rooms):
+                fill(number, room)
+    assert len(behind) >= 2 * len(NATIVE), "the memory of the ends is not what was guarded"
+    assert all((guard == 77).all() for guard in behind)
+
+
 def test_tokens_of_another_dtype_are_taken_too(kernels: dict[str, Any]) -> None:
     tokens = np.array([[5, EOS, 7], [8, 9, 10]], np.int64)
     mixed = Rows(2, [Part(np.array([1]), tokens.astype(np.uint16), (np.array([1]),)),
