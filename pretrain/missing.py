@@ -9,7 +9,7 @@ from fractions import Fraction
 
 import numpy as np
 
-from data_pipeline.errors import UserError
+from data_pipeline.errors import DataError, UserError
 from data_pipeline.permutation import IntArray
 
 from .config import Config
@@ -73,6 +73,24 @@ def look_for_missing(
             "the fraction."
         )
     return missing
+
+
+def check_missing(config: Config, data: RunData, holes: int, position: int, end: int) -> Missing | None:
+    """As :func:`look_for_missing`, by one process for all ranks; None where nothing may be missing.
+
+    Raises:
+        DataError: something is, and ``data.on_damage`` is ``stop``.
+        UserError: as :func:`look_for_missing`.
+    """
+    for name, source in (*zip(data.names, data.sources, strict=True), *data.heldout.items()):
+        try:
+            source.check_every_file()
+        except DataError as error:
+            raise DataError(f"data.sources.{name}: {error}") from error
+    if config.data.on_damage == "stop":
+        return None
+    shards = [source.missing_shards((0, 1)) for source in data.sources]
+    return look_for_missing(config, data, shards, holes, position, end)
 
 
 def told(missing: Missing) -> str:

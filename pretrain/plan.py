@@ -9,16 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from data_pipeline import kernel
-from data_pipeline.errors import DataError
 
 from .beginning import open_beginning
 from .check import check_run, warnings
 from .checkpoint import complete_checkpoints, read_state
 from .config import Config, load_config
 from .costs import memory, parts
-from .data import RunData
 from .engine import accumulation_steps
-from .missing import Missing, look_for_missing, told
+from .missing import Missing, check_missing, told
 from .model import count_parameters, flops_per_token
 from .plan_experts import expert_communication, show_expert_communication
 from .plan_mup import mup_rows, show_mup
@@ -43,7 +41,7 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
     else:
         state = open_beginning(config, data).state
         end, stands = end_position(config, state), asdict(state)
-    missing = _missing(config, data, stands["holes"], stands["position"], end)
+    missing = check_missing(config, data, stands["holes"], stands["position"], end)
     vocabulary = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
     parameters = count_parameters(config.model, vocabulary)
     sequences = config.batch_plan.sequences_before(end)
@@ -81,24 +79,6 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
         "batches": kernel.describe(),
         "warnings": warnings(config, ranks),
     }
-
-
-def _missing(config: Config, data: RunData, holes: int, position: int, end: int) -> Missing | None:
-    """What is missing of the local data sets, whatever rank would look for it; None where nothing may be.
-
-    Raises:
-        DataError: something is, and ``data.on_damage`` is ``stop``.
-        UserError: as :func:`look_for_missing`.
-    """
-    for name, source in (*zip(data.names, data.sources, strict=True), *data.heldout.items()):
-        try:
-            source.check_every_file()
-        except DataError as error:
-            raise DataError(f"data.sources.{name}: {error}") from error
-    if config.data.on_damage == "stop":
-        return None
-    shards = [source.missing_shards((0, 1)) for source in data.sources]
-    return look_for_missing(config, data, shards, holes, position, end)
 
 
 def _origin(config: Config) -> Path | None:

@@ -23,10 +23,11 @@ from pretrain.config import Config
 from pretrain.data import RunData, open_data
 from pretrain.distributed import Distributed
 from pretrain.engine import accumulation_steps, deepspeed_config
+from pretrain.missing import check_missing
 from pretrain.model import count_parameters
 from pretrain.optimizer import check_schedule
 from pretrain.run_folder import CHECKPOINTS, versions
-from pretrain.state import leaving_out, left_out, resume_state
+from pretrain.state import TrainState, end_position, leaving_out, left_out, resume_state
 
 from .findings import Code, Finding, Request, Severity, refused
 
@@ -107,6 +108,12 @@ def _resumed(origin: Path, config: Config, data: RunData, ranks: Distributed) ->
     return resume_state(origin, leaving_out(config, left_out(config, origin)), data, ranks)
 
 
+def _missing(config: Config, data: RunData, state: TrainState) -> Finding | None:
+    """More missing shards than the run may lose."""
+    place = (state.holes, state.position, end_position(config, state))
+    return _tried("data.holes", lambda: check_missing(config, data, *place), RESTORE)
+
+
 def _newer_elsewhere(config: Config, newest: Path | None) -> Finding | None:
     """What of the second place for checkpoints comes before the ``newest`` complete one of the run folder."""
     second = second_place(config.checkpoint, config.run_folder.name)
@@ -153,7 +160,9 @@ def resume(config: Config, request: Request, data: RunData) -> Iterator[Finding]
                 yield Finding("resume.missing", "error", cause, "Give the path of a step_... folder, auto, or never.")
                 return
     if origin is None:
-        if found := _tried("data.tokens", lambda: open_beginning(config, data), "Mend these settings."):
+        if (found := _tried("data.tokens", lambda: open_beginning(config, data), "Mend these settings.")) or (
+            found := _missing(config, data, open_beginning(config, data).state)
+        ):
             yield found
         return
     for world in request.worlds:
@@ -162,6 +171,9 @@ def resume(config: Config, request: Request, data: RunData) -> Iterator[Finding]
         if found := _tried("resume.incompatible", partial(_resumed, origin, config, data, ranks), mend):
             yield found
             return
+    skipping = leaving_out(config, left_out(config, origin))
+    if found := _missing(skipping, data, resume_state(origin, skipping, data, ranks)):
+        yield found
     step, total = step_of(origin), config.total_steps
     if step >= total:
         yield Finding("resume.complete", "warning", f"{origin} is the run's end: nothing is left.", "Raise its steps.")

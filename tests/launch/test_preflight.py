@@ -173,7 +173,7 @@ def test_the_disk(runs: Runs, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "statvfs", lambda path: Full)
     assert codes(check(runs), "error") == ["disk.inodes"]
     monkeypatch.undo()
-    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    monkeypatch.setattr(os, "access", lambda path, mode: not mode & os.W_OK)
     assert codes(check(runs), "error") == ["disk.permission"]
 
 

@@ -179,6 +179,18 @@ def test_a_code_has_severity_cause_and_fix(
         assert finding.fix.strip() or finding.severity == "info", "what is to be done"
 
 
+def test_missing_shards_are_an_error_where_the_run_may_not_lose_so_much(runs: Runs, tmp_path: Path) -> None:
+    runs.config("run")
+    scene = Scene(runs, tmp_path, pytest.MonkeyPatch())
+    found = [(each.severity, each.cause) for each in scene.harmed(Path.unlink, "data.on_damage=hole")]
+    (cause,) = (cause for severity, cause in found if severity == "error")
+    assert re.search(r"1 shard is missing, by which the run loses \d+ sequences .*max_hole_fraction = 0.001", cause)
+    shutil.rmtree(tmp_path / "copy")
+    allowed = scene.harmed(Path.unlink, "data.on_damage=hole", "data.max_hole_fraction=1.0")
+    assert "data.holes" in {each.code for each in allowed}
+    assert "error" not in {each.severity for each in allowed}
+
+
 @pytest.mark.parametrize(("cause", "fix"), [("", "Mend it."), ("It is broken.", "")])
 def test_no_finding_can_lack_cause_or_fix(cause: str, fix: str) -> None:
     with pytest.raises(ValueError, match="a finding without a cause or a fix"):
