@@ -57,8 +57,7 @@ HOLES_ADVICE = (
 
 
 _REBUILD = (
-    "where the reason is index, the .idx of the shard is missing or damaged, and `pretrain-data verify "
-    "--rebuild-sidecars FOLDER` writes it again"
+    "the .idx of the shard is missing or damaged, `pretrain-data verify --rebuild-sidecars FOLDER` writes it again"
 )
 
 
@@ -87,7 +86,8 @@ class Damage:
     @property
     def place(self) -> str:
         """Where the damage lies and what it is, in words."""
-        return f"shard {self.shard} of source {self.source!r}, block {self.block} at byte {self.offset}: {self.reason}"
+        what = f"index ({_REBUILD})" if self.reason == "index" else self.reason
+        return f"shard {self.shard} of source {self.source!r}, block {self.block} at byte {self.offset}: {what}"
 
     @classmethod
     def of(cls, error: DamagedBlockError, position: int, source: str, sample: int) -> Damage:
@@ -96,12 +96,10 @@ class Damage:
 
 def told_by_block(found: Iterable[Damage], most: int = 3) -> str:
     """The damaged blocks among ``found`` in words, each once with its sequences; at most ``most`` of them by name."""
-    found = list(found)
     blocks = Counter(damage.place for damage in found)
     told = [f"{place} ({count} sequence{'s' if count > 1 else ''})" for place, count in list(blocks.items())[:most]]
     more = len(blocks) - len(told)
-    words = "; ".join(told) + (f" and {more} more block{'s' if more > 1 else ''}" if more else "")
-    return f"{words}; {_REBUILD}" if any(damage.reason == "index" for damage in found) else words
+    return "; ".join(told) + (f" and {more} more block{'s' if more > 1 else ''}" if more else "")
 
 
 class DamageLedger:

@@ -219,8 +219,8 @@ class RemoteShards(ShardFiles):
             if self._on_damage == "stop" or (isinstance(error, StorageError) and _says_nothing(error)):
                 raise
             if piece not in self._fetched_again:
-                # what an earlier run found may be mended in part by now, or lie in another copy of the data set
-                self._cache.discard(f"{key}-as-found")
+                # what an earlier run found may be mended in part by now
+                self._cache.discard(self._key_as_found(piece))
             with self._counting:
                 self._fetched_again.add(piece)
                 self._as_found.add(piece)
@@ -228,7 +228,7 @@ class RemoteShards(ShardFiles):
         return OpenFile(handle, start, self.where(piece.shard))
 
     def _open_as_found(self, piece: Piece) -> FileIO:
-        return self._cache.open(f"{self._key(piece)}-as-found", lambda to: self._fill_as_found(piece, to))
+        return self._cache.open(self._key_as_found(piece), lambda to: self._fill_as_found(piece, to))
 
     def _fill_whole(self, piece: Piece, to: BinaryIO) -> None:
         self._count()
@@ -318,6 +318,10 @@ class RemoteShards(ShardFiles):
         """Named by content, so that neither the place of a data set nor a token in its address matters."""
         name = self.shards.sha256[piece.shard].tobytes().hex()
         return name if self._is_whole(piece) else f"{name}-{piece.first:06d}-{piece.stop:06d}"
+
+    def _key_as_found(self, piece: Piece) -> str:
+        """What is damaged is not what its name says: another copy of the data set has other damage, or none."""
+        return f"{self._key(piece)}-{hashlib.sha256(self.root.encode()).hexdigest()[:16]}-as-found"
 
     def _count(self) -> None:
         with self._counting:
