@@ -26,6 +26,7 @@ from data_pipeline.storage import CacheSettings, RemoteSettings, StorageSettings
 from data_pipeline.testing import write_token_dataset
 from data_pipeline.windowed import Windows
 from tests.http_server import HttpServer
+from tests.marks import campaign
 
 SEQ, BLOCK, BLOCKS, SHARDS = 16, 64, 24, 3
 PER_BLOCK = BLOCK // SEQ
@@ -34,15 +35,18 @@ SEQUENCES = SHARDS * BLOCKS * PER_BLOCK
 PLAN, MICRO = BatchPlan(24), 12
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def write_whole(folder: Path, seed: int = 0) -> Path:
     """Three shards of 24 blocks, all of one size; each document fills a block."""
-    rng = np.random.default_rng(0)
-    folder = tmp_path_factory.mktemp("damage") / "data"
+    rng = np.random.default_rng(seed)
     documents = [rng.integers(3, 300, BLOCK - 1).tolist() for _ in range(SHARDS * BLOCKS)]
     content = {("web", "train"): documents, ("web", "heldout"): documents[:BLOCKS]}
     write_token_dataset(folder, content, block_tokens=BLOCK, documents_per_shard=BLOCKS)
     return folder
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_whole(tmp_path_factory.mktemp("damage") / "data")
 
 
 def flip(path: Path, offset: int, count: int = 1) -> None:
@@ -105,6 +109,12 @@ CASES = {
     ),
 }
 PLACES = ("local", "http", "http windowed", "pipe")
+CELLS = [(name, place) for name in CASES for place in PLACES]
+CELLS += [
+    (name, place) if name in ("payload", "cut in a payload", "missing") else campaign(name, place)
+    for name in CASES
+    for place in ("local windowed", "pipe windowed")
+]
 
 
 @dataclass
@@ -115,6 +125,11 @@ class Bench:
     root: str
     storage: StorageSettings
     windowed: bool
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether what is read is blocks, not whole shards with all that surrounds their tokens."""
+        return not self.root.startswith("pipe:") and (self.windowed or not self.root.startswith("http"))
 
     def source(self, on_damage: str, split: str = "train") -> TokenSource:
         return TokenSource(self.root, "web", split, SEQ, storage=self.storage, on_damage=on_damage)
@@ -143,14 +158,15 @@ def bench(request: pytest.FixtureRequest, whole: Path, tmp_path: Path) -> Iterat
     )
     with ExitStack() as stack:
         root = str(folder)
-        if request.param.startswith("http"):
+        place, _, windowed = request.param.partition(" ")
+        if place == "http":
             root = stack.enter_context(HttpServer(folder)).url
-        elif request.param == "pipe":
+        elif place == "pipe":
             root = f"pipe:cat {folder}/{{}}"
-        yield Bench(folder, root, storage, request.param == "http windowed")
+        yield Bench(folder, root, storage, bool(windowed))
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(("name", "bench"), CELLS, indirect=["bench"])
 def test_holes_keep_their_positions_and_nothing_else_changes(name: str, bench: Bench, whole: Path) -> None:
     case = CASES[name]
     undamaged = list(bench.steps(TokenSource(whole, "web", "train", SEQ), "stop"))
@@ -209,14 +225,14 @@ COMMAND_STOPS = {
 """What a command can't know."""
 
 
-@pytest.mark.parametrize("name", list(CASES))
+@pytest.mark.parametrize(("name", "bench"), CELLS, indirect=["bench"])
 def test_stop_says_what_is_wrong_before_a_wrong_token_is_handed_out(name: str, bench: Bench, whole: Path) -> None:
     """Shard, block and byte, cause, what to do, and that `hole` would go on, wherever the shard lies."""
     case = CASES[name]
     undamaged = list(bench.steps(TokenSource(whole, "web", "train", SEQ), "stop"))
     case.damage(shard_path(bench.folder, "000001"))
     piped = bench.root.startswith("pipe:")
-    harmless = name == "header" and (bench.windowed or not bench.source("hole").remote)
+    harmless = name == "header" and bench.in_pieces
     handed_out: list[Step] = []
 
     def run() -> None:
@@ -238,6 +254,18 @@ def test_stop_says_what_is_wrong_before_a_wrong_token_is_handed_out(name: str, b
         assert message.endswith(HOLES_ADVICE)
     for before, after in zip(undamaged, handed_out, strict=False):
         assert all(torch.equal(a.rows, b.rows) for a, b in zip(before.micro_batches, after.micro_batches, strict=True))
+
+
+@pytest.mark.parametrize("bench", ["http", "http windowed", "pipe"], indirect=True)
+@pytest.mark.parametrize("name", ["payload", "cut in a payload", "missing", "swapped", "no index"])
+def test_what_the_cache_of_the_node_holds_is_not_lost(name: str, bench: Bench) -> None:
+    before = list(bench.steps(bench.source("stop"), "stop"))
+    CASES[name].damage(shard_path(bench.folder, "000001"))
+    source = bench.source("hole")
+    assert bool(source.unusable) == (name in ("cut in a payload", "missing") and source.root.startswith("http"))
+    for one, two in zip(before, bench.steps(source, "hole"), strict=True):
+        assert two.damage == ()
+        assert all(torch.equal(a.rows, b.rows) for a, b in zip(one.micro_batches, two.micro_batches, strict=True))
 
 
 def test_an_evaluation_counts_its_damaged_sequences_and_masks_them(bench: Bench) -> None:

@@ -97,3 +97,31 @@ def test_under_stop_what_stays_damaged_is_not_fetched_for_each_of_its_blocks(
     assert asked[0] > 1, "damage is looked at once more, for it may come from the network"
     assert asked[-1] == asked[0]
     pieces.open(1, 0, span)
+
+
+@pytest.mark.parametrize("span", [(0, 8), None])
+def test_copies_of_a_data_set_do_not_take_each_others_damage_from_the_cache(
+    folder: Path, server: HttpServer, tmp_path: Path, span: tuple[int, int] | None
+) -> None:
+    """The copy has another block damaged. Once a block was right it is not checked again: no other file may come."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    layout = read_manifest(folder).layout
+    offsets = [layout.data_offset(block) for block in (DAMAGED, DAMAGED + 2)]
+    path = shard_path(copy, "000000")
+    content = bytearray(path.read_bytes())
+    for offset in offsets:
+        content[offset] ^= 1
+    path.write_bytes(content)
+
+    def found(pieces: RemoteShards) -> list[bytes]:
+        pieces.close()
+        file, read = pieces.open(0, 0, span), bytearray(2)
+        return [bytes(read) for offset in offsets if file.read(memoryview(read), offset)]
+
+    with HttpServer(copy) as other:
+        both = [pieces_of(folder, server, tmp_path), pieces_of(copy, other, tmp_path)]
+        first = [found(pieces) for pieces in both]
+        assert first[0][0] != first[1][0]
+        assert first[0][1] != first[1][1]
+        for _ in range(2):
+            assert [found(pieces) for pieces in both] == first
