@@ -192,6 +192,8 @@ class Trainer:
 
     def _stop_before_step(self, stop: StopRequest) -> NoReturn:
         """A rank was asked to stop and its data does not come: save what is done. Collective."""
+        if self.guard:
+            self.guard.pause()
         flags = self.ranks.gather_objects(stop.flags)
         if self.state.step != self._saved_step:
             self.save()

@@ -13,10 +13,16 @@ from typing import Any
 import torch
 
 
-def import_deepspeed() -> Any:
-    """DeepSpeed, quiet and without the compilation of a kernel that only its inference uses."""
+def choose_accelerator() -> None:
+    """Before whatever imports DeepSpeed, be it the objects of a checkpoint: else it says on stdout what it has chosen,
+    in the midst of what a command prints there."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def import_deepspeed() -> Any:
+    """DeepSpeed, quiet and without the compilation of a kernel that only its inference uses."""
+    choose_accelerator()
     first = "deepspeed" not in sys.modules
     deepspeed = importlib.import_module("deepspeed")
     deepspeed.utils.logger.setLevel(logging.ERROR)

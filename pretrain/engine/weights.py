@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .by_name import Copy, copies_of, stored_parts
+from .deepspeed_module import choose_accelerator
 from .layout import Layout, Part, read_layout, resolve
 
 
@@ -31,6 +32,7 @@ class _Files:
     def __getitem__(self, file: str) -> Any:
         if file not in self._opened:
             path = self._folder / file
+            choose_accelerator()
             self._opened[file] = torch.load(path, map_location="cpu", mmap=True, weights_only=False)
         return self._opened[file]
 

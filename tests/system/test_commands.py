@@ -24,7 +24,9 @@ from .runs import Runs, environment
 
 def pretrain(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "pretrain", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=240, check=False)
+    env = environment()
+    env.pop("DS_ACCELERATOR", None)  # which another test may have set by importing DeepSpeed here
+    return subprocess.run(command, env=env, capture_output=True, text=True, timeout=240, check=False)
 
 
 @pytest.fixture(scope="session")
