@@ -229,7 +229,7 @@ class CheckedBlocks:
         whole: bool,
     ) -> int:
         """Read blocks, checked, or sequences of one file to ``memory[places]``; returns how many are right before the
-        first that is not, or can't be opened."""
+        first that is not, can't be opened, or is to be checked as part of its block."""
         shard, block, span = pieces.block(begin)[1:]
         run = slice(begin, end)
         offsets = self._offset + pieces.blocks[run] * self._stride
@@ -244,6 +244,8 @@ class CheckedBlocks:
                 offsets += pieces.within[run] * (self._seq_len * self._layout.token_bytes)
             file = self._files.open(shard, block, span)
         except DamagedBlockError:
+            return 0
+        if file.as_found and not whole:
             return 0
         return self._kernel.read(
             file.descriptor, offsets - file.start, memory, places[run], size, expected, self._notes.at
@@ -261,8 +263,8 @@ class CheckedBlocks:
     def _read(self, wanted: Block, content: memoryview) -> None:
         """Fill ``content`` with a block and its look-ahead token.
 
-        It is checked when it is read for the first time, and when it is to be kept. Damage is looked at once more where
-        it can have come from a cache or the network, and then remembered.
+        It is checked when it is read for the first time, to be kept, or from a file that is damaged. Damage is looked
+        at once more where it can have come from a cache or the network, and then remembered.
 
         Raises:
             DamagedBlockError: the block is not what was written, or not there.
@@ -274,12 +276,14 @@ class CheckedBlocks:
         while True:
             try:
                 start = self._offset + block * self._stride
-                got = self._files.open(shard, block, span).read(content, start)
+                file = self._files.open(shard, block, span)
+                got = file.read(content, start)
                 if got < self._block_bytes:
                     there = f"ends at byte {start + got}, inside block {block}"
                     whole = f"bytes {start} to {start + self._block_bytes}"
                     raise self._files.damage(shard, block, "short", f"{there} ({whole})")
-                if content is not self._content or not self._bits[number >> 3] & 1 << (number & 7):
+                checked = self._bits[number >> 3] & 1 << (number & 7)
+                if content is not self._content or file.as_found or not checked:
                     self._files.check(shard, block, content)
                     self._bits[number >> 3] |= 1 << (number & 7)
                 return

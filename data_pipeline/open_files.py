@@ -57,10 +57,11 @@ class RecentlyUsed(Generic[Key, Value]):
 
 
 class OpenFile:
-    """An open file that holds the bytes of a shard from byte ``start`` on."""
+    """An open file that holds the bytes of a shard from byte ``start`` on. ``as_found``: it is known to be damaged, and
+    may be another time than when its blocks were checked first."""
 
-    def __init__(self, handle: BinaryIO, start: int, where: str) -> None:
-        self.handle, self.start, self.where = handle, start, where
+    def __init__(self, handle: BinaryIO, start: int, where: str, as_found: bool = False) -> None:
+        self.handle, self.start, self.where, self.as_found = handle, start, where, as_found
         self.descriptor = handle.fileno()
 
     def read(self, into: memoryview, offset: int) -> int:

@@ -209,7 +209,7 @@ class RemoteShards(ShardFiles):
         key, whole = self._key(piece), self._is_whole(piece)
         start = 0 if whole else self.layout.data_offset(piece.first)
         if piece in self._as_found:
-            return OpenFile(self._open_as_found(piece), start, self.where(piece.shard))
+            return OpenFile(self._open_as_found(piece), start, self.where(piece.shard), as_found=True)
         try:
             fill = self._fill_whole if whole else self._fill_window
             handle = self._cache.open(key, lambda to: fill(piece, to), self._size_of(piece))
@@ -224,7 +224,7 @@ class RemoteShards(ShardFiles):
             with self._counting:
                 self._fetched_again.add(piece)
                 self._as_found.add(piece)
-            handle = self._open_as_found(piece)
+            return OpenFile(self._open_as_found(piece), start, self.where(piece.shard), as_found=True)
         return OpenFile(handle, start, self.where(piece.shard))
 
     def _open_as_found(self, piece: Piece) -> FileIO:

@@ -14,6 +14,7 @@ import pytest
 from data_pipeline.batch_plan import BatchPlan
 from data_pipeline.damage import OnDamage
 from data_pipeline.errors import DataError
+from data_pipeline.layout import shard_path
 from data_pipeline.loader import EvaluationLoader, StepLoader
 from data_pipeline.manifest import read_manifest
 from data_pipeline.order import Order, OrderSource
@@ -230,6 +231,38 @@ def test_a_refusal_is_no_damage(folder: Path, tmp_path: Path) -> None:
             with pytest.raises(DataError, match=rf"000000\.tar.*refuses it \(HTTP status {status}"):
                 source.read_or_damage([0], windows)
             assert source.read_or_damage([0], windows)[1] == {}
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_what_is_fetched_again_because_it_is_damaged_is_checked_again(
+    folder: Path, tmp_path: Path, windowed: bool
+) -> None:
+    """The node's cache has lost it, and the server has another damage by now, in a block that was right before."""
+    copy = Path(shutil.copytree(folder, tmp_path / "copy"))
+    path, layout = shard_path(copy, "000000"), read_manifest(copy).layout
+
+    def turn(block: int) -> None:
+        with open(path, "r+b") as file:
+            file.seek(layout.data_offset(block))
+            byte = file.read(1)
+            file.seek(layout.data_offset(block))
+            file.write(bytes([byte[0] ^ 1]))
+
+    turn(0)
+    storage = StorageSettings(cache=CacheSettings(folder=str(tmp_path / "cache")))
+    with HttpServer(copy) as server:
+        source = TokenSource(server.url, None, "train", SEQ, storage=storage, on_damage="hole")
+        per_block = layout.block_tokens // SEQ
+        wanted = np.arange(2 * per_block)
+        windows = np.stack([np.zeros_like(wanted), np.full_like(wanted, 2 * per_block)]) if windowed else None
+        assert sorted(source.read_or_damage(wanted, windows)[1]) == list(range(per_block))
+        turn(1)
+        shutil.rmtree(tmp_path / "cache")
+        source.close()
+        last = wanted[-1:]
+        _, damage = source.read_or_damage(last, None if windows is None else windows[:, -1:])
+        assert damage[0].block == 1
+        assert damage[0].reason == "checksum"
 
 
 def test_what_was_found_damaged_is_not_remembered_for_the_next_run(folder: Path, tmp_path: Path) -> None:
