@@ -120,14 +120,14 @@ class TokenSource:
         """The number of tokens, the filling of the last blocks left out."""
         return int(self.shards.tokens.sum())
 
-    def missing_shards(self, share: tuple[int, int] | None = None) -> IntArray:
-        """Rows of the shards that have no file, in a share (rank, ranks) of them, by default this process's own.
+    def unreadable_shards(self, share: tuple[int, int] | None = None) -> IntArray:
+        """Rows of the shards without file or block index, in a share (rank, ranks) of them, by default this process's.
 
         None where the storage is remote: each of its shards would have to be asked for.
         """
         rank, world = share or self._arguments["share"]
         rows = np.arange(rank, len(self.shards), world)
-        return rows[:0] if self.remote else rows[self._files.sizes(rows) < 0]
+        return rows[:0] if self.remote else rows[(self._files.sizes(rows) < 0) | ~self._files.have_index(rows)]
 
     def sequences_of(self, shard: int) -> IntArray:
         """The sequences that lie in a shard, by its row in ``shards``; int64 [k]."""

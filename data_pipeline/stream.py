@@ -213,7 +213,7 @@ def open_split(settings: StreamSettings, name: str, split: str, share: tuple[int
         )
     except UserError as error:
         advice = ""
-        if split == HELDOUT:
+        if split == HELDOUT and not isinstance(error, DataError):
             advice = (
                 " An evaluation needs held-out text: raise heldout_fraction when preparing, or set "
                 "evaluation.every_steps=null."

@@ -24,7 +24,9 @@ class Missing:
     """What is known to be missing of a run."""
 
     shards: int
-    """Of the training split of its local data sets: remote ones are not asked for each shard."""
+    """Without file or block index, of the training split of its local data sets: remote ones are not asked for each."""
+    heldout_shards: int
+    """The same of the held-out split."""
     holes: int
     """Sequences that the run will lose by it from where it stands to its end."""
     exact: bool
@@ -38,14 +40,15 @@ def allowed_holes(config: Config, end: int) -> int:
 
 
 def look_for_missing(
-    config: Config, data: RunData, shards: Sequence[IntArray], before: int, position: int, end: int
+    config: Config, data: RunData, shards: Sequence[IntArray], heldout: int, before: int, position: int, end: int
 ) -> Missing:
-    """What the run loses between ``position`` and ``end`` by the missing shards of its sources.
+    """What the run loses between ``position`` and ``end`` by the shards of its sources that can't be read.
 
     Args:
         config: of the run.
         data: what it reads.
-        shards: of each source the rows of those without a file.
+        shards: of each source the rows of those without file or block index.
+        heldout: how many held-out shards are so.
         before: the holes that it has already.
         position: where it stands.
         end: the position at which it will be done.
@@ -63,7 +66,7 @@ def look_for_missing(
         exact = exact and len(parts) == len(rows)
         lost = np.concatenate([np.empty(0, np.int64), *parts])
         holes += sum(sign * data.order.reads(number, lost, *span) for *span, sign in spans if span[0] < span[1])
-    missing = Missing(sum(map(len, shards)), holes, exact)
+    missing = Missing(sum(map(len, shards)), heldout, holes, exact)
     if before + holes > (allowed := allowed_holes(config, end)):
         first = next(source.where(rows[0]) for source, rows in zip(data.sources, shards, strict=True) if len(rows))
         has = f"it has {before:,} holes already, and " if before else ""
@@ -89,12 +92,15 @@ def check_missing(config: Config, data: RunData, holes: int, position: int, end:
             raise DataError(f"data.sources.{name}: {error}") from error
     if config.data.on_damage == "stop":
         return None
-    shards = [source.missing_shards((0, 1)) for source in data.sources]
-    return look_for_missing(config, data, shards, holes, position, end)
+    shards, heldout = (
+        [source.unreadable_shards((0, 1)) for source in sources] for sources in (data.sources, data.heldout.values())
+    )
+    return look_for_missing(config, data, shards, sum(map(len, heldout)), holes, position, end)
 
 
 def told(missing: Missing) -> str:
     """What is missing, in words."""
-    shards = f"{missing.shards:,} shard{'s are' if missing.shards != 1 else ' is'} missing"
+    shards = f"{missing.shards:,} shard{'s are' if missing.shards != 1 else ' is'} missing or without block index"
     least = "" if missing.exact else "at least "
-    return f"{shards}, by which the run loses {least}{missing.holes:,} sequence{'s' if missing.holes != 1 else ''}"
+    lost = f"{shards}, by which the run loses {least}{missing.holes:,} sequence{'s' if missing.holes != 1 else ''}"
+    return f"{lost}; of the held-out shards {missing.heldout_shards:,}" if missing.heldout_shards else lost

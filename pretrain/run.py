@@ -309,14 +309,18 @@ class Session:
         missing = sorted({shard for part in self._ranks.gather_objects(mine) for shard in part})
         if not missing:
             return
-        gone = [source.missing_shards() if source.unusable else np.empty(0, np.int64) for source in data.sources]
+        gone = [
+            source.unreadable_shards() if source.unusable else np.empty(0, np.int64)
+            for source in (*data.sources, *data.heldout.values())
+        ]
         shards = [np.sort(np.concatenate(parts)) for parts in zip(*self._ranks.gather_objects(gone), strict=True)]
+        heldout = sum(map(len, shards[len(data.sources) :]))
         place = (state.holes, state.position, end_position(config, state))
-        look = partial(look_for_missing, config, data, shards, *place)
+        look = partial(look_for_missing, config, data, shards[: len(data.sources)], heldout, *place)
         found = together(self._ranks, lambda: look() if self._ranks.rank == 0 else None)
         if found and self._monitor:
             listed = "; ".join(missing[:3]) + (f"; and {len(missing) - 3} more" if len(missing) > 3 else "")
-            counted = f"{told(found)}. " if found.shards else ""
+            counted = f"{told(found)}. " if found.shards or found.heldout_shards else ""
             message = f"{listed}. {counted}What of it neither storage nor the node's cache holds will be holes"
             self._monitor.event({"event": "missing_shards", "step": state.step, "message": message})
 

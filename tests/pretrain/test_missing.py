@@ -27,7 +27,8 @@ SKIPPED = [[16, 40], [200, 400]]
 
 @pytest.fixture
 def config(tmp_path: Path) -> Path:
-    """Of 100 steps of 8 sequences; the data set has several shards of each domain, and lost two of a's."""
+    """Of 100 steps of 8 sequences; the data set has several shards of each domain; one of a's lost its file, one
+    its block index, and a held-out one of b's its file."""
     random = np.random.default_rng(1)
     groups = {
         (domain, split): [random.integers(5, 60, 40).tolist() for _ in range(count)]
@@ -56,9 +57,9 @@ def config(tmp_path: Path) -> Path:
 
 
 def lost(config: Path) -> list[str]:
-    """The second and third shard of domain a."""
-    (source, _) = open_data(load_config(config)).sources
-    return [source.where(1), source.where(2)]
+    """The second shard of domain a, the block index of the third, the first held-out one of b."""
+    data = open_data(load_config(config))
+    return [data.sources[0].where(1), data.sources[0].where(2).replace(".tar", ".idx"), data.heldout["b"].where(0)]
 
 
 def expected(config: Path, position: int = 0) -> int:
@@ -80,16 +81,20 @@ def test_a_plan_counts_what_is_missing_or_refuses_it(config: Path, ranks: int) -
     holes = expected(config)
     assert 50 < holes < 400, "more than an epoch's, or nothing is tested"
     plan = make_plan(config, [], ranks)
-    assert plan["missing"] == {"shards": 2, "holes": holes, "exact": True}
-    told = f"2 shards are missing, by which the run loses {holes} sequences"
+    assert plan["missing"] == {"shards": 2, "heldout_shards": 1, "holes": holes, "exact": True}
+    told = f"2 shards are missing or without block index, by which the run loses {holes} sequences"
+    told += "; of the held-out shards 1"
     assert f"missing       {told}\n" in show_plan(plan)
     assert make_plan(config, [f"data.max_hole_fraction={holes / 800}"], ranks)["missing"]["holes"] == holes
     with pytest.raises(
         UserError, match=rf"{told} \(the first: .*\); data.max_hole_fraction = .* allows {holes - 1} in"
     ):
         make_plan(config, [f"data.max_hole_fraction={(holes - 1) / 800}"], ranks)
-    with pytest.raises(DataError, match=r"data.sources.a: shard .* is missing: .*; shard .* is missing"):
-        make_plan(config, ["data.on_damage=stop", "data.max_hole_fraction=0.001"], ranks)
+    stop = ["data.on_damage=stop", "data.max_hole_fraction=0.001"]
+    with pytest.raises(DataError, match=r"data.sources.[ab]: shard .* is missing: .* sequences are lost\.$"):
+        make_plan(config, stop, ranks)
+    with pytest.raises(DataError, match=r"data.sources.a: shard .* is missing: .*; the block index .*\.idx is missing"):
+        make_plan(config, [*stop, "evaluation.every_steps=null"], ranks)
 
 
 def test_only_what_lies_ahead_counts_and_what_is_many_is_not_counted_to_the_last(
@@ -97,17 +102,19 @@ def test_only_what_lies_ahead_counts_and_what_is_many_is_not_counted_to_the_last
 ) -> None:
     settings = load_config(config)
     data = open_data(settings)
-    shards, end = [source.missing_shards() for source in data.sources], settings.batch_plan.start_of(100)
+    shards, end = [source.unreadable_shards() for source in data.sources], settings.batch_plan.start_of(100)
     assert [rows.tolist() for rows in shards] == [[1, 2], []]
-    found = missing.look_for_missing(settings, data, shards, 7, 20, end)
-    assert found == missing.Missing(2, expected(config, 20), True)
+    found = missing.look_for_missing(settings, data, shards, 1, 7, 20, end)
+    assert found == missing.Missing(2, 1, expected(config, 20), True)
     with pytest.raises(UserError, match=r"it has 399 holes already, and data\.max_hole_fraction"):
-        missing.look_for_missing(settings, data, shards, 399, 20, end)
+        missing.look_for_missing(settings, data, shards, 1, 399, 20, end)
     monkeypatch.setattr(missing, "MOST_LOOKED_AT", 1)
-    some = missing.look_for_missing(settings, data, shards, 0, 0, end)
+    some = missing.look_for_missing(settings, data, shards, 0, 0, 0, end)
     assert not some.exact
     assert 0 < some.holes < expected(config)
-    assert missing.told(some).startswith("2 shards are missing, by which the run loses at least ")
+    assert missing.told(some).startswith(
+        "2 shards are missing or without block index, by which the run loses at least "
+    )
 
 
 def test_a_start_refuses_it_too(config: Path) -> None:
