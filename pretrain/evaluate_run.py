@@ -62,7 +62,7 @@ def evaluate_run(run: Path, checkpoint: Path | None, sequences: int | None) -> d
 
     pieces = torch.from_numpy(data.tokenizer.piece_bytes)
     alone = Distributed(rank=0, world_size=1, device=device)
-    heldout, micro_batch = list(data.heldout.values()), config.training.micro_batch
-    scores = evaluate(forward, heldout, pieces, micro_batch, sequences, alone, config.objective.loss)
+    micro_batch = config.training.micro_batch
+    scores = evaluate(forward, data.heldout, pieces, micro_batch, sequences, alone, config.objective.loss)
     where = {"step": state["step"], "position": state["position"], "checkpoint": str(checkpoint)}
     return {**evaluation_metrics(list(data.heldout), scores), **where, "seconds": time.perf_counter() - started}

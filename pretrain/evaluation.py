@@ -6,6 +6,7 @@ the softmax of the logits would give, which that run does not train. Perplexity 
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from data_pipeline import Batch, EvaluationLoader, TokenSource
+from data_pipeline.damage import Damage, told_by_block
 
 from .distributed import Distributed
 from .monitor import MetricValue
@@ -35,6 +37,8 @@ class Score:
     holes: int = 0
     measures: Mapping[str, float] = field(default_factory=dict)
     """``LossSettings.measures``, by name; empty of a likelihood."""
+    damage: str = ""
+    """The damaged blocks, in words."""
 
     def fields(self) -> dict[str, float]:
         """The means, under the names of an evaluation line."""
@@ -60,7 +64,7 @@ class Score:
 
 def evaluate(
     forward: Callable[[Batch], Tensor],
-    heldout: Sequence[TokenSource],
+    heldout: Mapping[str, TokenSource],
     piece_bytes: Tensor,
     micro_batch: int,
     sequences: int | None,
@@ -71,7 +75,7 @@ def evaluate(
 
     Args:
         forward: logits [b, T, V] of a batch on this rank's device, in evaluation mode.
-        heldout: the held-out split of each source.
+        heldout: the held-out split of each source, by name.
         piece_bytes: [V] int64, UTF-8 bytes that each token stands for.
         micro_batch: sequences in a forward pass.
         sequences: how many of each source, from the first on; None takes all.
@@ -88,8 +92,9 @@ def evaluate(
     sums = torch.zeros(len(heldout), 4 + len(measures), dtype=torch.float64, device=ranks.device)
     lengths = piece_bytes.to(ranks.device)
     failures: list[Exception] = []
+    damage: list[list[Damage]] = []
     with torch.no_grad():  # ZeRO-3 keeps gathered parameters, which inference_mode would spoil for training
-        for number, source in enumerate(heldout):
+        for number, (name, source) in enumerate(heldout.items()):
             loader = EvaluationLoader(
                 source,
                 rank=ranks.rank,
@@ -97,6 +102,7 @@ def evaluate(
                 micro_batch=micro_batch,
                 sequences=sequences,
                 on_damage=source.on_damage,
+                name=name,
             )
             for batch in _batches(loader, failures):
                 batch = batch.to(ranks.device)
@@ -108,10 +114,14 @@ def evaluate(
                     values = measure(logits, batch.labels).masked_fill(~batch.loss_mask, 0.0)
                     sums[number, column] += values.double().sum()
             sums[number, 3] = len(loader.damage)
+            damage.append(loader.damage)
     agree_on_reading(ranks, failures[0] if failures else None)
+    whole = ranks.all_reduce(sums)
+    of_ranks = ranks.gather_objects(damage) if whole[:, 3].any() else [damage]
+    told = [told_by_block(itertools.chain.from_iterable(parts)) for parts in zip(*of_ranks, strict=True)]
     return [
-        Score(nats, int(labels), int(text), int(holes), dict(zip(measures, own, strict=True)))
-        for nats, labels, text, holes, *own in ranks.all_reduce(sums).tolist()
+        Score(nats, int(labels), int(text), int(holes), dict(zip(measures, own, strict=True)), lost)
+        for (nats, labels, text, holes, *own), lost in zip(whole.tolist(), told, strict=True)
     ]
 
 
@@ -130,17 +140,19 @@ def _batches(loader: EvaluationLoader, failures: list[Exception]) -> Iterator[Ba
 
 
 def evaluation_metrics(names: Sequence[str], scores: Sequence[Score]) -> dict[str, MetricValue]:
-    """The fields of an evaluation line: over all labels together, and by source."""
+    """The fields of an evaluation line: over all labels together, and by source, if it has some left."""
     whole = Score(
         sum(s.nats for s in scores),
         sum(s.labels for s in scores),
         sum(s.bytes for s in scores),
         sum(s.holes for s in scores),
         {name: sum(s.measures[name] for s in scores) for name in scores[0].measures},
+        "; ".join(s.damage for s in scores if s.damage),
     )
     fields: dict[str, MetricValue] = {"evaluation": NAME, "tokens": whole.labels, **whole.fields()}
     if whole.holes:
-        fields["heldout_holes"] = whole.holes
+        fields |= {"heldout_holes": whole.holes, "heldout_damage": whole.damage}
     for name, score in zip(names, scores, strict=True):
-        fields |= {f"domain_{key}/{name}": value for key, value in score.fields().items()}
+        if score.labels:
+            fields |= {f"domain_{key}/{name}": value for key, value in score.fields().items()}
     return fields

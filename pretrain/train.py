@@ -265,7 +265,7 @@ class Trainer:
             with Watchdog(list(self.data.heldout.items()), self.config.data.watchdog_seconds, self._tell_wait):
                 scores = evaluate(
                     self.engine.forward,
-                    list(self.data.heldout.values()),
+                    self.data.heldout,
                     torch.from_numpy(self.data.tokenizer.piece_bytes),
                     self.config.training.micro_batch,
                     self.config.evaluation.sequences,

@@ -121,8 +121,8 @@ class HttpStore(RemoteStore):
             name,
             start,
             "the server answers requests for a byte range with the whole file",
-            "Read whole files (`data.order: full`), or serve the files with byte ranges (nginx, Apache and every "
-            "object store do).",
+            "Read whole files (`data.order: full`, and no `data.windows`), or serve the files with byte ranges "
+            "(nginx, Apache and every object store do).",
         )
 
 

@@ -101,14 +101,16 @@ class Retries:
         try:
             return retrying(counted)
         except TransientError as error:
-            reason = f"{error} (attempt {tries} of {self.settings.attempts}, {time.monotonic() - began:.1f} s)"
+            most, patience = self.settings.attempts, self.settings.deadline_seconds
+            late = f"; the next one would come after the {patience:g} s it may take" if tries < most else ""
+            reason = f"{error} (attempt {tries} of {most}, {time.monotonic() - began:.1f} s{late})"
             raise StorageError(
                 self.root,
                 name,
                 start,
                 reason,
                 "Look whether the storage is well and start again, or raise `remote.attempts` and "
-                "`remote.deadline_seconds`.",
+                "`remote.deadline_seconds` (in a run's configuration `data.remote.`).",
                 transient=True,
             ) from error
 

@@ -27,7 +27,8 @@ def impatient(settings: StorageSettings) -> Iterator[StorageSettings]:
             raise
         advice = (
             "Look whether the server is up and the address is right, then start again. A start waits for `remote."
-            f"start_seconds` = {remote.start_seconds:g} s; reads on the way are more patient."
+            f"start_seconds` = {remote.start_seconds:g} s (in a run's configuration `data.remote.`); reads on the way "
+            "are more patient."
         )
         raise StorageError(error.root, error.name, error.start, error.reason, advice, transient=True) from error
 

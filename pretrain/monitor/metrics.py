@@ -11,9 +11,10 @@ step           ``position`` (sequences consumed), ``tokens`` (tokens consumed), 
                both since the run began), ``domain_loss/NAME`` (as ``loss``), ``weights/...`` and whatever else a method
                counts
 evaluation     ``evaluation`` (the set's name), ``position``, ``tokens`` (evaluated), ``heldout_holes`` (damaged
-               sequences, left out of it; absent: none), ``loss`` (nats), ``perplexity``, ``bits_per_byte``, and these
-               by domain: ``domain_loss/NAME``, ``domain_perplexity/NAME``, ...; of a loss that is no likelihood its own
-               ``loss``, ``accuracy``, ``reciprocal_rank``, ``softmax_loss`` (nats)
+               sequences, left out of it; absent: none), ``heldout_damage`` (their blocks), ``loss`` (nats),
+               ``perplexity``, ``bits_per_byte``, and these by domain that has sequences left: ``domain_loss/NAME``,
+               ``domain_perplexity/NAME``, ...; of a loss that is no likelihood its own ``loss``, ``accuracy``,
+               ``reciprocal_rank``, ``softmax_loss`` (nats)
 event          ``event`` (its kind), ``message`` and anything that helps to explain it; ``damage`` has ``new_holes``
                (sequences that its step lost to one block): those of all lines sum to ``holes``
 =============  ======================================================================================================

@@ -32,7 +32,8 @@ def evaluation_line(line: MetricLine) -> str:
     styles |= {"accuracy": "accuracy {:.2%}", "reciprocal_rank": "reciprocal rank {:.4f}"}
     figures += [text for text in (_show(line, key, style) for key, style in styles.items()) if text]
     if line.get("heldout_holes"):
-        figures.append(f"{line['heldout_holes']} damaged sequences left out")
+        which = f" ({line['heldout_damage']})" if line.get("heldout_damage") else ""
+        figures.append(f"heldout_holes {line['heldout_holes']}{which}")
     prefix = "domain_bits_per_byte/" if any(key.startswith("domain_bits_per_byte/") for key in line) else "domain_loss/"
     domains = [f"{key.removeprefix(prefix)} {line[key]:.4f}" for key in sorted(line) if key.startswith(prefix)]
     return "  ".join(figures) + (f"  ({', '.join(domains)})" if domains else "")

@@ -135,8 +135,9 @@ def heldout_rows(run: Run) -> list[list[Cell]]:
                 _figure(line.get(pattern.format(kind)), digits)
                 for kind, digits in (("loss", 4), ("perplexity", 2), ("bits_per_byte", 4))
             ]
-            left_out = f", {line['heldout_holes']} damaged sequences left out" if line.get("heldout_holes") else ""
-            rows.append([Cell(f"{name}, step {line['step']:,}{left_out}"), Cell(domain), *figures, best])
+            left_out = f", heldout_holes {line['heldout_holes']}" if line.get("heldout_holes") else ""
+            which = str(line.get("heldout_damage") or "")
+            rows.append([Cell(f"{name}, step {line['step']:,}{left_out}", which), Cell(domain), *figures, best])
     return rows
 
 

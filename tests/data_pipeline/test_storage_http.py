@@ -236,7 +236,10 @@ class TestServersWithoutSomething:
     def test_no_ranges_no_windows(self, folder: Path) -> None:
         with (
             HttpServer(folder, Faults(ranges=False)) as server,
-            pytest.raises(StorageError, match=r"with the whole file\. Read whole files \(`data\.order: full`\)"),
+            pytest.raises(
+                StorageError,
+                match=r"with the whole file\. Read whole files \(`data\.order: full`, and no `data\.windows`\)",
+            ),
         ):
             open_store(server.url, QUICK).read_range("a.bin", 0, 10)
 

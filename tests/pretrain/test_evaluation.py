@@ -13,6 +13,8 @@ import torch
 from sentencepiece import SentencePieceProcessor
 
 from data_pipeline import TokenSource
+from data_pipeline.layout import BlockLayout
+from data_pipeline.storage import StorageSettings
 from data_pipeline.testing import tiny_tokenizer, write_token_dataset
 from pretrain.distributed import Distributed
 from pretrain.evaluation import Score, evaluate, evaluation_metrics
@@ -106,7 +108,7 @@ def scores(ranks: Distributed, folder: Path, sequences: int | None) -> list[tupl
         logits: torch.Tensor = decoder(batch.tokens, batch.positions, batch.document_ids, batch.single_document)
         return logits
 
-    sources = [TokenSource(folder, domain, "heldout", SEQ_LEN) for domain in "ab"]
+    sources = {domain: TokenSource(folder, domain, "heldout", SEQ_LEN) for domain in "ab"}
     lengths = torch.from_numpy(tiny_tokenizer(TOKENS).piece_bytes)
     found = evaluate(forward, sources, lengths, 2, sequences, ranks)
     assert set(passes) == {(2, SEQ_LEN)}
@@ -126,6 +128,39 @@ def test_scores_equal_numpys(tmp_path: Path, world_size: int) -> None:
             assert (labels, text) == expected(part)[1:]
             assert nats == pytest.approx(expected(part)[0], rel=1e-6)
         assert result[0][3] == sum(math.ceil(len(part) / (2 * world_size)) for part in parts)
+
+
+def scores_of_what_is_left(folder: Path) -> list[Any]:
+    from pretrain.distributed import start
+
+    storage = StorageSettings()
+    sources = {d: TokenSource(folder, d, "heldout", SEQ_LEN, storage=storage, on_damage="hole") for d in "ab"}
+    logits = torch.zeros(2, SEQ_LEN, TOKENS)
+    found = evaluate(lambda batch: logits, sources, torch.ones(TOKENS, dtype=torch.long), 2, None, start(60))
+    return [found, evaluation_metrics(["a", "b"], found)]
+
+
+@pytest.mark.parametrize("world_size", [1, 2])
+def test_damage_is_told_by_its_blocks_and_a_domain_of_which_nothing_is_left_has_no_score(
+    tmp_path: Path, world_size: int
+) -> None:
+    folder = write_data(tmp_path / "data")
+    (a, b), layout = (TokenSource(folder, domain, "heldout", SEQ_LEN) for domain in "ab"), BlockLayout(BLOCK, "uint16")
+    offset, sequences = layout.data_offset(1), BLOCK // SEQ_LEN
+    damaged = bytearray(Path(a.where(0)).read_bytes())
+    damaged[offset + 3] ^= 1
+    Path(a.where(0)).write_bytes(damaged)
+    Path(b.where(0)).unlink()
+    every = b.sequences
+    (shard_a,), (shard_b,) = a.shards.names, b.shards.names
+    told = f"shard {shard_a} of source 'a', block 1 at byte {offset}: checksum ({sequences} sequences)"
+    for found, fields in run_on_ranks(scores_of_what_is_left, world_size, folder):
+        assert [(score.holes, score.damage.startswith(told)) for score in found] == [(sequences, True), (every, False)]
+        assert f"shard {shard_b} of source 'b', block 0 at byte {layout.data_offset(0)}: missing (" in found[1].damage
+        assert fields["heldout_holes"] == sequences + every
+        assert fields["heldout_damage"] == f"{told}; {found[1].damage}"
+        assert fields["loss"] == fields["domain_loss/a"] == pytest.approx(math.log(TOKENS))
+        assert not [key for key in fields if key.startswith("domain_") and key.endswith("/b")]
 
 
 def test_score_in_its_units() -> None:
@@ -184,7 +219,7 @@ def train_with_and_without(ranks: Distributed, stage: int, checkpointing: str) -
             if evaluating:
                 engine.evaluating(True)
                 source = cast(TokenSource, Rows())  # as much of one as an evaluation asks for
-                evaluate(engine.forward, [source], torch.ones(VOCABULARY, dtype=torch.long), 2, None, ranks)
+                evaluate(engine.forward, {"a": source}, torch.ones(VOCABULARY, dtype=torch.long), 2, None, ranks)
                 engine.evaluating(False)
             batches = micro_batches(step, ranks, 1)
             engine.begin_step(len(batches))

@@ -141,7 +141,9 @@ def test_counts_of_holes_have_a_name_each_also_in_what_older_versions_wrote(tmp_
     step, event, evaluation = read_metrics(tmp_path)
     assert (step["holes"], event["new_holes"], evaluation["heldout_holes"]) == (3, 3, 3)
     assert "holes" not in {*event, *evaluation}
-    assert evaluation_line({**evaluation, "loss": 3.2}).endswith("3 damaged sequences left out")
+    assert evaluation_line({**evaluation, "loss": 3.2}).endswith("heldout_holes 3")
+    told = evaluation_line({**evaluation, "loss": 3.2, "heldout_damage": "block 1 (3 sequences)", "domain_loss/a": 1.0})
+    assert told.endswith("heldout_holes 3 (block 1 (3 sequences))  (a 1.0000)")
 
 
 def test_lines_without_a_step_are_refused(tmp_path: Path) -> None:
