@@ -12,7 +12,7 @@ from data_pipeline import kernel
 
 from .beginning import open_beginning
 from .check import check_run, warnings
-from .checkpoint import complete_checkpoints, read_state
+from .checkpoint import complete_checkpoints
 from .config import Config, load_config
 from .costs import memory, parts
 from .engine import accumulation_steps
@@ -21,7 +21,7 @@ from .model import count_parameters, flops_per_token
 from .plan_experts import expert_communication, show_expert_communication
 from .plan_mup import mup_rows, show_mup
 from .run_folder import CHECKPOINTS
-from .state import checkpoint_end, end_position, leaving_out, left_out
+from .state import end_position, leaving_out, left_out, resume_state
 
 
 def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any]:
@@ -36,12 +36,9 @@ def make_plan(path: Path, overrides: Sequence[str], ranks: int) -> dict[str, Any
     if config.resume != "never":
         config = leaving_out(config, left_out(config, origin))
     # from where a start now would begin
-    if origin:
-        end, stands = checkpoint_end(origin, config, data), read_state(origin)
-    else:
-        state = open_beginning(config, data).state
-        end, stands = end_position(config, state), asdict(state)
-    missing = check_missing(config, data, stands["holes"], stands["position"], end)
+    state = resume_state(origin, config, data) if origin else open_beginning(config, data).state
+    end = end_position(config, state)
+    missing = check_missing(config, data, state.holes, state.position, end)
     vocabulary = config.model.resolve_vocab_size(data.tokenizer.vocab_size)
     parameters = count_parameters(config.model, vocabulary)
     sequences = config.batch_plan.sequences_before(end)

@@ -183,7 +183,7 @@ class Session:
         state = TrainState()
         if origin is not None:
             found = origin
-            state = together(ranks, lambda: resume_state(found, config, data, ranks))
+            state = together(ranks, lambda: resume_state(found, config, data))
         beginning = None if origin else self._beginning(config, data)
         if beginning:
             state = beginning.state

@@ -99,7 +99,7 @@ def checkpoint_state(state: TrainState, config: Config, data: RunData, ranks: Di
     }
 
 
-def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) -> TrainState:
+def resume_state(path: Path, config: Config, data: RunData) -> TrainState:
     """The progress that a checkpoint holds, if this run can go on from it.
 
     ``data_changes`` has one more entry than the checkpoint's where ``data.accept_change`` lets other data be.
@@ -133,19 +133,6 @@ def resume_state(path: Path, config: Config, data: RunData, ranks: Distributed) 
     _check_skipped(path, config, state, saved["skip_ranges"])
     _check_end(path, config, data, state)
     return state
-
-
-def checkpoint_end(path: Path, config: Config, data: RunData) -> int:
-    """The position at which a run that goes on from a checkpoint will be done.
-
-    Raises:
-        UserError: its settings do not reach so far, or beyond (:func:`~pretrain.data.check_end`).
-        DataError: ``state.json`` can't be read.
-    """
-    saved = read_state(path)
-    state = TrainState(step=saved["step"], position=saved["position"])
-    _check_end(path, config, data, state)
-    return end_position(config, state)
 
 
 def rewound_state(path: Path, config: Config, data: RunData) -> TrainState:

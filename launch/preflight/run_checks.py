@@ -21,7 +21,6 @@ from pretrain.checkpoint.manifest import problems, read_manifest
 from pretrain.checkpoint.second import attempt_copy, second_place
 from pretrain.config import Config
 from pretrain.data import RunData, open_data
-from pretrain.distributed import Distributed
 from pretrain.engine import accumulation_steps, deepspeed_config
 from pretrain.missing import check_missing
 from pretrain.model import count_parameters
@@ -104,10 +103,6 @@ def _heldout(config: Config, name: str) -> None:
     open_split(config.data, name, HELDOUT).close()
 
 
-def _resumed(origin: Path, config: Config, data: RunData, ranks: Distributed) -> object:
-    return resume_state(origin, leaving_out(config, left_out(config, origin)), data, ranks)
-
-
 def _missing(config: Config, data: RunData, state: TrainState) -> Finding | None:
     """More missing shards than the run may lose."""
     place = (state.holes, state.position, end_position(config, state))
@@ -165,14 +160,13 @@ def resume(config: Config, request: Request, data: RunData) -> Iterator[Finding]
         ):
             yield found
         return
-    for world in request.worlds:
-        ranks = Distributed(0, world, torch.device("cpu"))
-        mend = "Take the settings back, or start over with another run.name."
-        if found := _tried("resume.incompatible", partial(_resumed, origin, config, data, ranks), mend):
-            yield found
-            return
     skipping = leaving_out(config, left_out(config, origin))
-    if found := _missing(skipping, data, resume_state(origin, skipping, data, ranks)):
+    try:
+        state = resume_state(origin, skipping, data)
+    except HeadraceError as error:
+        yield refused("resume.incompatible", error, "Take the settings back, or start over with another run.name.")
+        return
+    if found := _missing(skipping, data, state):
         yield found
     step, total = step_of(origin), config.total_steps
     if step >= total:

@@ -18,7 +18,7 @@ from pretrain.check import check_run
 from pretrain.config import Config
 from pretrain.data import open_data
 from pretrain.distributed import Distributed
-from pretrain.state import TrainState, checkpoint_end, checkpoint_state, config_changes, end_position, resume_state
+from pretrain.state import TrainState, checkpoint_state, config_changes, end_position, resume_state
 
 from .steps import tiny_config
 
@@ -56,7 +56,7 @@ def save(path: Path, settings: Config, state: TrainState = STATE) -> None:
 
 
 def resume(path: Path, settings: Config) -> TrainState:
-    return resume_state(path, settings, open_data(settings), ALONE)
+    return resume_state(path, settings, open_data(settings))
 
 
 @pytest.mark.parametrize(
@@ -160,14 +160,13 @@ def test_whether_the_data_lasts_is_asked_from_where_the_run_stands(tmp_path: Pat
     sources = {name: {"path": str(folder), "domain": name} for name in "ab"}
     settings = config(folder, data={"sources": sources})
     save(tmp_path / "checkpoint", settings, TrainState(step=2, position=4))
-    assert resume(tmp_path / "checkpoint", settings).position == 4
-    assert checkpoint_end(tmp_path / "checkpoint", settings, open_data(settings)) == 12
+    state = resume(tmp_path / "checkpoint", settings)
+    assert (state.position, end_position(settings, state)) == (4, 12)
     with pytest.raises(UserError, match=r"source 'a' runs out at position \d+: it has 7 sequences"):
         open_beginning(settings, open_data(settings))
     save(tmp_path / "checkpoint", settings, TrainState(step=2, position=16))
-    for asked in (resume, lambda path, settings: checkpoint_end(path, settings, open_data(settings))):
-        with pytest.raises(UserError, match=r"source 'a' runs out at position"):
-            asked(tmp_path / "checkpoint", settings)
+    with pytest.raises(UserError, match=r"source 'a' runs out at position"):
+        resume(tmp_path / "checkpoint", settings)
 
 
 def test_phases_and_ranges_lie_before_the_end_from_where_the_run_stands(tmp_path: Path) -> None:

@@ -194,6 +194,9 @@ def test_plan_of_a_run_that_stands_somewhere(finished: Runs) -> None:
     assert plan["sequences"] == 4 * 8 + 2 * 2
     fresh = ["training.steps=6", "training.global_batch=2", "training.micro_batch=2", "resume=never"]
     assert make_plan(path, fresh, ranks=1)["sequences"] == 12
+    for other, told in (("run.seed=77", "the seed was"), ("model.layers=1", "the model or its optimizer")):
+        with pytest.raises(UserError, match=rf"step_000000004 can't be resumed: .*{told}"):
+            make_plan(path, [other], ranks=1)
 
 
 def test_plan_rounds_tokens_up_to_whole_steps(runs: Runs) -> None:
