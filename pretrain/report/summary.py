@@ -168,7 +168,8 @@ def attempt_rows(run: Run) -> list[list[Cell]]:
 def _began(attempt: Attempt) -> tuple[str, str]:
     """What it went on from, and the hash of weights from elsewhere."""
     weights, masks = attempt.initial_weights, attempt.masks
-    said = f"the weights of {weights['path']}" if weights else attempt.resumed_from or "a fresh start"
+    anew = "a fresh start" if attempt.trained else "ended before its first step"
+    said = f"the weights of {weights['path']}" if weights else attempt.resumed_from or anew
     said += "".join(f", masked by {each['path']}" for each in masks)
     return said, "; ".join(f"SHA-256 {each['sha256']}" for each in ([weights] if weights else []) + list(masks))
 

@@ -306,6 +306,8 @@ def test_an_attempt_that_did_no_step_neither_loses_nor_resumes(tmp_path: Path) -
     assert [run.lost_steps(attempt) for attempt in run.attempts] == [10, 0, 0, None]
     assert [(step, attempt.number) for step, attempt in run.resumes] == [(80, 4)]
     assert [row[4].text for row in attempt_rows(run)] == ["1 to ?", "none", "none", "81 to ?"]
+    began = ["a fresh start", "ended before its first step", "step_000000080", "step_000000080"]
+    assert [row[5].text for row in attempt_rows(run)] == began
 
 
 def test_the_headline_has_the_figures_of_the_last_line_and_the_medians(tmp_path: Path) -> None:
