@@ -18,7 +18,7 @@ from .open_files import OpenFile, RecentlyUsed, open_files_limit
 from .permutation import IntArray
 from .shard_files import ShardFiles, shard_file
 from .shard_table import ShardTable
-from .storage import AccessError, MissingFileError, NodeCache, StorageError, Store
+from .storage import AbandonedError, AccessError, MissingFileError, NodeCache, StorageError, Store
 from .storage.errors import join
 
 
@@ -69,6 +69,8 @@ class RemoteShards(ShardFiles):
             if coming is None:
                 self._settle()
             return self._files.put(piece, coming.result() if coming else self._obtain(piece))
+        except AbandonedError:
+            raise  # no damage: a later read may ask again
         except StorageError as error:
             # that a command fails is all that it can say about a file that is not there
             if _says_nothing(error) and (self._store.ranges or self._on_damage == "stop"):

@@ -76,14 +76,25 @@ class Windowed:
 
     def reads(self, source: int, sequence: IntArray, start: int, end: int) -> int:
         """How many of the positions ``start .. end - 1`` hold one of a source's sequences [k]."""
-        first, stop = (int(self.needed(position)[source]) for position in (start, end))
         if not self._cut[source]:
+            first, stop = (int(self.needed(position)[source]) for position in (start, end))
             return self._uncut.reads(source, sequence, first, stop)
-        size, found = int(self._sizes[source]), 0
-        for epoch in range(max(0, first // size - 1), stop // size + 2):  # strata are a few draws apart
+        found = 0
+        for epoch in range(int(self._epochs_at(source, start).min()), int(self._epochs_at(source, end).max()) + 1):
             positions = self.position_of(source, sequence, np.full(len(sequence), epoch))
             found += int(((positions >= start) & (positions < end)).sum())
         return found
+
+    def _epochs_at(self, source: int, position: int) -> IntArray:
+        """The epoch of each slot's stratum of the source of its first draw from ``position`` on; int64 [K].
+
+        Strata differ in length by one, so their epochs drift apart.
+        """
+        slots = np.arange(self._mixture.slots)
+        size = self._windows.strata_at(int(self._sizes[source]), self._mixture.stratum_of(slots)).size
+        drawn = self._mixture.slot_draws(position + (slots - position) % len(slots), np.full(len(slots), source))
+        epochs: IntArray = drawn // size
+        return epochs
 
     def repeats_at(self, source: int, epochs: int, end: int) -> int | None:
         """The first position below ``end`` that reads a part of the source for more than ``epochs`` epochs."""

@@ -181,13 +181,14 @@ class Trainer:
         if self.guard:
             self.guard.pause()
         saved, step = self._saved_step, self.state.step
-        if step == saved:
-            return ""
         try:
-            self.save()
+            if step != saved:
+                self.save()
             self.finish_save()
         except HeadraceError as error:  # all ranks have it; the disk must not hide the reason
-            return f" The steps after step {saved} are lost, for they could not be saved: {error}"
+            return f" The steps since the newest complete checkpoint could not be saved, and are lost: {error}"
+        if step == saved:
+            return ""
         return f" What was done before is saved at step {step}; the same command goes on from there."
 
     def _stop_before_step(self, stop: StopRequest) -> NoReturn:

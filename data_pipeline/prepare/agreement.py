@@ -13,7 +13,7 @@ from ..errors import DataError, UserError
 from ..files import publish_bytes, sha256_file
 from ..storage import impatient
 from ..tokenizer import Tokenizer
-from .checked_files import read_record
+from .checked_files import publish_record, read_record
 from .claims import Share, claim
 from .parts import make_cleaner
 from .settings import PrepareSettings
@@ -116,7 +116,7 @@ def obtain_tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: St
             tokenizer = Tokenizer.load(Path(settings.tokenizer.path))
             workspace.agree("tokenizer", {**wanted, "sha256": tokenizer.sha256}, share)
             if not workspace.tokenizer.exists():
-                publish_bytes(workspace.tokenizer, tokenizer.model)
+                _publish_tokenizer(workspace, tokenizer)
                 return tokenizer
             return _stored_tokenizer(workspace)
         assert settings.tokenizer.train is not None
@@ -138,18 +138,23 @@ def obtain_tokenizer(settings: PrepareSettings, workspace: Workspace, stamps: St
             make_cleaner(settings.cleaning),
             settings.storage,
         )
-        publish_bytes(workspace.tokenizer, tokenizer.model)
+        _publish_tokenizer(workspace, tokenizer)
         return tokenizer
 
 
+def _publish_tokenizer(workspace: Workspace, tokenizer: Tokenizer) -> None:
+    """Publish the tokenizer, after what will show that it is the one."""
+    publish_record(workspace.tokenizer_hash, tokenizer.sha256)
+    publish_bytes(workspace.tokenizer, tokenizer.model)
+
+
 def _stored_tokenizer(workspace: Workspace) -> Tokenizer:
-    """The tokenizer of the data set folder, which must be the one that its parts were begun with, if some were.
+    """The tokenizer of the data set folder, which must be the one that was put there.
 
     Raises:
         DataError: it is another one.
     """
-    plan = workspace.work / "plan.json"
-    if plan.exists() and sha256_file(workspace.tokenizer) != read_record(plan)["tokenizer"]:
+    if sha256_file(workspace.tokenizer) != read_record(workspace.tokenizer_hash):
         raise DataError(
             f"{workspace.tokenizer} was damaged or replaced: it is not the tokenizer that the data set was begun with. "
             "Put that one back, or delete the folder and prepare again."

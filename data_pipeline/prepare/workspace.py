@@ -91,10 +91,16 @@ class Workspace:
         return self.folder / TOKENIZER_FILE
 
     @property
+    def tokenizer_hash(self) -> Path:
+        """The SHA-256 of the tokenizer that was put there."""
+        return self.work / "tokenizer_sha256.json"
+
+    @property
     def begun(self) -> bool:
         """Whether something is made that hangs on what was agreed on."""
-        made = (self.folder / MANIFEST_FILE, self.part_records)
-        return any(path.exists() for path in made) or any(self.parts.glob("??????.json"))
+        made = (self.folder / MANIFEST_FILE, self.part_records, self.shard_plan)
+        work = ((self.parts, "??????.json"), (self.duplicates, "*"), (self.shard_records, "*.json"))
+        return any(path.exists() for path in made) or any(any(folder.glob(name)) for folder, name in work)
 
     def written_anew(self, error: DamagedFileError) -> DataError:
         """The error for the user of a file that is not as it was written. Where that file can be written again, which
@@ -140,6 +146,7 @@ class Workspace:
             self.tokenizer.unlink(missing_ok=True)
         if not self.tokenizer.exists():
             told.unlink(missing_ok=True)
+            self.tokenizer_hash.unlink(missing_ok=True)
 
     def agree(self, record: str, wanted: dict[str, Any], share: Share) -> None:
         """Publish ``wanted`` as ``.prepare/RECORD.json``, or check that the one of an earlier start equals it.

@@ -1,6 +1,7 @@
 """Files wherever they lie: stores (local, http, s3, gs, commands), whole inputs, and the node's cache."""
 
 from .cache import NodeCache as NodeCache
+from .errors import AbandonedError as AbandonedError
 from .errors import AccessError as AccessError
 from .errors import MissingFileError as MissingFileError
 from .errors import StorageError as StorageError

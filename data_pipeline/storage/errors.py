@@ -38,6 +38,10 @@ class AccessError(StorageError):
     """The storage does not hand the file out, whatever it holds: an expired token, a certificate, a wrong address."""
 
 
+class AbandonedError(StorageError):
+    """Nobody waits for the file any more: this says nothing about it."""
+
+
 class TransientError(Exception):
     """One attempt failed in a way that another may not: never leaves this package.
 

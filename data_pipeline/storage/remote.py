@@ -9,7 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from threading import Event
 
-from .errors import StorageError
+from .errors import AbandonedError, StorageError
 from .retries import Deadline
 from .store import Store
 
@@ -99,7 +99,7 @@ class RemoteStore(Store):
         def attempt(until: Deadline) -> tuple[bytes, Version | None]:
             # else the repetitions of a range that nobody waits for would hold up the end of the process
             if abandoned.is_set():
-                raise StorageError(self.root, name, start, "nobody waits for it any more", COPY_ADVICE)
+                raise AbandonedError(self.root, name, start, "nobody waits for it any more", COPY_ADVICE)
             return self._get(name, start, stop, until)
 
         content, found = self._retried(name, start, stop, attempt)

@@ -19,7 +19,7 @@ from typing import TypeVar
 import tenacity
 
 from ..errors import at_the_end
-from .errors import StorageError, TransientError
+from .errors import AbandonedError, StorageError, TransientError
 from .settings import RemoteSettings
 
 logger = logging.getLogger("headrace.storage")
@@ -94,7 +94,7 @@ class Retries:
             nonlocal tries
             if abandoned.is_set():
                 advice = "What it was read for has ended."
-                raise StorageError(self.root, name, start, "nobody waits for it any more", advice, transient=True)
+                raise AbandonedError(self.root, name, start, "nobody waits for it any more", advice, transient=True)
             tries += 1
             return attempt(until)
 

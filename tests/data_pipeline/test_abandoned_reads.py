@@ -103,3 +103,31 @@ def test_a_close_ends_them_and_later_reads_are_as_ever(gone: tuple[str, StorageS
             again = TokenSource(server.url, "web", "train", SEQ, storage=storage)
             again.close()
             assert np.array_equal(again.read([0]), TokenSource(tmp_path / "data", "web", "train", SEQ).read([0]))
+
+
+def test_what_a_close_ended_is_no_hole_of_later_reads(tmp_path: Path) -> None:
+    """A command's failure may mean a missing file, but not where nobody waited for it any more."""
+    folder, go = tmp_path / "data", tmp_path / "go"
+    write_token_dataset(folder, {("web", "train"): [[7] * 200] * 3}, block_tokens=64)
+    root = f"pipe:case {{}} in *.tar) while [ ! -e {go} ]; do sleep 0.05; done;; esac; cat {folder}/{{}}"
+    storage = StorageSettings(cache=CacheSettings(folder=str(tmp_path / "cache")))
+    source = TokenSource(root, "web", "train", SEQ, storage=storage, on_damage="hole")
+    failures: list[StorageError] = []
+
+    def read() -> None:
+        try:
+            source.read_or_damage(np.array([0]))
+        except StorageError as error:
+            failures.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    while source.reading is None:
+        time.sleep(0.01)
+    source.close()
+    reader.join()
+    assert "nobody waits for" in str(failures[0])
+    go.touch()
+    rows, damage = source.read_or_damage(np.array([0, 1]))
+    assert not damage
+    assert np.array_equal(rows, TokenSource(folder, "web", "train", SEQ).read([0, 1]))

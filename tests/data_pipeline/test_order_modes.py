@@ -283,3 +283,19 @@ def test_reads_are_counted_as_one_by_one(mode: Mode, windows: Windows | None, we
         for start, end in ((0, 12_000), (700, 701), (0, 0), (1, 2500), (5000, 11_111), (2999, 9001)):
             assert order.reads(source, sequences, start, end) == read[start:end].sum()
     assert order.reads(0, np.empty(0, np.int64), 0, 12_000) == 0
+
+
+@pytest.mark.parametrize("sequences", [257, 259])
+def test_reads_are_counted_though_the_epochs_of_strata_drift_apart(sequences: int) -> None:
+    """Over hundreds of epochs: strata of 64 and of 65 sequences are then several epochs apart."""
+    order = Order(
+        3,
+        [OrderSource("a", sequences), OrderSource("b", 300)],
+        [Phase(50_001, {"a": 3.0, "b": 1.0})],
+        "windowed",
+        Windows(4, 16),
+    )
+    located, some = order.locate(0, 200_000), np.arange(10, 40)
+    read = (located.source == 0) & np.isin(located.sequence, some)
+    for start, end in ((0, 60_000), (0, 200_000), (199_300, 200_000), (120_001, 120_777)):
+        assert order.reads(0, some, start, end) == read[start:end].sum()

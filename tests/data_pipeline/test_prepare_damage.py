@@ -16,7 +16,7 @@ import data_pipeline.files
 import data_pipeline.prepare.run as passes
 from data_pipeline.errors import DataError, UserError
 from data_pipeline.files import publish_json
-from data_pipeline.prepare import PrepareSettings, Share, merge, prepare
+from data_pipeline.prepare import PrepareSettings, Share, make_tokenizer, merge, prepare
 from data_pipeline.prepare.checked_files import publish_record, read_record
 from data_pipeline.prepare.workspace import open_workspace
 from data_pipeline.verify import verify_dataset
@@ -43,11 +43,12 @@ FILES = {
     "plan.json": "before write shards",
     "versions.json": "before write shards",
     "tokenizer.json": "before write shards",
+    "tokenizer_sha256.json": "before write shards",
 }
 """Of every kind of file in `.prepare` the moment from which on it is read."""
 
-AGREED = ("plan.json", "versions.json", "tokenizer.json")
-"""What was asked for can't be made again."""
+AGREED = ("plan.json", "versions.json", "tokenizer.json", "tokenizer_sha256.json")
+"""What was asked for, and the tokenizer, can't be made again."""
 
 
 @pytest.fixture(scope="module")
@@ -231,6 +232,21 @@ def test_a_tokenizer_that_is_not_the_one_it_was(
             prepare(build(plain, output=str(folder)))
         path.write_bytes(content)
     prepare(build(plain, output=str(folder)))
+
+
+@pytest.mark.parametrize("made", ["taken", "trained"])
+def test_a_tokenizer_that_is_not_the_one_it_was_before_anything_is_made_with_it(
+    plain: dict[str, Any], tmp_path: Path, made: str
+) -> None:
+    trained = {"tokenizer": {"train": {"model_type": "bpe", "vocab_size": 300}}} if made == "trained" else {}
+    settings = build(plain, output=str(tmp_path / "set"), **trained)
+    tokenizer, path = make_tokenizer(settings), tmp_path / "set" / "tokenizer.model"
+    path.write_bytes(tokenizer.model.replace(b"the", b"thd", 1))
+    assert path.read_bytes() != tokenizer.model
+    with pytest.raises(DataError, match=rf"{path} was damaged or replaced: .* Put that one back, or delete the fol"):
+        prepare(settings)
+    path.write_bytes(tokenizer.model)
+    assert prepare(settings).tokenizer_sha256 == tokenizer.sha256
 
 
 @pytest.mark.parametrize("name", ["000001.tar", "000001.idx", "000001.docs.parquet", "000000.parquet"])

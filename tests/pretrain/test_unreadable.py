@@ -52,9 +52,11 @@ def test_a_disk_that_is_full_does_not_hide_the_damage() -> None:
     def full() -> None:
         raise CheckpointError("the disk is full.")
 
-    trainer = SimpleNamespace(guard=None, _saved_step=4, state=SimpleNamespace(step=6), save=full)
-    told = Trainer._save_before_end(cast(Trainer, trainer))
-    assert told == " The steps after step 4 are lost, for they could not be saved: the disk is full."
+    for saved, broken in ((4, {"save": full}), (6, {"finish_save": full})):  # the second: its save is still going on
+        trainer = SimpleNamespace(guard=None, _saved_step=saved, state=SimpleNamespace(step=6), **broken)
+        told = Trainer._save_before_end(cast(Trainer, trainer))
+        lost = "The steps since the newest complete checkpoint could not be saved, and are lost"
+        assert told == f" {lost}: the disk is full."
 
 
 def test_a_rank_that_can_not_read_goes_through_as_many_batches() -> None:
