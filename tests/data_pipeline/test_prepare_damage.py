@@ -279,3 +279,14 @@ def test_hashes_are_of_what_was_to_be_written(
     written = {str(path.relative_to(folder)) for path in folder.glob("[sr]*/*")}
     assert len(written) > 9
     assert {damage.file for damage in verify_dataset(folder, 1)} == written
+
+
+@pytest.mark.parametrize(
+    "name", ["part_records.json", "shard_plan.json", "parts/000000.json", "duplicates/exact", "shards/000000.json"]
+)
+def test_any_work_that_is_there_was_begun_with_something(tmp_path: Path, name: str) -> None:
+    """So a start that fails takes nothing back of what that was, whatever else was lost."""
+    with open_workspace(tmp_path / "set") as workspace:
+        assert not workspace.begun
+        (workspace.work / name).touch()
+        assert workspace.begun
