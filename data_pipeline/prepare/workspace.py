@@ -216,7 +216,7 @@ def open_workspace(folder: Path, share: Share | None = None) -> Iterator[Workspa
             yield workspace
     except BegunOtherwiseError:  # by a start that was killed, and whose processes may still be at work
         raise
-    except Exception:
+    except Exception:  # whatever ended the start, it is raised again; a kill takes nothing back
         if _locked(lock, fcntl.LOCK_EX, patience=0):
             workspace.withdraw(new_tokenizer)
         raise

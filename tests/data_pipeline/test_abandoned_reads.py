@@ -78,14 +78,13 @@ def test_the_end_of_a_process_does_not_wait_for_them(gone: tuple[str, StorageSet
     assert not [name for name in os.listdir(f"{storage.cache.folder}/entries") if name.endswith(".part")]
 
 
-def test_a_close_ends_them_and_later_reads_are_as_ever(gone: tuple[str, StorageSettings], tmp_path: Path) -> None:
-    root, storage = gone
-    source = TokenSource(root, "web", "train", SEQ, storage=storage)
+def closed_while_it_reads(source: TokenSource) -> StorageError:
+    """What a read of the source's first sequence ends with when another thread closes it meanwhile."""
     failures: list[StorageError] = []
 
     def read() -> None:
         try:
-            source.read([0])
+            source.read_or_damage(np.array([0]))
         except StorageError as error:
             failures.append(error)
 
@@ -96,6 +95,13 @@ def test_a_close_ends_them_and_later_reads_are_as_ever(gone: tuple[str, StorageS
     source.close()
     reader.join()
     (failure,) = failures
+    return failure
+
+
+def test_a_close_ends_them_and_later_reads_are_as_ever(gone: tuple[str, StorageSettings], tmp_path: Path) -> None:
+    root, storage = gone
+    source = TokenSource(root, "web", "train", SEQ, storage=storage)
+    failure = closed_while_it_reads(source)
     assert failure.transient, "it says nothing about the data"
     assert "nobody waits for" in str(failure)
     if root.startswith("http"):
@@ -112,21 +118,7 @@ def test_what_a_close_ended_is_no_hole_of_later_reads(tmp_path: Path) -> None:
     root = f"pipe:case {{}} in *.tar) while [ ! -e {go} ]; do sleep 0.05; done;; esac; cat {folder}/{{}}"
     storage = StorageSettings(cache=CacheSettings(folder=str(tmp_path / "cache")))
     source = TokenSource(root, "web", "train", SEQ, storage=storage, on_damage="hole")
-    failures: list[StorageError] = []
-
-    def read() -> None:
-        try:
-            source.read_or_damage(np.array([0]))
-        except StorageError as error:
-            failures.append(error)
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    while source.reading is None:
-        time.sleep(0.01)
-    source.close()
-    reader.join()
-    assert "nobody waits for" in str(failures[0])
+    assert "nobody waits for" in str(closed_while_it_reads(source))
     go.touch()
     rows, damage = source.read_or_damage(np.array([0, 1]))
     assert not damage

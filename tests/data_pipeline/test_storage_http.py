@@ -384,7 +384,7 @@ class TestRetries:
         remote = RemoteSettings(first_backoff_seconds=0.5, longest_backoff_seconds=3.0)
         retries = Retries("root", remote)
         for attempt, bound in ((1, 0.5), (2, 1.0), (3, 2.0), (4, 3.0), (9, 3.0)):
-            state = retries_module.tenacity.RetryCallState(None, None, (), {})  # type: ignore[arg-type]
+            state = retries_module.tenacity.RetryCallState(None, None, (), {})  # type: ignore[arg-type]  # of no call
             state.attempt_number = attempt
             waits = np.array([retries._wait(state) for _ in range(2000)])
             assert 0 <= waits.min() < 0.05 * bound

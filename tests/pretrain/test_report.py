@@ -295,13 +295,14 @@ def test_an_attempt_that_did_no_step_neither_loses_nor_resumes(tmp_path: Path) -
     log, number = start(tmp_path)
     log.stop(number, last_step=0, reason="user_error", exit_code=2, message="the data set is gone")
     log = AttemptsLog(tmp_path)
-    how = {"hosts": ["a"], "world_size": 1, "versions": {}, "first_step": 81, "resumed_from": "step_000000080"}
-    number = log.start(**how, lost_steps=10)  # type: ignore[arg-type]
+    how: dict[str, Any] = {"hosts": ["a"], "world_size": 1, "versions": {}, "first_step": 81}
+    how["resumed_from"] = "step_000000080"
+    number = log.start(**how, lost_steps=10)
     log.stop(number, last_step=80, reason="crash", exit_code=1, message="no memory")
     assert state(read_run(tmp_path), now=0).detail.endswith("UTC: no memory")
     run = read_run(tmp_path)
     assert [run.lost_steps(attempt) for attempt in run.attempts] == [None, None, None]
-    log.start(**how)  # type: ignore[arg-type]
+    log.start(**how)
     run = read_run(tmp_path)
     assert [run.lost_steps(attempt) for attempt in run.attempts] == [10, 0, 0, None]
     assert [(step, attempt.number) for step, attempt in run.resumes] == [(80, 4)]
