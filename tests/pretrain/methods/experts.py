@@ -69,7 +69,7 @@ class PlainBalancing:
         number = logits.shape[-1]
         chosen = chosen_by(scores, config).double() * mask[..., None] * weights[:, None, None]
         key, rows = (layer, loss.label), len(mask)
-        size = {"sequence": 1, "micro_batch": config.training.micro_batch, "global_batch": rows}[loss.level]  # type: ignore[attr-defined]
+        size = {"sequence": 1, "micro_batch": config.training.micro_batch, "global_batch": rows}[loss.level]  # type: ignore[attr-defined]  # a load loss
         self.now[key] = share(chosen)
         total = torch.zeros(())
         size = group_size if loss.way == "buffer" else size  # type: ignore[attr-defined]  # of a load loss
